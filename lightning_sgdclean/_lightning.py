@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that imports Lightning, under whichever of its two names it is installed."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _installed() -> list[ModuleType]:
+    found = []
+    for name in _NAMES:
+        try:
+            found.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):  # installed but broken: say so
+                raise
+    if not found:
+        raise ModuleNotFoundError("lightning-sgdclean needs pytorch-lightning (or lightning): pip install either.")
+    return found
+
+
+_PACKAGES = _installed()
+
+# A class that inherits from the Callback of both packages is accepted by both Trainers and both CLIs.
+CALLBACK_BASES: tuple[Any, ...] = tuple(package.Callback for package in _PACKAGES)
+
+
+def batch_size_of(batch: Any) -> int:
+    """Number of samples in a batch, found as ``self.log`` finds it.
+
+    Raises:
+        Exception: Lightning's own error if the batch holds no tensor to measure.
+    """
+    module = importlib.import_module(f"{_PACKAGES[0].__name__}.utilities.data")
+    return int(module.extract_batch_size(batch))
+
+
+def silent_logger(trainer: Any) -> Any:
+    """A logger that swallows everything, from the package that the Trainer comes from."""
+    root = next((p.__name__ for p in _PACKAGES if type(trainer).__module__.startswith(p.__name__)), _NAMES[-1])
+    return importlib.import_module(f"{root}.loggers.logger").DummyLogger()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as types. Every message says what was found, what was expected and what to do."""
+
+
+class SGDInfluenceError(RuntimeError):
+    """Base of all refusals: the influences cannot be computed right, so they are not computed."""
+
+
+class UnsupportedTrainingError(SGDInfluenceError):
+    """The training loop, its optimizer or its data loader cannot be followed backwards."""
+
+
+class SampleIdError(SGDInfluenceError):
+    """The samples of a training batch cannot be named, or their names do not fit the batch."""
+
+
+class LossSplitError(SGDInfluenceError):
+    """The training loss is not a weighted sum of one loss per sample, as far as can be seen."""
+
+
+class ObjectiveError(SGDInfluenceError):
+    """There is no validation value of the wanted name that can be differentiated."""
+
+
+class UnsupportedOperationError(SGDInfluenceError):
+    """The chosen engine cannot differentiate an operation of the model."""
+
+
+class ReplayMismatchError(SGDInfluenceError):
+    """A recorded step, run again, did not give what was recorded."""
+
+
+class NonFiniteError(SGDInfluenceError):
+    """A NaN or an infinity stands where a ranking needs a number."""
+
+
+class RunDirectoryError(SGDInfluenceError):
+    """The run directory holds another run, or not what a run directory should hold."""
+
+
+class SGDInfluenceWarning(UserWarning):
+    """Something worth knowing that does not make the influences wrong."""

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples made up each batch: a proxy around the loader's sampler notes what it hands out."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_sgdclean.errors import SampleIdError
+
+
+class _NotingIterator:
+    def __init__(self, inner: Iterator[Any], drawn: deque[Any]) -> None:
+        self._inner = inner
+        self._drawn = drawn
+
+    def __iter__(self) -> "_NotingIterator":
+        return self
+
+    def __next__(self) -> Any:
+        indices = next(self._inner)
+        # A copy: a dataset may change the list that it is handed.
+        self._drawn.append(tuple(indices) if isinstance(indices, list | tuple) else indices)
+        return indices
+
+
+class _StatefulNotingIterator(_NotingIterator):
+    def state_dict(self) -> Any:
+        return self._inner.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Any) -> None:
+        self._inner.load_state_dict(state)  # type: ignore[attr-defined]
+
+
+class NotingSampler:
+    """A stand-in for a sampler or batch sampler that behaves like it and notes what it yields.
+
+    One queue an iterator: what workers had prefetched of an abandoned iterator is forgotten with it.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._drawn: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
+        iterator = iter(self._inner)
+        self._drawn = deque()
+        wrap = _StatefulNotingIterator if _is_stateful(iterator) else _NotingIterator
+        return wrap(iterator, self._drawn)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    @property
+    def inner(self) -> Any:
+        """The user's own sampler."""
+        return self._inner
+
+    def next_ids(self) -> list[int]:
+        """Dataset positions of the batch that the loader delivers next.
+
+        Raises:
+            SampleIdError: If a batch was delivered that the sampler never drew.
+        """
+        if not self._drawn:
+            raise SampleIdError(
+                "A training batch arrived that the loader's sampler did not draw, so its samples are unknown. "
+                "Expected one draw a batch; give sample_ids=, a callable from the batch to its samples' ids."
+            )
+        drawn = self._drawn.popleft()
+        return [int(index) for index in drawn] if isinstance(drawn, tuple) else [int(drawn)]
+
+
+class _StatefulNotingSampler(NotingSampler):
+    # Real methods: a runtime protocol check does not see what __getattr__ would find.
+    def state_dict(self) -> Any:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._inner.load_state_dict(state)
+
+
+def _is_stateful(candidate: Any) -> bool:
+    return callable(getattr(candidate, "state_dict", None)) and callable(getattr(candidate, "load_state_dict", None))
+
+
+def _sampler_name(loader: "DataLoader[Any]") -> str:
+    return "batch_sampler" if loader.batch_sampler is not None else "sampler"
+
+
+def note_samples(loader: "DataLoader[Any]") -> NotingSampler:
+    """Put a noting proxy around the loader's sampler (once) and return it; nothing else changes."""
+    name = _sampler_name(loader)
+    sampler = getattr(loader, name)
+    if isinstance(sampler, NotingSampler):
+        return sampler
+    noting = (_StatefulNotingSampler if _is_stateful(sampler) else NotingSampler)(sampler)
+    object.__setattr__(loader, name, noting)  # DataLoader forbids assignment after its construction
+    return noting
+
+
+def stop_noting(loader: "DataLoader[Any]") -> None:
+    """Give the loader its own sampler back."""
+    name = _sampler_name(loader)
+    sampler = getattr(loader, name)
+    if isinstance(sampler, NotingSampler):
+        object.__setattr__(loader, name, sampler.inner)
