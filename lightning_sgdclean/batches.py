@@ -93,6 +93,19 @@ def collate_items(loader: "DataLoader[Any]", items: list[Any]) -> Any:
     return collate(items if loader.batch_sampler is not None else items[0])
 
 
+def cloned(batch: Any) -> Any:
+    """A batch of fresh tensors: what is done to it, the original does not feel."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, dict):
+        return {key: cloned(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(cloned, batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map(cloned, batch))
+    return batch
+
+
 def pack_batch(batch: Any) -> tuple[Any, list[Tensor]]:
     """Take a batch apart into a JSON skeleton and a list of tensors, without pickle.
 

@@ -35,7 +35,7 @@ _FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "'")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ranking:
-    r"""Training samples ordered by influence, the most harmful one first, ties by sample id.
+    """Training samples ordered by influence, the most harmful one first, ties by sample id.
 
     The influence of a sample predicts ``F(trained without it) - F(trained with it)`` for the objective
     ``F``, by default the validation loss: **negative means harmful**. Build one with
@@ -118,6 +118,8 @@ class Ranking:
         )
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         harmful, helpful = int((self.influence < 0).sum()), int((self.influence > 0).sum())
         text = f"{len(self)} samples: {harmful} harmful, {helpful} helpful"
@@ -163,7 +165,9 @@ class Ranking:
         if self.sample_id.dtype == object:
             raise TypeError("keep() needs sample ids that are positions in the dataset, found str ids.")
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise TypeError(f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}.")
+            raise TypeError(
+                f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}."
+            )
         size = len(dataset)
         outside = self.sample_id[(self.sample_id < 0) | (self.sample_id >= size)]
         if len(outside):
@@ -212,9 +216,9 @@ class Ranking:
         return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
-        """Write the ranking as CSV, under a temporary name until it is complete.
+        r"""Write the ranking as CSV, under a temporary name until it is complete.
 
-        UTF-8, one header line, ``\\n`` line ends; :meth:`load` gives back every influence bit for bit. A str
+        UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. A str
         id that a spreadsheet could take for a formula is written with a leading apostrophe.
 
         Args:
@@ -278,7 +282,9 @@ def _checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> lis
     ids = [_plain_id(value) for value in found]
     texts = sum(isinstance(value, str) for value in ids)
     if 0 < texts < len(ids):
-        raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
+        raise ValueError(
+            f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str."
+        )
     return ids
 
 
@@ -290,7 +296,9 @@ def _plain_id(value: object) -> SampleId:
             raise ValueError(f"Sample id {value!r} cannot be written as UTF-8.") from error
         return str(value)
     if not isinstance(value, int | np.integer | np.bool_):
-        raise TypeError(f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}.")
+        raise TypeError(
+            f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}."
+        )
     number = int(value)
     if not _INT64.min <= number <= _INT64.max:
         raise ValueError(f"Sample id {number} does not fit into 64 bits.")
@@ -452,5 +460,7 @@ def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
             raise ValueError(f"{path}, line {line}: expected an integer sample id, found {cell!r}.")
         sample = int(cell) if as_int else cell.removeprefix("'")
         if first_line.setdefault(sample, line) != line:
-            raise ValueError(f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too.")
+            raise ValueError(
+                f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too."
+            )
     return list(first_line)

@@ -1,0 +1,66 @@
+# make demo     train on MNIST with flipped labels, find them, train again without them
+# make test     lint, format, types, tests
+# make bench    measure what recording and retracing cost
+# make clean    remove the environment, builds and caches
+#
+# Everything runs in .venv, made on the first call with the versions of constraints.txt and
+# PyTorch's CPU build. Another build of PyTorch (give it on every call, or export it):
+#   make demo TORCH="torch==2.13.0"
+# Another Python:                make demo PYTHON=python3.12
+# Options of the demo:           make demo ARGS="--epochs 4 --seed 1"
+
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: demo test bench clean FORCE
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/all.done
+	$(PY) examples/mnist_flipped_labels.py $(ARGS)
+
+# pytest comes last, so that the output ends in its summary.
+test: $(VENV)/test.done
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+bench: $(VENV)/all.done
+	$(PY) benchmarks/cost.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+# Rewritten only when TORCH changes.
+$(VENV)/torch.choice: FORCE | $(VENV)/pyvenv.cfg
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+# PyTorch alone and first, so that nothing else can pull in another build of it. On Linux the
+# constraint asks for the "+cpu" build; pip's usual index has none, but uv knows where it lies.
+$(VENV)/torch.done: constraints.txt $(VENV)/torch.choice
+ifeq ($(strip $(TORCH)),)
+	cp constraints.txt $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt torch || { \
+	    echo "pip's index has no CPU build of PyTorch: asking uv for it." && \
+	    $(PIP) install -q -c $(VENV)/constraints.txt uv && \
+	    $(VENV)/bin/uv pip install --python $(PY) --torch-backend cpu -c $(VENV)/constraints.txt torch; }
+else
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt '$(TORCH)'
+endif
+	touch $@
+
+# The package in place, with the extra that gives the file its name.
+$(VENV)/all.done $(VENV)/test.done: $(VENV)/%.done: $(VENV)/torch.done setup.cfg pyproject.toml
+	@echo "Installing lightning-sgdclean[$*] into $(VENV)"
+	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[$*]'
+	touch $@

@@ -1,0 +1,572 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callback: Lightning's hooks wired to the stages. No arithmetic here."""
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from lightning_sgdclean import checks, report
+from lightning_sgdclean._lightning import CALLBACK_BASES
+from lightning_sgdclean.artifacts import publish
+from lightning_sgdclean.batches import batch_digest, cloned, collate_items, fetch_batch, fetch_items
+from lightning_sgdclean.curvature import engine_named
+from lightning_sgdclean.errors import (
+    NonFiniteError,
+    ObjectiveError,
+    ReplayMismatchError,
+    RunDirectoryError,
+    SampleIdError,
+    SGDInfluenceError,
+    SGDInfluenceWarning,
+    UnsupportedTrainingError,
+)
+from lightning_sgdclean.objective import (
+    ObjectiveGradient,
+    logged_value,
+    no_such_value,
+    objective_gradient,
+    validation_batches,
+)
+from lightning_sgdclean.randomness import random_state, untouched_randomness
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.recorder import Recorder, trained_parameters
+from lightning_sgdclean.replay import Surroundings, untouched_module
+from lightning_sgdclean.retrace import Walk, retrace_steps
+from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.split import prove_split, with_neighbours
+from lightning_sgdclean.store import Trajectory, TrajectoryWriter, write_json
+from lightning_sgdclean.surroundings import surroundings_of
+from lightning_sgdclean.trajectory import MicroBatch, SampleId, Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.updates import update_of
+
+
+class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
+    """Ranks the training samples of a run by the harm they did to its validation loss.
+
+    Records every optimizer step while ``fit`` trains (the training itself stays as it is, to the last
+    bit), retraces the last epochs backwards when it is done, and writes a ranked ``influence.csv``.
+    A negative influence is harmful: the validation loss would be lower had training gone without
+    the sample.
+
+    Followed: one of torch's SGD, Adam and AdamW with any options, groups and schedules, gradient
+    accumulation and clipping, BatchNorm with its running statistics, dropout, any sampler. What
+    cannot be followed is refused, before the first step where it can be known by then.
+
+    Example::
+
+        callback = SGDInfluence(monitor="val_loss")
+        trainer = Trainer(callbacks=[callback])
+        trainer.fit(model, datamodule)
+        callback.ranking.harmful(20)  # ids of the 20 worst samples
+
+    Args:
+        monitor: Name of the value that ``validation_step`` logs for each batch; the objective is its
+            mean over the validation set, as Lightning computes it.
+        mode: ``"min"`` if the value should be low, ``"max"`` if it should be high.
+        objective: Instead of ``monitor``, a callable ``(pl_module, batch)`` that returns a
+            differentiable scalar, or a scalar and its weight (by default the batch's size).
+        val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data.
+        epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
+        curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any
+            operation) or ``"none"`` (no Hessian; for comparison).
+        finite_radius: Radius of ``"finite"`` relative to the parameters' length.
+        dirpath: Run directory; by default ``sgd_influence`` in the logger's directory, the next free name.
+        overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
+        sample_ids: Callable from a batch to its samples' ids (int or str); by default their positions
+            in the training loader's dataset.
+        sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training
+            loss, for losses that cannot be split by themselves.
+        on_mismatch: Whether a replay that differs from the record is an error or a warning.
+        tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
+        keep_trajectory: Whether to keep the recorded steps once the ranking is written.
+
+    Attributes:
+        ranking: The :class:`Ranking` of the last fit.
+        run_dir: Where its files lie.
+        summary: What ``summary.json`` holds.
+
+    Raises:
+        SGDInfluenceError: One of its subclasses, from ``fit``, each saying what was found and what to do.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        *,
+        mode: Literal["min", "max"] = "min",
+        objective: Callable[[Any, Any], Any] | None = None,
+        val_dataloaders: Any = None,
+        epochs: int | Literal["all"] = 1,
+        curvature: Literal["exact", "finite", "none"] = "exact",
+        finite_radius: float = 0.01,
+        dirpath: str | Path | None = None,
+        overwrite: bool = False,
+        sample_ids: Callable[[Any], Any] | None = None,
+        sample_losses: Callable[[Any, Any], Tensor] | None = None,
+        on_mismatch: Literal["raise", "warn"] = "raise",
+        tolerance: float | None = None,
+        keep_trajectory: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_choice("mode", mode, ("min", "max"))
+        _check_choice("curvature", curvature, ("exact", "finite", "none"))
+        _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
+        if epochs != "all" and not (isinstance(epochs, int) and epochs >= 1):
+            raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
+        if finite_radius <= 0:
+            raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
+        if objective is not None and not callable(objective):
+            raise ValueError(f"objective must be a callable (pl_module, batch) -> scalar, got {type(objective).__name__}.")
+        self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
+        self.epochs, self.curvature, self.finite_radius = epochs, curvature, finite_radius
+        self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
+        self.sample_ids, self.sample_losses = sample_ids, sample_losses
+        self.on_mismatch, self.tolerance = on_mismatch, tolerance
+        self.ranking: Ranking | None = None
+        self.run_dir: Path | None = None
+        self.summary: dict[str, Any] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be as before any fit."""
+        self._active = False
+        self._loaders: list[Any] = []
+        self._noting: NotingSampler | None = None
+        self._recorder: Recorder | None = None
+        self._writer: TrajectoryWriter | None = None
+        self._hook: Any = None
+        self._failure: Exception | None = None
+        self._checked_validation = False
+        self._logged: tuple[int, float] | None = None
+        self._seconds = {"fit": 0.0, "retrace": 0.0}
+
+    # Recording -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check what is known by now, and shadow the strategy's hook that sees the training loader."""
+        self._forget()
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        checks.check_module(trainer, pl_module, self.objective is not None)
+        if self.dirpath is not None and _holds_run(Path(self.dirpath)) and not self.overwrite:
+            raise RunDirectoryError(
+                f"{self.dirpath} already holds a run. Give another dirpath=, or overwrite=True to delete that one."
+            )
+        process = trainer.strategy.process_dataloader
+
+        def process_dataloader(loader: Any) -> Any:
+            if trainer.training:
+                self._see_train_loader(loader)
+            return process(loader)
+
+        trainer.strategy.process_dataloader = process_dataloader
+
+    def _see_train_loader(self, loader: Any) -> None:
+        checks.check_train_loader(loader, self.sample_ids is not None)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            self._noting = note_samples(loader)
+        if loader not in self._loaders:
+            self._loaders.append(loader)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the optimizer, choose the run directory, and listen to the optimizer's steps."""
+        log_dir = trainer.log_dir or trainer.default_root_dir  # on every rank: it broadcasts
+        if trainer.fast_dev_run:
+            return
+        checks.check_optimizers(trainer)
+        checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
+        self.run_dir = _fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
+        self._writer = TrajectoryWriter(self.run_dir / "trajectory")
+        self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
+        self._hook = trainer.optimizers[0].register_step_post_hook(partial(self._after_optimizer_step, trainer))
+        self._active = True
+        self._seconds["fit"] = -time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the training loader, which exists by now."""
+        if not self._active:
+            return
+        if not self._loaders:
+            raise SampleIdError(
+                "The training loader was made before this callback was set up, so its samples were not seen. Do not ask "
+                "for trainer.estimated_stepping_batches in DataModule.setup."
+            )
+        num = len(trainer.fit_loop._combined_loader.flattened)
+        if num != 1:
+            raise UnsupportedTrainingError(f"There are {num} training loaders; exactly one can be followed.")
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """In the sanity check already: is there a value of that name, and can it be differentiated?"""
+        wanted = trainer.sanity_checking and self.objective is None and self.val_dataloaders is None
+        if not self._active or self._checked_validation or not wanted:
+            return
+        num_loaders = len(trainer.num_sanity_val_batches)
+        surroundings = surroundings_of(trainer, pl_module)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            untouched_randomness(surroundings.device),
+            untouched_module(pl_module),
+            surroundings.as_stage("validate"),
+            surroundings.val_context(),
+        ):
+            value, _, names = logged_value(pl_module, (cloned(batch), batch_idx, dataloader_idx), self.monitor, num_loaders)
+        if value is None and num_loaders == 1:
+            raise no_such_value(self.monitor, names)
+        self._checked_validation = value is not None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Name the batch's samples; on the first one, prove that the loss splits by sample."""
+        if not self._active:
+            return
+        positions = self._noting.next_ids() if self._noting is not None else None
+        if self._failure is not None:
+            return
+        assert self._recorder is not None  # noqa: S101 - made with _active
+        names = self._names(batch, positions)
+        device = trainer.strategy.root_device
+        micro = MicroBatch(
+            ids=names,
+            positions=positions,
+            epoch=trainer.current_epoch,
+            batch_idx=batch_idx,
+            random=random_state(device),
+            digest=batch_digest(batch, len(names)),
+            batch=cloned(batch) if positions is None else None,
+        )
+        is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
+        self._recorder.begin_batch(micro)
+        if is_first and self.sample_losses is None:
+            self._prove_split(trainer, pl_module, micro, partial(with_neighbours, batch))
+
+    def _names(self, batch: Any, positions: list[int] | None) -> list[SampleId]:
+        if self.sample_ids is None:
+            assert positions is not None  # noqa: S101 - check_train_loader saw to it
+            return list(positions)
+        given = self.sample_ids(batch)
+        names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
+        if positions is not None and len(names) != len(positions):
+            raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
+        return names
+
+    def _prove_split(self, trainer: Any, module: Any, micro: MicroBatch, variant: Callable[[Tensor], Any]) -> None:
+        params = list(trained_parameters(module, trainer.optimizers[0]).values())
+        prove_split(
+            module,
+            params,
+            variant,
+            len(micro.ids),
+            micro.batch_idx,
+            micro.random,
+            surroundings_of(trainer, module),
+            self.sample_losses,
+        )
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Note the loss."""
+        if self._active and self._recorder is not None and self._failure is None:
+            self._recorder.note_loss(loss)
+
+    def _after_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        """Write the step; an error of ours ends the recording, never the training."""
+        if not self._active or self._recorder is None or self._failure is not None:
+            return
+        clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+        try:
+            self._recorder.commit(
+                index=trainer.global_step,
+                ends_epoch=bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches,
+                clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
+                divisor=trainer.accumulate_grad_batches,
+            )
+        except (SGDInfluenceError, OSError) as error:
+            self._failure = error
+            warnings.warn(
+                f"Recording stopped at step {trainer.global_step}, training goes on: {error}", SGDInfluenceWarning, stacklevel=2
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A batch that the collate function made None never started; it was drawn all the same."""
+        if self._active and batch is None and self._noting is not None:
+            self._noting.next_ids()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep what was logged, to hold the recomputed objective against."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if self._active and not trainer.sanity_checking and value is not None:
+            self._logged = trainer.global_step, float(value)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of epochs that no window reaches any more."""
+        if self._active and self._writer is not None and self._failure is None:
+            self._writer.flush()
+            self._writer.drop_before(first_epoch_kept(trainer.current_epoch, True, self.epochs))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave a whole trajectory and a Trainer without our hooks."""
+        if self._active and self._writer is not None and self._failure is None:
+            self._writer.flush()
+        self._unhook(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Remove the hooks of a fit that ended early."""
+        self._unhook(trainer)
+
+    def _unhook(self, trainer: Any) -> None:
+        trainer.strategy.__dict__.pop("process_dataloader", None)
+        for loader in self._loaders:
+            if isinstance(loader, DataLoader):
+                stop_noting(loader)
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._active = False
+
+    # Retracing -------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Retrace the window, rank, write, tell the loggers."""
+        if not self._active:
+            return
+        assert self._writer is not None and self.run_dir is not None  # noqa: S101, PT018 - made with _active
+        self._seconds["fit"] += time.perf_counter()
+        if self._failure is not None:
+            self._unhook(trainer)
+            raise RunDirectoryError(
+                f"The recording had stopped early, so there is nothing to rank by: {self._failure}"
+            ) from self._failure
+        self._writer.flush()
+        self._unhook(trainer)
+        began = time.perf_counter()
+        surroundings = surroundings_of(trainer, pl_module)
+        home = next(pl_module.parameters()).device
+        pl_module.to(surroundings.device)
+        try:
+            with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(pl_module) as restore:
+                ranking, about = self._retrace(trainer, pl_module, surroundings, restore)
+        except SGDInfluenceError as error:
+            error.add_note(f"The training is complete and its weights are untouched; its trajectory lies in {self.run_dir}.")
+            raise
+        finally:
+            pl_module.to(home)
+        self._seconds["retrace"] = time.perf_counter() - began
+        self._finish(trainer, ranking, about)
+
+    def _retrace(
+        self, trainer: Any, module: Any, surroundings: Surroundings, restore: Callable[[], None]
+    ) -> tuple[Ranking, dict[str, Any]]:
+        assert self.run_dir is not None  # noqa: S101
+        trajectory = Trajectory(self.run_dir / "trajectory")
+        if not trajectory.steps:
+            raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
+        last = trajectory.steps[-1]
+        from_epoch = first_epoch_kept(last.epoch, last.ends_epoch, self.epochs)
+        steps = [step for step in trajectory.steps if step.epoch >= from_epoch]
+        params = trained_parameters(module, trainer.optimizers[0])
+        dtype = next(iter(params.values())).dtype
+        walk = Walk(
+            module=module,
+            params=params,
+            surroundings=surroundings,
+            batch_of=lambda micro: self._batch_again(surroundings, micro),
+            restore_attributes=restore,
+            engine=engine_named(self.curvature, self.finite_radius),
+            update=update_of(trainer.optimizers[0]),
+            optimizer_kind=type(trainer.optimizers[0]),
+            tolerance=self.tolerance or (1e-12 if dtype is torch.float64 else 1e-5),
+            on_mismatch=self.on_mismatch,
+            sample_losses=self.sample_losses,
+        )
+        modes = {part: part.training for part in module.modules()}
+        objective, complaint = self._objective(trainer, module, params, trajectory, last, surroundings)
+        restore()
+        for part, mode in modes.items():
+            part.training = mode
+        first_micro = steps[0].micro[0]
+        if first_micro.positions is not None and self.sample_losses is None:
+            self._prove_ids(trainer, module, trajectory, steps[0], surroundings)
+        quiet = trainer.progress_bar_callback is None or getattr(trainer.progress_bar_callback, "is_disabled", False)
+        with surroundings.as_stage("train"), tqdm(total=len(steps), desc="Retracing", disable=quiet) as bar:
+            ids, influence, visits = retrace_steps(trajectory, steps, objective, walk, lambda: bar.update() and None)
+        in_last = sum(step.epoch == last.epoch for step in steps)
+        for text in [*walk.error.complaints[:3], *complaint]:
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+        about = {
+            "objective": {
+                "name": self.monitor if self.objective is None else getattr(self.objective, "__name__", "objective"),
+                "mode": self.mode,
+                "recomputed": objective.value if self.mode == "min" else -objective.value,
+                "logged": self._logged[1] if self._logged else None,
+                "logged_at_step": self._logged[0] if self._logged else None,
+            },
+            "window": {
+                "words": window_in_words(steps[0], last, in_last),
+                "first_step": steps[0].index,
+                "last_step": last.index,
+                "num_steps": len(steps),
+            },
+            "replay": {
+                "words": report.replay_in_words(walk.error),
+                "loss_error": walk.error.loss,
+                "update_error": walk.error.update,
+                "batches": walk.error.num_batches,
+                "batches_bit_for_bit": walk.error.num_bitwise,
+                "complaints": walk.error.complaints,
+            },
+        }
+        return Ranking.from_influence(ids, influence, visits), about
+
+    def _batch_again(self, surroundings: Surroundings, micro: MicroBatch) -> Any:
+        if micro.positions is None:
+            return torch.utils._pytree.tree_map(
+                lambda leaf: leaf.to(surroundings.device) if isinstance(leaf, Tensor) else leaf, micro.batch
+            )
+        return surroundings.prepare(fetch_batch(self._loaders[-1], micro.positions), 0)
+
+    def _prove_ids(
+        self, trainer: Any, module: Any, trajectory: Trajectory, step: Step, surroundings: Surroundings
+    ) -> None:
+        """Replace samples before they are collated: do the loss's rows belong to the ids, too?"""
+        loader, micro = self._loaders[-1], step.micro[0]
+        assert micro.positions is not None  # noqa: S101 - the caller looked
+        micro.random = trajectory.random(step, 0)
+        if loader.batch_sampler is None:
+            return
+        items = fetch_items(loader, micro.positions)
+
+        def variant(replaced: Tensor) -> Any:
+            changed = [items[i - 1] if replaced[i] else items[i] for i in range(len(items))]
+            return surroundings.prepare(collate_items(loader, changed), 0)
+
+        self._prove_split(trainer, module, micro, variant)
+
+    def _objective(
+        self,
+        trainer: Any,
+        module: Any,
+        params: dict[str, Any],
+        trajectory: Trajectory,
+        last: Step,
+        surroundings: Surroundings,
+    ) -> tuple[ObjectiveGradient, list[str]]:
+        """Gradient at the recorded end point, and what is odd about its value."""
+        own = self.val_dataloaders is not None
+        loaders = self.val_dataloaders if own else trainer.val_dataloaders
+        if loaders is None:
+            raise ObjectiveError(
+                "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
+            )
+        end = trajectory.state(last.index + 1)
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(end.params[name])
+            for name, buffer in module.named_buffers():
+                buffer.copy_(end.buffers[name])
+        num = len(loaders) if isinstance(loaders, list | tuple) else 1
+        with surroundings.as_stage("validate"):
+            result = objective_gradient(
+                module,
+                list(params.values()),
+                validation_batches(loaders, None if own else trainer.num_val_batches),
+                surroundings,
+                self.monitor,
+                self.objective,
+                num,
+            )
+        complaint = [] if own or self.objective is not None else self._compare_objective(result.value, last)
+        if self.mode == "max":
+            result = ObjectiveGradient(
+                -result.value, [-g for g in result.params], {n: -g for n, g in result.buffers.items()}
+            )
+        return result, complaint
+
+    def _compare_objective(self, value: float, last: Step) -> list[str]:
+        if self._logged is None or self._logged[0] != last.index + 1:
+            return []  # the last validation saw other weights
+        logged = self._logged[1]
+        if abs(value - logged) <= 1e-4 * max(abs(logged), 1e-12):
+            return []
+        text = (
+            f"{self.monitor!r} recomputed on the final weights is {value!r}, but {logged!r} was logged for them. Likely "
+            "causes: random validation data, weights moved after the last step, or a value not averaged by batch size."
+        )
+        if self.on_mismatch == "raise":
+            raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
+        return [text]
+
+    def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
+        assert self.run_dir is not None and self._writer is not None  # noqa: S101, PT018
+        if not len(ranking):
+            raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
+        optimizer = trainer.optimizers[0]
+        self.ranking = ranking
+        self.summary = {
+            "format": 1,
+            "versions": report.versions(),
+            "id_type": "int" if ranking.sample_id.dtype != object else "str",
+            "num_samples": len(ranking),
+            "num_harmful": int((ranking.influence < 0).sum()),
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            "precision": str(trainer.precision),
+            "engine": self.curvature,
+            **about,
+            "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
+            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
+            "trajectory_bytes": self._writer.bytes_written,
+        }
+        csv_path = ranking.save(self.run_dir / "influence.csv")
+        write_json(self.run_dir / "summary.json", self.summary)
+        publish(trainer.loggers, ranking, [csv_path, self.run_dir / "summary.json"], trainer.global_step, self._unit)
+        if not self.keep_trajectory:
+            shutil.rmtree(self.run_dir / "trajectory")
+        bar = trainer.progress_bar_callback
+        if bar is not None and not getattr(bar, "is_disabled", False):
+            tqdm.write(report.closing_text(ranking, self.summary, self.run_dir))
+
+    @property
+    def _unit(self) -> str:
+        return self.monitor if self.objective is None else "objective"
+
+
+def _plain_id(name: Any) -> SampleId:
+    value = name.item() if hasattr(name, "item") else name
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "trajectory").exists() or (folder / "influence.csv").exists()
+
+
+def _fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path:
+    if wanted is not None:
+        folder = Path(wanted)
+        if overwrite and _holds_run(folder):
+            shutil.rmtree(folder / "trajectory", ignore_errors=True)
+            for name in ("influence.csv", "summary.json"):
+                (folder / name).unlink(missing_ok=True)
+    else:
+        folder, number = log_dir / "sgd_influence", 1
+        while folder.exists():
+            number += 1
+            folder = log_dir / f"sgd_influence-{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

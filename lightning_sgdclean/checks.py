@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold of a Trainer and its module for a run to be followed: one function a precondition."""
+
+import inspect
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sgdclean.errors import ObjectiveError, SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.updates import update_of
+
+
+def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
+    """Before anything is set up: the module's own ways.
+
+    Raises:
+        UnsupportedTrainingError: Manual optimization, ``dataloader_iter`` or several processes.
+        ObjectiveError: Nothing to validate by.
+    """
+    if not module.automatic_optimization:
+        raise UnsupportedTrainingError(
+            "The module optimizes manually (automatic_optimization=False), so what an optimizer step is made of cannot "
+            "be seen. Return the loss from training_step and let Lightning optimize."
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise UnsupportedTrainingError(
+            "training_step takes dataloader_iter, so batches cannot be told apart. Take (batch, batch_idx) instead."
+        )
+    if trainer.world_size > 1:
+        raise UnsupportedTrainingError(
+            f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise UnsupportedTrainingError(
+            'precision="16-mixed" scales the loss and skips steps, which is not followed. Use "bf16-mixed" or "32-true".'
+        )
+    if not has_objective and not callable(getattr(type(module), "validation_step", None)):
+        raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
+
+
+def check_optimizers(trainer: Any) -> None:
+    """Once the optimizers exist.
+
+    Raises:
+        UnsupportedTrainingError: Not exactly one, or one whose step has no transpose.
+    """
+    optimizers = trainer.optimizers
+    if len(optimizers) != 1:
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+        raise UnsupportedTrainingError(
+            f"configure_optimizers gave {len(optimizers)} optimizers ({names}); exactly one can be followed. "
+            "Put all parameters into groups of one optimizer."
+        )
+    update_of(optimizers[0])
+
+
+def check_train_loader(loader: Any, has_sample_ids: bool) -> None:
+    """Once the training loader exists.
+
+    Raises:
+        SampleIdError: Its samples have no positions, and no ``sample_ids`` names them.
+        UnsupportedTrainingError: Batches arrive in another order than they are drawn, or it is no DataLoader.
+    """
+    if not isinstance(loader, DataLoader):
+        if has_sample_ids:
+            return
+        raise SampleIdError(
+            f"The training data come from a {type(loader).__name__}, not a torch DataLoader, so samples have no "
+            "positions. Give sample_ids=, a callable from the batch to its samples' ids."
+        )
+    if isinstance(loader.dataset, IterableDataset) and not has_sample_ids:
+        raise SampleIdError(
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. Give sample_ids=, "
+            "a callable from the batch to its samples' ids."
+        )
+    if not getattr(loader, "in_order", True):
+        raise UnsupportedTrainingError(
+            "The training loader has in_order=False: batches arrive in another order than they are drawn. Use in_order=True."
+        )
+
+
+def check_validation(trainer: Any, has_objective: bool, has_loaders: bool) -> None:
+    """Before the first step: is there anything to validate on?
+
+    Raises:
+        ObjectiveError: If the Trainer never validates and no loaders were given.
+    """
+    if has_loaders or trainer.enable_validation:
+        return
+    what = "val_dataloaders=" if has_objective else "a validation loader to fit (or val_dataloaders=)"
+    raise ObjectiveError(f"The Trainer has nothing to validate on (no loader, or limit_val_batches=0). Give {what}.")

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record a run, one optimizer update at a time, from what the hooks hand over."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.errors import UnsupportedTrainingError
+from lightning_sgdclean.store import TrajectoryWriter
+from lightning_sgdclean.trajectory import MicroBatch, State, Step
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer moves, by their names in the module, in the optimizer's order.
+
+    Raises:
+        UnsupportedTrainingError: If the optimizer holds a tensor that is no parameter of the module.
+    """
+    names = {id(param): name for name, param in module.named_parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if id(param) not in names:
+                raise UnsupportedTrainingError(
+                    f"Group {number} of the optimizer holds a tensor of shape {tuple(param.shape)} that is no "
+                    "parameter of the LightningModule. Make it one (self.name = nn.Parameter(...))."
+                )
+            if param.requires_grad:
+                found[names[id(param)]] = param
+    return found
+
+
+def hyper_parameters(module: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """All plain options of all parameter groups as they stand now, with the names of the parameters."""
+    names = {id(param): name for name, param in module.named_parameters()}
+    return [
+        {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(value)}
+        | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(_is_plain(v) for v in value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer) -> State:
+    """The live state, not copied."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, param in params.items():
+        entries = optimizer.state.get(param)
+        if entries:
+            states[name] = {
+                key: value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+                for key, value in entries.items()
+                if isinstance(value, Tensor | int | float)
+            }
+    return State(dict(params), dict(module.named_buffers()), states)  # type: ignore[arg-type]
+
+
+class Recorder:
+    """Collects micro-batches and writes a step whenever the optimizer has made one."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter) -> None:
+        self._module, self._optimizer, self._writer = module, optimizer, writer
+        self._params = trained_parameters(module, optimizer)
+        self._pending: list[MicroBatch] = []
+        self.num_steps = 0
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether batches wait for the optimizer's step."""
+        return bool(self._pending)
+
+    def begin_batch(self, micro: MicroBatch) -> None:
+        """A batch is about to be trained on."""
+        if self.num_steps == 0 and not self._pending:
+            self._writer.begin(current_state(self._module, self._params, self._optimizer))
+        self._pending.append(micro)
+
+    def note_loss(self, loss: Tensor) -> None:
+        """The batch's loss, just before it is differentiated."""
+        if self._pending:
+            self._pending[-1].loss = loss.detach().clone()
+
+    def commit(self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int) -> None:
+        """The optimizer has stepped: write what it was made of and what it led to."""
+        micro = [micro for micro in self._pending if micro.loss is not None]
+        self._pending = []
+        if not micro:  # training_step skipped every batch of it
+            return
+        step = Step(
+            index=index,
+            epoch=micro[-1].epoch,
+            ends_epoch=ends_epoch,
+            groups=hyper_parameters(self._module, self._optimizer),
+            clip=clip,
+            divisor=divisor,
+            unused=[name for name, param in self._params.items() if param.grad is None],
+            micro=micro,
+        )
+        self._writer.append(step, current_state(self._module, self._params, self._optimizer))
+        self.num_steps += 1

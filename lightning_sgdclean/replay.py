@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the user's own ``training_step`` again, outside the training loop, and leave no trace of it."""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.running_stats import BatchStatistic, RunningStatistics
+from lightning_sgdclean.weighting import SampleWeights
+
+SampleLosses = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a LightningModule sees around its steps, as callables: the later stages need no Trainer.
+
+    Attributes:
+        device: Where the module and its batches belong.
+        prepare: ``(batch, dataloader_idx)`` -> the batch converted, moved and through the transfer hooks.
+        train_context: Precision context of a training step.
+        val_context: Precision context of a validation step.
+        set_clock: ``(epoch, global_step)`` that ``current_epoch`` and ``global_step`` are to show.
+        as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
+    """
+
+    device: torch.device
+    prepare: Callable[[Any, int], Any]
+    train_context: Callable[[], AbstractContextManager[Any]]
+    val_context: Callable[[], AbstractContextManager[Any]]
+    set_clock: Callable[[int, int], None]
+    as_stage: Callable[[str], AbstractContextManager[Any]]
+
+
+_TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+class _Attributes:
+    """What the plain attributes of a module and its submodules held; lists and tensors by content."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [(part, {k: v for k, v in part.__dict__.items() if k not in _TORCH_OWN}) for part in module.modules()]
+        values = [value for _, attributes in self._saved for value in attributes.values()]
+        self._contents = [(value, value.copy()) for value in values if type(value) in (list, dict, set, deque)]
+        self._tensors = [(value, value.detach().clone()) for value in values if isinstance(value, Tensor)]
+
+    def restore(self) -> None:
+        for part, attributes in self._saved:
+            for name in [name for name in part.__dict__ if name not in attributes and name not in _TORCH_OWN]:
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
+        for live, content in self._contents:
+            if live != content if type(live) is set else len(live) != len(content) or isinstance(live, dict):
+                live.clear()
+                live.extend(content) if isinstance(live, list | deque) else live.update(content)
+        with torch.no_grad():
+            for tensor, content in self._tensors:
+                tensor.copy_(content)
+
+
+@contextmanager
+def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave the module as it was found: parameters, buffers, modes, metric states, its lists.
+
+    Yields:
+        A callable that restores all but parameters and buffers already now, so that a module that
+        collects its losses in a list does not collect those of every replayed step.
+    """
+    attributes = _Attributes(module)
+    owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    tensors = [*module.parameters(), *(buffer for *_, buffer in owners if buffer is not None)]
+    contents = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield attributes.restore
+    finally:
+        attributes.restore()
+        for part, name, buffer in owners:
+            part._buffers[name] = buffer
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+
+
+@contextmanager
+def logging_to(module: Any, receive: Callable[..., None]) -> Iterator[None]:
+    """Within the block ``self.log`` and ``self.log_dict`` of the module go to ``receive(name, value, **options)``."""
+
+    def log_dict(dictionary: Any, *args: Any, **options: Any) -> None:
+        for name, value in dictionary.items():
+            receive(name, value, *args, **options)
+
+    module.__dict__.update(log=receive, log_dict=log_dict)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            module.__dict__.pop(name, None)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Log nowhere."""
+
+
+def takes_batch_idx(step: Callable[..., Any]) -> bool:
+    """Whether ``training_step`` or ``validation_step`` wants a ``batch_idx``, as Lightning decides it."""
+    parameters = inspect.signature(step).parameters
+    return "batch_idx" in parameters or len(parameters) >= 2
+
+
+@dataclass
+class Evaluated:
+    """One training loss with its graph, the running statistics' updates, and loss calls not split."""
+
+    loss: Tensor
+    updates: list[BatchStatistic]
+    unsplit: list[str]
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+def training_loss(
+    module: Any,
+    batch: Any,
+    batch_idx: int,
+    weights: Tensor,
+    surroundings: Surroundings,
+    sample_losses: SampleLosses | None = None,
+    twice_differentiable: bool = False,
+    watch_statistics: bool = True,
+) -> Evaluated:
+    """The loss of ``training_step`` as a function of parameters and sample weights.
+
+    Args:
+        module: The LightningModule, in the state that the loss is wanted for.
+        batch: As ``training_step`` gets it.
+        batch_idx: Likewise.
+        weights: ``(B,)``, all one.
+        surroundings: What stands for the Trainer.
+        sample_losses: The user's own ``(module, batch) -> (B,)`` instead of ``training_step``.
+        twice_differentiable: Use only kernels that have second derivatives.
+        watch_statistics: Whether to note BatchNorm's statistics with their graph.
+
+    Raises:
+        LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
+    """
+    watched, weighing = RunningStatistics(module, watch_statistics), SampleWeights(weights)
+    with ExitStack() as stack:
+        for context in (
+            logging_to(module, _ignore),
+            surroundings.train_context(),
+            *((_eagerly(), sdpa_kernel(SDPBackend.MATH)) if twice_differentiable else ()),
+            watched,
+        ):
+            stack.enter_context(context)
+        if sample_losses is not None:
+            loss = _mean_of(sample_losses(module, batch), weights)
+        else:
+            stack.enter_context(weighing)
+            step = module.training_step
+            output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
+            loss = output["loss"] if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise LossSplitError(f"training_step gave {type(loss).__name__} where a loss was recorded, on the same batch.")
+    return Evaluated(loss, watched.updates, weighing.unsplit)
+
+
+def _mean_of(losses: Tensor, weights: Tensor) -> Tensor:
+    if losses.shape != weights.shape:
+        raise LossSplitError(
+            f"sample_losses= gave a tensor of shape {tuple(losses.shape)} for a batch of {len(weights)} samples; "
+            f"expected ({len(weights)},), one loss a sample, whose mean is the training loss."
+        )
+    return (losses * weights).sum() / len(weights)

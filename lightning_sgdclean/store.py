@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory on disk: segments of steps (safetensors) and a manifest (JSON), each appearing whole."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_sgdclean.batches import pack_batch, unpack_batch
+from lightning_sgdclean.errors import RunDirectoryError
+from lightning_sgdclean.trajectory import MicroBatch, State, Step
+
+FORMAT = 1
+_SEGMENT_BYTES = 32 << 20
+_SEGMENT_STEPS = 256
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)}  # fmt: skip
+
+Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
+
+
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name once the block is through."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    with appearing_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def flatten(state: State) -> tuple[Layout, dict[str, Tensor]]:
+    """Copy a state into one flat tensor a dtype, and say what lies where."""
+    rows: Layout = []
+    by_dtype: dict[str, list[Tensor]] = {}
+
+    def add(kind: str, name: str, key: str, tensor: Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows.append([kind, name, key, dtype, list(tensor.shape)])
+        by_dtype.setdefault(dtype, []).append(tensor.detach().reshape(-1))
+
+    for name, tensor in state.params.items():
+        add("param", name, "", tensor)
+    for name, tensor in state.buffers.items():
+        add("buffer", name, "", tensor)
+    for name, entries in state.optimizer.items():
+        for key, tensor in entries.items():
+            add("optimizer", name, key, tensor.to(state.params[name].device))
+    return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
+
+
+def unflatten(layout: Layout, flat: dict[str, Tensor]) -> State:
+    """Undo :func:`flatten`; the tensors are views into ``flat``."""
+    state, offset = State(), dict.fromkeys(flat, 0)
+    for kind, name, key, dtype, shape in layout:
+        size = torch.Size(shape).numel()
+        tensor = flat[dtype][offset[dtype] : offset[dtype] + size].reshape(shape)
+        offset[dtype] += size
+        if kind == "optimizer":
+            state.optimizer.setdefault(name, {})[key] = tensor
+        else:
+            (state.params if kind == "param" else state.buffers)[name] = tensor
+    return state
+
+
+class TrajectoryWriter:
+    """Appends steps; keeps a few in memory and writes them a segment at a time.
+
+    A segment never crosses the end of an epoch, and holds the state before its first step as well as
+    the one after each of its steps, so that older segments can go while a later one stays readable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._layouts: list[Layout] = []
+        self._segments: list[dict[str, Any]] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._steps: list[dict[str, Any]] = []
+        self._last: tuple[int, dict[str, Tensor]] | None = None
+        self._num_segments = 0
+        self.bytes_written = 0
+
+    def begin(self, state: State) -> None:
+        """Take the state before the first step."""
+        self._last = self._flat(state)
+        self._write_manifest()
+
+    def append(self, step: Step, after: State) -> None:
+        """Add one step and the state after it."""
+        if self._last is None:
+            raise RunDirectoryError("A step came before the first state; begin() must be called first.")
+        if not self._steps:
+            self._keep_state(step.index, self._last)
+        self._steps.append(self._keep_step(step))
+        self._last = self._flat(after)
+        self._keep_state(step.index + 1, self._last)
+        self._steps[-1]["layout"] = self._last[0]
+        held = sum(tensor.nbytes for tensor in self._tensors.values())
+        if held >= _SEGMENT_BYTES or len(self._steps) >= _SEGMENT_STEPS or step.ends_epoch:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held in memory as one segment."""
+        if not self._steps:
+            return
+        name = f"segment-{self._num_segments:06d}.safetensors"
+        self._num_segments += 1
+        with appearing_whole(self._folder / name) as temporary:
+            save_file(self._tensors, temporary, metadata={"steps": json.dumps(self._steps)})
+        size = (self._folder / name).stat().st_size
+        self.bytes_written += size
+        first, last = self._steps[0], self._steps[-1]
+        self._segments.append(
+            {
+                "file": name,
+                "first": first["index"],
+                "last": last["index"],
+                "epoch": last["epoch"],
+                "layout": self._first_layout,
+                "bytes": size,
+            }
+        )
+        self._tensors, self._steps = {}, []
+        self._write_manifest()
+
+    def drop_before(self, epoch: int) -> None:
+        """Forget the segments of earlier epochs: no window will reach them any more."""
+        gone = [segment for segment in self._segments if segment["epoch"] < epoch]
+        if gone:
+            self._segments = [segment for segment in self._segments if segment["epoch"] >= epoch]
+            self._write_manifest()
+            for segment in gone:
+                (self._folder / segment["file"]).unlink(missing_ok=True)
+
+    def _flat(self, state: State) -> tuple[int, dict[str, Tensor]]:
+        layout, flat = flatten(state)
+        if not self._layouts or self._layouts[-1] != layout:
+            self._layouts.append(layout)
+        return len(self._layouts) - 1, flat
+
+    def _keep_state(self, index: int, flat: tuple[int, dict[str, Tensor]]) -> None:
+        if not self._steps:
+            self._first_layout = flat[0]
+        for dtype, tensor in flat[1].items():
+            self._tensors[f"state/{index}/{dtype}"] = tensor
+
+    def _keep_step(self, step: Step) -> dict[str, Any]:
+        return {
+            "index": step.index,
+            "epoch": step.epoch,
+            "ends_epoch": step.ends_epoch,
+            "groups": step.groups,
+            "clip": step.clip,
+            "divisor": step.divisor,
+            "unused": step.unused,
+            "micro": [self._keep_micro(f"{step.index}/{i}", micro) for i, micro in enumerate(step.micro)],
+        }
+
+    def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
+        for name, tensor in micro.random.items():
+            self._tensors[f"random/{key}/{name}"] = tensor
+        self._tensors[f"digest/{key}"] = micro.digest
+        if micro.loss is not None:
+            self._tensors[f"loss/{key}"] = micro.loss.detach().cpu().clone()
+        kept = None
+        if micro.batch is not None:
+            kept, tensors = pack_batch(micro.batch)
+            for i, tensor in enumerate(tensors):
+                self._tensors[f"batch/{key}/{i}"] = tensor.cpu().contiguous().clone()
+        return {
+            "ids": micro.ids,
+            "positions": micro.positions,
+            "epoch": micro.epoch,
+            "batch_idx": micro.batch_idx,
+            "batch": kept,
+        }
+
+    def _write_manifest(self) -> None:
+        manifest = {"format": FORMAT, "layouts": self._layouts, "segments": self._segments}
+        write_json(self._folder / "manifest.json", manifest)
+
+
+class Trajectory:
+    """A recorded run, read back. Steps are light and held in memory; states are read when asked for.
+
+    Raises:
+        RunDirectoryError: If the folder holds no trajectory, or one of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunDirectoryError(f"{folder} holds no readable trajectory: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise RunDirectoryError(
+                f"{folder} is a trajectory of format {manifest.get('format')!r}; this version reads format {FORMAT}. "
+                "Retrace it with the version that recorded it."
+            )
+        self._layouts: list[Layout] = manifest["layouts"]
+        self._files: dict[int, Any] = {}
+        self._open: tuple[str, Any] | None = None
+        self.steps: list[Step] = []
+        self._layout_after: dict[int, int] = {}
+        for segment in manifest["segments"]:
+            self._read_steps(segment)
+
+    def _read_steps(self, segment: dict[str, Any]) -> None:
+        handle = self._handle(segment["file"])
+        self._layout_after.setdefault(segment["first"], segment["layout"])
+        self._files.setdefault(segment["first"], segment["file"])
+        for row in json.loads(handle.metadata()["steps"]):
+            index = row["index"]
+            row["micro"] = [self._micro(handle, f"{index}/{i}", micro) for i, micro in enumerate(row["micro"])]
+            row["clip"] = tuple(row["clip"]) if row["clip"] else None
+            self._layout_after[index + 1] = row.pop("layout")
+            self._files[index + 1] = segment["file"]
+            self.steps.append(Step(**row))
+
+    def _micro(self, handle: Any, key: str, row: dict[str, Any]) -> MicroBatch:
+        kept, names = row.pop("batch"), set(handle.keys())
+        batch = None
+        if kept is not None:
+            num = sum(name.startswith(f"batch/{key}/") for name in names)
+            batch = unpack_batch(kept, [handle.get_tensor(f"batch/{key}/{i}") for i in range(num)])
+        loss = handle.get_tensor(f"loss/{key}") if f"loss/{key}" in names else None
+        return MicroBatch(**row, random={}, digest=handle.get_tensor(f"digest/{key}"), loss=loss, batch=batch)
+
+    def random(self, step: Step, micro: int) -> dict[str, Tensor]:
+        """Random state before micro-batch ``micro`` of a step."""
+        handle = self._handle(self._files[step.index + 1])
+        prefix = f"random/{step.index}/{micro}/"
+        return {name: handle.get_tensor(prefix + name) for name in self._random_names(handle, prefix)}
+
+    def _random_names(self, handle: Any, prefix: str) -> list[str]:
+        candidates = ("torch", "python", "python_gauss", "numpy", "numpy_gauss", "cuda")
+        names = set(handle.keys()) if "cuda" in torch.__dict__ and torch.cuda.is_available() else None
+        return [n for n in candidates if (n != "cuda" if names is None else prefix + n in names)]
+
+    def state(self, index: int) -> State:
+        """The state before step ``index`` (after the last step, for the end point)."""
+        handle, layout = self._handle(self._files[index]), self._layouts[self._layout_after[index]]
+        dtypes = dict.fromkeys(row[3] for row in layout)
+        return unflatten(layout, {dtype: handle.get_tensor(f"state/{index}/{dtype}") for dtype in dtypes})
+
+    def _handle(self, file: str) -> Any:
+        if self._open is None or self._open[0] != file:
+            try:
+                self._open = file, safe_open(self._folder / file, "pt")
+            except Exception as error:  # safetensors raises its own class, and OSError
+                raise RunDirectoryError(f"{self._folder / file} cannot be read: {error}") from error
+        return self._open[1]
