@@ -52,9 +52,7 @@ def publish(loggers: Iterable[Any], ranking: Ranking, files: Sequence[Path], ste
     for logger in loggers:
         handler = _handler_of(logger)
         if handler is None:
-            problems.append(
-                f"{_name_of(logger)} is not a logger that the influences can be given to; skipped."
-            )
+            problems.append(f"{_name_of(logger)} is not a logger that the influences can be given to; skipped.")
         elif handler is not _nothing:
             known.append((logger, handler))
     figure = _figure(ranking, unit, problems) if known else None
@@ -63,9 +61,7 @@ def publish(loggers: Iterable[Any], ranking: Ranking, files: Sequence[Path], ste
         try:
             handler(logger, results)
         except Exception as error:
-            problems.append(
-                f"{_name_of(logger)} did not take the influences: {type(error).__name__}: {error}"
-            )
+            problems.append(f"{_name_of(logger)} did not take the influences: {type(error).__name__}: {error}")
     # At the end and once each: where warnings are errors, the first of them must not cost the others theirs.
     for problem in dict.fromkeys(problems):
         warnings.warn(problem, SGDInfluenceWarning, stacklevel=2)
@@ -126,9 +122,7 @@ def _figure(ranking: Ranking, unit: str, problems: list[str]) -> "Figure | None"
     try:
         return plot_influences(ranking, unit)
     except ImportError:
-        problems.append(
-            "The loggers got no figure: matplotlib is missing (pip install lightning-sgdclean[plot])."
-        )
+        problems.append("The loggers got no figure: matplotlib is missing (pip install lightning-sgdclean[plot]).")
     except Exception as error:
         problems.append(f"The loggers got no figure: {type(error).__name__}: {error}")
     return None

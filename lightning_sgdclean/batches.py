@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sgdclean.errors import UnsupportedTrainingError
 
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
 
 

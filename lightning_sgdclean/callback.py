@@ -40,7 +40,7 @@ from lightning_sgdclean.randomness import random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recorder import Recorder, trained_parameters
 from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.retrace import Walk, retrace_steps
+from lightning_sgdclean.retrace import Walk, check_finite, retrace_steps
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.split import prove_split, with_neighbours
 from lightning_sgdclean.store import Trajectory, TrajectoryWriter, write_json
@@ -125,7 +125,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
         if objective is not None and not callable(objective):
-            raise ValueError(f"objective must be a callable (pl_module, batch) -> scalar, got {type(objective).__name__}.")
+            raise ValueError(
+                f"objective must be a callable (pl_module, batch) -> scalar, got {type(objective).__name__}."
+            )
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
         self.epochs, self.curvature, self.finite_radius = epochs, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
@@ -221,7 +223,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             surroundings.as_stage("validate"),
             surroundings.val_context(),
         ):
-            value, _, names = logged_value(pl_module, (cloned(batch), batch_idx, dataloader_idx), self.monitor, num_loaders)
+            value, _, names = logged_value(
+                pl_module, (cloned(batch), batch_idx, dataloader_idx), self.monitor, num_loaders
+            )
         if value is None and num_loaders == 1:
             raise no_such_value(self.monitor, names)
         self._checked_validation = value is not None
@@ -233,7 +237,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         positions = self._noting.next_ids() if self._noting is not None else None
         if self._failure is not None:
             return
-        assert self._recorder is not None  # noqa: S101 - made with _active
+        assert self._recorder is not None
         names = self._names(batch, positions)
         device = trainer.strategy.root_device
         micro = MicroBatch(
@@ -252,7 +256,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def _names(self, batch: Any, positions: list[int] | None) -> list[SampleId]:
         if self.sample_ids is None:
-            assert positions is not None  # noqa: S101 - check_train_loader saw to it
+            assert positions is not None
             return list(positions)
         given = self.sample_ids(batch)
         names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
@@ -294,7 +298,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         except (SGDInfluenceError, OSError) as error:
             self._failure = error
             warnings.warn(
-                f"Recording stopped at step {trainer.global_step}, training goes on: {error}", SGDInfluenceWarning, stacklevel=2
+                f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
+                SGDInfluenceWarning,
+                stacklevel=2,
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -340,7 +346,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Retrace the window, rank, write, tell the loggers."""
         if not self._active:
             return
-        assert self._writer is not None and self.run_dir is not None  # noqa: S101, PT018 - made with _active
+        assert self._writer is not None and self.run_dir is not None  # noqa: PT018 - made with _active
         self._seconds["fit"] += time.perf_counter()
         if self._failure is not None:
             self._unhook(trainer)
@@ -357,7 +363,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(pl_module) as restore:
                 ranking, about = self._retrace(trainer, pl_module, surroundings, restore)
         except SGDInfluenceError as error:
-            error.add_note(f"The training is complete and its weights are untouched; its trajectory lies in {self.run_dir}.")
+            error.add_note(
+                f"The training is complete and its weights are untouched; its trajectory lies in {self.run_dir}."
+            )
             raise
         finally:
             pl_module.to(home)
@@ -367,13 +375,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _retrace(
         self, trainer: Any, module: Any, surroundings: Surroundings, restore: Callable[[], None]
     ) -> tuple[Ranking, dict[str, Any]]:
-        assert self.run_dir is not None  # noqa: S101
+        assert self.run_dir is not None
         trajectory = Trajectory(self.run_dir / "trajectory")
         if not trajectory.steps:
             raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
         last = trajectory.steps[-1]
         from_epoch = first_epoch_kept(last.epoch, last.ends_epoch, self.epochs)
         steps = [step for step in trajectory.steps if step.epoch >= from_epoch]
+        check_finite(steps)
         params = trained_parameters(module, trainer.optimizers[0])
         dtype = next(iter(params.values())).dtype
         walk = Walk(
@@ -440,7 +449,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     ) -> None:
         """Replace samples before they are collated: do the loss's rows belong to the ids, too?"""
         loader, micro = self._loaders[-1], step.micro[0]
-        assert micro.positions is not None  # noqa: S101 - the caller looked
+        assert micro.positions is not None
         micro.random = trajectory.random(step, 0)
         if loader.batch_sampler is None:
             return
@@ -507,7 +516,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         return [text]
 
     def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
-        assert self.run_dir is not None and self._writer is not None  # noqa: S101, PT018
+        assert self.run_dir is not None and self._writer is not None  # noqa: PT018
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
         optimizer = trainer.optimizers[0]

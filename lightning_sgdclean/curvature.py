@@ -45,11 +45,15 @@ class Engine(Protocol):
 
     twice_differentiable: bool
 
-    def __call__(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> Linearised:
+    def __call__(
+        self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
+    ) -> Linearised:
         """Evaluate a batch; with ``needs_gradient`` also its gradient."""
 
 
-def gradient(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None, **options: bool) -> list[Tensor]:
+def gradient(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None, **options: bool
+) -> list[Tensor]:
     """``torch.autograd.grad`` with zeros for what is not reached, and no outputs at all allowed."""
     pairs = [(o, None if cotangents is None else cotangents[i]) for i, o in enumerate(outputs) if o.requires_grad]
     if not pairs:
@@ -122,7 +126,9 @@ class Finite:
     def __init__(self, radius: float = 0.01) -> None:
         self._radius = radius
 
-    def __call__(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> "_Difference":
+    def __call__(
+        self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
+    ) -> "_Difference":
         """Evaluate the batch, without a gradient unless it is needed."""
         return _Difference(problem, params, weights, self._radius, needs_gradient)
 
@@ -173,4 +179,6 @@ def _length(tensors: list[Tensor]) -> float:
 
 def engine_named(name: str, radius: float) -> Engine:
     """``"exact"``, ``"finite"`` or ``"none"`` (no Hessian, for comparison)."""
-    return {"exact": Exact(), "none": Exact(with_hessian=False), "finite": Finite(radius)}[name]
+    if name == "finite":
+        return Finite(radius)
+    return Exact(with_hessian=name == "exact")

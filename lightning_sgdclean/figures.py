@@ -38,9 +38,7 @@ def plot_influences(ranking: Ranking, unit: str = "val_loss") -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "plot_influences() needs matplotlib: pip install lightning-sgdclean[plot]"
-        ) from error
+        raise ImportError("plot_influences() needs matplotlib: pip install lightning-sgdclean[plot]") from error
     unit = unit.replace("$", r"\$")  # a pair of them would start a formula
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -63,7 +61,7 @@ def _draw_spread(axes: "Axes", influence: NDArray[np.float64], unit: str) -> Non
     edges, stretch = _bin_edges(influence)
     if stretch:
         axes.set_xscale("asinh", linear_width=stretch)
-        axes.set_xlabel(f"influence on {unit} (below 0: harmful; scale logarithmic away from 0)")
+        axes.set_xlabel(f"influence on {unit} (below 0: harmful; log scale away from 0)")
         ticks = _stretched_ticks(edges, stretch)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)

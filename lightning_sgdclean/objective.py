@@ -112,7 +112,9 @@ def objective_gradient(
         batch = surroundings.prepare(content, number), batch_idx, number
         with surroundings.val_context(), watched:
             value, weight, seen = (
-                logged_value(module, batch, monitor, num_loaders) if objective is None else _called(objective, module, batch[0])
+                logged_value(module, batch, monitor, num_loaders)
+                if objective is None
+                else _called(objective, module, batch[0])
             )
         names += [name for name in seen if name not in names]
         if value is None:
@@ -122,14 +124,16 @@ def objective_gradient(
         torch._foreach_add_(by_param, found[: len(params)])
         for (name, _), grad in zip(leaves, found[len(params) :], strict=True):
             by_buffer[name] = by_buffer[name] + grad if name in by_buffer else grad
-        total, weights = total + weight * float(value), weights + weight
+        total, weights = total + weight * float(value.detach()), weights + weight
     if weights == 0:
         raise no_such_value(monitor, names)
     result = ObjectiveGradient(
         total / weights, [g / weights for g in by_param], {n: g / weights for n, g in by_buffer.items()}
     )
     if not math.isfinite(result.value) or not all(bool(torch.isfinite(g).all()) for g in result.params):
-        raise NonFiniteError(f"The objective is {result.value} or its gradient is not finite: nothing can be ranked by it.")
+        raise NonFiniteError(
+            f"The objective is {result.value} or its gradient is not finite: nothing can be ranked by it."
+        )
     return result
 
 

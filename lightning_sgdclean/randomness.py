@@ -19,7 +19,7 @@ def random_state(device: torch.device) -> RandomState:
         Tensors by name, small enough to keep one set a micro-batch (about 10 kB).
     """
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.from_numpy(np.array((version, *words), dtype=np.int64)),

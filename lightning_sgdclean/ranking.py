@@ -165,9 +165,7 @@ class Ranking:
         if self.sample_id.dtype == object:
             raise TypeError("keep() needs sample ids that are positions in the dataset, found str ids.")
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}."
-            )
+            raise TypeError(f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}.")
         size = len(dataset)
         outside = self.sample_id[(self.sample_id < 0) | (self.sample_id >= size)]
         if len(outside):
@@ -282,9 +280,7 @@ def _checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> lis
     ids = [_plain_id(value) for value in found]
     texts = sum(isinstance(value, str) for value in ids)
     if 0 < texts < len(ids):
-        raise ValueError(
-            f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str."
-        )
+        raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
     return ids
 
 
@@ -296,9 +292,7 @@ def _plain_id(value: object) -> SampleId:
             raise ValueError(f"Sample id {value!r} cannot be written as UTF-8.") from error
         return str(value)
     if not isinstance(value, int | np.integer | np.bool_):
-        raise TypeError(
-            f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}."
-        )
+        raise TypeError(f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}.")
     number = int(value)
     if not _INT64.min <= number <= _INT64.max:
         raise ValueError(f"Sample id {number} does not fit into 64 bits.")
@@ -460,7 +454,5 @@ def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
             raise ValueError(f"{path}, line {line}: expected an integer sample id, found {cell!r}.")
         sample = int(cell) if as_int else cell.removeprefix("'")
         if first_line.setdefault(sample, line) != line:
-            raise ValueError(
-                f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too."
-            )
+            raise ValueError(f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too.")
     return list(first_line)

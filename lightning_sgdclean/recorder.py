@@ -67,7 +67,7 @@ def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer:
                 for key, value in entries.items()
                 if isinstance(value, Tensor | int | float)
             }
-    return State(dict(params), dict(module.named_buffers()), states)  # type: ignore[arg-type]
+    return State(dict(params), dict(module.named_buffers()), states)
 
 
 class Recorder:

@@ -47,7 +47,9 @@ class _Attributes:
     """What the plain attributes of a module and its submodules held; lists and tensors by content."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._saved = [(part, {k: v for k, v in part.__dict__.items() if k not in _TORCH_OWN}) for part in module.modules()]
+        self._saved = [
+            (part, {k: v for k, v in part.__dict__.items() if k not in _TORCH_OWN}) for part in module.modules()
+        ]
         values = [value for _, attributes in self._saved for value in attributes.values()]
         self._contents = [(value, value.copy()) for value in values if type(value) in (list, dict, set, deque)]
         self._tensors = [(value, value.detach().clone()) for value in values if isinstance(value, Tensor)]

@@ -28,7 +28,9 @@ def replay_in_words(error: ReplayError) -> str:
     if error.num_bitwise == error.num_batches:
         losses = f"losses bit for bit in all {error.num_batches} batches"
     else:
-        losses = f"losses off by at most {error.loss:.1e} ({error.num_bitwise} of {error.num_batches} batches bit for bit)"
+        losses = (
+            f"losses off by at most {error.loss:.1e} ({error.num_bitwise} of {error.num_batches} batches bit for bit)"
+        )
     return f"{losses}; updates off by at most {error.update:.1e} of their length"
 
 

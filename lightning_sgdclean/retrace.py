@@ -100,9 +100,8 @@ def retrace_steps(
 
     Raises:
         ReplayMismatchError: If a step, run again, differs from the record.
-        NonFiniteError: If a recorded loss or an influence is not finite.
+        NonFiniteError: If an influence is not finite.
     """
-    _check_finite(steps)
     _check_buffers(walk.module, trajectory, steps[0])
     rows: dict[SampleId, int] = {}
     for step in steps:
@@ -225,7 +224,7 @@ def _open(
     opened = [plain(batch.evaluate, params, batch.weights(), needs_gradient=True) for batch in batches]
     total = [torch.zeros_like(param) for param in params]
     for one in opened:
-        torch._foreach_add_(total, one.gradient)
+        torch._foreach_add_(total, one.gradient or [])
     return opened, total
 
 
@@ -254,9 +253,7 @@ def _transpose_update(
 
 
 def _entries(state: State, name: str, device: torch.device) -> dict[str, Tensor]:
-    return {
-        key: value if key == "step" else value.to(device) for key, value in state.optimizer.get(name, {}).items()
-    }
+    return {key: value if key == "step" else value.to(device) for key, value in state.optimizer.get(name, {}).items()}
 
 
 @torch.no_grad()
@@ -269,7 +266,7 @@ def _load(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> N
 
 def _compare_losses(step: Step, opened: list[Linearised], walk: Walk) -> None:
     for one, micro in zip(opened, step.micro, strict=True):
-        assert micro.loss is not None  # noqa: S101 - a committed micro-batch has its loss
+        assert micro.loss is not None
         recorded, now = float(micro.loss), float(one.loss)
         walk.error.num_batches += 1
         walk.error.num_bitwise += recorded == now
@@ -317,12 +314,17 @@ def _compare_update(step: Step, before: State, after: State, grads: dict[str, Te
         )
 
 
-def _check_finite(steps: list[Step]) -> None:
+def check_finite(steps: list[Step]) -> None:
+    """Refuse a run that diverged, before anything is computed from it.
+
+    Raises:
+        NonFiniteError: If a recorded loss is not finite; names the first such step.
+    """
     for step in steps:
         for micro in step.micro:
-            if micro.loss is None or not math.isfinite(float(micro.loss)):
+            if micro.loss is not None and not math.isfinite(float(micro.loss)):
                 raise NonFiniteError(
-                    f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss or math.nan)}: "
+                    f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss)}: "
                     "samples cannot be ranked by a run that diverged. Lower the learning rate or clip the gradients."
                 )
 
@@ -330,9 +332,7 @@ def _check_finite(steps: list[Step]) -> None:
 def moved_buffers(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Buffers, BatchNorm's apart, that a training step moved."""
     norms = nn.modules.batchnorm._BatchNorm
-    own = {
-        id(buffer) for part in module.modules() if isinstance(part, norms) for buffer in part._buffers.values()
-    }
+    own = {id(buffer) for part in module.modules() if isinstance(part, norms) for buffer in part._buffers.values()}
     return [
         name
         for name, buffer in module.named_buffers()

@@ -70,7 +70,7 @@ class RunningStatistics(TorchFunctionMode):
         shape = [1, -1] + [1] * (batch.ndim - 2)
         mean = self._leaf(mean_name, options["running_mean"])
         var = self._leaf(var_name, options["running_var"])
-        output = (batch - mean.view(shape)) * torch.rsqrt(var.view(shape) + options["eps"])
+        output: Tensor = (batch - mean.view(shape)) * torch.rsqrt(var.view(shape) + options["eps"])
         if options["weight"] is not None:
             output = output * options["weight"].view(shape)
         if options["bias"] is not None:

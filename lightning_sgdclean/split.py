@@ -86,7 +86,9 @@ def check_split(parts: Parts, variant: Callable[[Tensor], Any], num: int) -> Non
                 f"swapped (sorted or transposed?) or mix samples{notes}. {_ADVICE}"
             )
         if abs(float(loss - now.sum()) - rest) > tolerance * math.sqrt(num):
-            raise LossSplitError(f"A part of the training loss depends on the samples but was not split by sample{notes}. {_ADVICE}")
+            raise LossSplitError(
+                f"A part of the training loss depends on the samples but was not split by sample{notes}. {_ADVICE}"
+            )
     if not any_moved:
         raise LossSplitError(f"No part of the training loss was found to depend on a sample{notes}. {_ADVICE}")
 

@@ -177,19 +177,19 @@ class TrajectoryWriter:
         for name, tensor in micro.random.items():
             self._tensors[f"random/{key}/{name}"] = tensor
         self._tensors[f"digest/{key}"] = micro.digest
-        if micro.loss is not None:
-            self._tensors[f"loss/{key}"] = micro.loss.detach().cpu().clone()
-        kept = None
-        if micro.batch is not None:
-            kept, tensors = pack_batch(micro.batch)
-            for i, tensor in enumerate(tensors):
-                self._tensors[f"batch/{key}/{i}"] = tensor.cpu().contiguous().clone()
+        assert micro.loss is not None
+        self._tensors[f"loss/{key}"] = micro.loss.detach().cpu().clone()
+        kept, tensors = pack_batch(micro.batch) if micro.batch is not None else (None, [])
+        for i, tensor in enumerate(tensors):
+            self._tensors[f"batch/{key}/{i}"] = tensor.cpu().contiguous().clone()
         return {
             "ids": micro.ids,
             "positions": micro.positions,
             "epoch": micro.epoch,
             "batch_idx": micro.batch_idx,
+            "random": list(micro.random),
             "batch": kept,
+            "num_tensors": len(tensors),
         }
 
     def _write_manifest(self) -> None:
@@ -236,24 +236,19 @@ class Trajectory:
             self.steps.append(Step(**row))
 
     def _micro(self, handle: Any, key: str, row: dict[str, Any]) -> MicroBatch:
-        kept, names = row.pop("batch"), set(handle.keys())
-        batch = None
+        kept, num = row.pop("batch"), row.pop("num_tensors")
         if kept is not None:
-            num = sum(name.startswith(f"batch/{key}/") for name in names)
-            batch = unpack_batch(kept, [handle.get_tensor(f"batch/{key}/{i}") for i in range(num)])
-        loss = handle.get_tensor(f"loss/{key}") if f"loss/{key}" in names else None
-        return MicroBatch(**row, random={}, digest=handle.get_tensor(f"digest/{key}"), loss=loss, batch=batch)
+            kept = unpack_batch(kept, [handle.get_tensor(f"batch/{key}/{i}") for i in range(num)])
+        # The random states' names only: they are large, and wanted one step at a time.
+        row["random"] = dict.fromkeys(row["random"], torch.empty(0))
+        digest, loss = handle.get_tensor(f"digest/{key}"), handle.get_tensor(f"loss/{key}")
+        return MicroBatch(**row, digest=digest, loss=loss, batch=kept)
 
     def random(self, step: Step, micro: int) -> dict[str, Tensor]:
         """Random state before micro-batch ``micro`` of a step."""
         handle = self._handle(self._files[step.index + 1])
-        prefix = f"random/{step.index}/{micro}/"
-        return {name: handle.get_tensor(prefix + name) for name in self._random_names(handle, prefix)}
-
-    def _random_names(self, handle: Any, prefix: str) -> list[str]:
-        candidates = ("torch", "python", "python_gauss", "numpy", "numpy_gauss", "cuda")
-        names = set(handle.keys()) if "cuda" in torch.__dict__ and torch.cuda.is_available() else None
-        return [n for n in candidates if (n != "cuda" if names is None else prefix + n in names)]
+        names = step.micro[micro].random
+        return {name: handle.get_tensor(f"random/{step.index}/{micro}/{name}") for name in names}
 
     def state(self, index: int) -> State:
         """The state before step ``index`` (after the last step, for the end point)."""

@@ -84,5 +84,6 @@ def _divisor(func: Callable[..., Any], options: dict[str, Any], rows: Tensor) ->
         return rows.numel()
     counted = target != options["ignore_index"]
     if options["weight"] is None:
-        return counted.sum()
-    return torch.where(counted, options["weight"][target.clamp(min=0)], 0).sum()
+        return int(counted.sum())
+    class_weights: Tensor = options["weight"]
+    return torch.where(counted, class_weights[target.clamp(min=0)], 0).sum()

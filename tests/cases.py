@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small, smooth trainings whose truth can be had, and the module that they train."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+NUM_TRAIN, NUM_VAL, NUM_CLASSES = 23, 11, 3
+
+
+def data(num: int, seed: int) -> TensorDataset:
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, 5, generator=source)
+    y = torch.randint(0, NUM_CLASSES, (num,), generator=source)
+    return TensorDataset(x, y, torch.arange(num))
+
+
+TRAIN, VAL = data(NUM_TRAIN, 1), data(NUM_VAL, 2)
+
+
+def sgd(params, **options):
+    return torch.optim.SGD(params, **{"lr": 0.1, **options})
+
+
+def adam(params, **options):
+    return torch.optim.Adam(params, **{"lr": 0.02, "eps": 1e-4, **options})
+
+
+def adamw(params, **options):
+    return torch.optim.AdamW(params, **{"lr": 0.02, "eps": 1e-4, "weight_decay": 0.1, **options})
+
+
+class Plain(pl.LightningModule):
+    """An ordinary classifier. With ``sample_weights`` set it is its own weighted twin."""
+
+    def __init__(self, make_optimizer=sgd, options=None, norm=False, dropout=0.0, two_groups=False, warmup=False):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(5, 8, bias=not norm),
+            nn.BatchNorm1d(8) if norm else nn.Identity(),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(8, NUM_CLASSES),
+        )
+        self.make_optimizer, self.options = make_optimizer, options or {}
+        self.two_groups, self.warmup = two_groups, warmup
+        self.sample_weights = None
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        if self.sample_weights is None:
+            loss = F.cross_entropy(self.net(x), y)
+        else:
+            loss = (F.cross_entropy(self.net(x), y, reduction="none") * self.sample_weights[index]).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self):
+        groups = self.parameters()
+        if self.two_groups:
+            groups = [
+                {"params": self.net[0].parameters(), "lr": 0.03},
+                {"params": [p for part in self.net[1:] for p in part.parameters()], "weight_decay": 0.05},
+            ]
+        optimizer = self.make_optimizer(groups, **self.options)
+        if not self.warmup:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 3, 1.0))  # starts at zero
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class Case:
+    """One training: how the module is made and what the Trainer is told besides."""
+
+    name: str
+    module: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    loader: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def loaders(**options):
+    train = DataLoader(TRAIN, **{"batch_size": 5, "shuffle": True, **options})
+    return train, DataLoader(VAL, batch_size=4)
+
+
+def quiet_trainer(callbacks=(), package=pl, **options):
+    return package.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "precision": "64-true",
+            "num_sanity_val_steps": 0,
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+
+
+def fit(case: Case, callback=None, weights=None):
+    """Train a case; the module afterwards."""
+    pl.seed_everything(1, verbose=False)
+    module = Plain(**case.module)
+    module.sample_weights = weights
+    quiet_trainer([callback] if callback else [], **case.trainer).fit(module, *loaders(**case.loader))
+    return module
+
+
+def objective(module) -> float:
+    """Mean validation loss of a module, in float64."""
+    module.double().eval()
+    x, y, _ = VAL.tensors
+    with torch.no_grad():
+        return F.cross_entropy(module.net(x.double()), y).item()
+
+
+CASES = [
+    Case("sgd"),
+    Case("momentum", {"options": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}}),
+    Case("nesterov", {"options": {"momentum": 0.9, "nesterov": True}, "dropout": 0.3}),
+    Case("batchnorm", {"norm": True, "options": {"momentum": 0.9}, "dropout": 0.2}),
+    Case("batchnorm adam", {"norm": True, "make_optimizer": adam}),
+    Case("adam decay", {"make_optimizer": adam, "options": {"weight_decay": 0.05}}),
+    Case("adam amsgrad", {"make_optimizer": adam, "options": {"amsgrad": True}}),
+    Case("adamw", {"make_optimizer": adamw}),
+    Case("two groups", {"two_groups": True, "options": {"momentum": 0.5}}),
+    Case("warm-up from zero", {"warmup": True, "options": {"momentum": 0.9, "weight_decay": 0.01}}),
+    Case("warm-up from zero adamw", {"warmup": True, "make_optimizer": adamw}),
+    Case("accumulate 2", {"norm": True, "options": {"momentum": 0.9}}, {"accumulate_grad_batches": 2}),
+    Case("accumulate 3 adam", {"make_optimizer": adam}, {"accumulate_grad_batches": 3}),
+    Case("clip norm", {"options": {"momentum": 0.9}}, {"gradient_clip_val": 0.3}),
+    Case("clip value", {"options": {"momentum": 0.9}}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+    Case("mid-epoch end", {"options": {"momentum": 0.9}}, {"max_steps": 12}),
+    Case("limited", {}, {"limit_train_batches": 3}),
+    Case("workers", {"dropout": 0.2}, {}, {"num_workers": 2}),
+]

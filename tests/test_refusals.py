@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: a typed error with its remedy, as early as it can be known."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from cases import TRAIN, VAL, Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.errors import (
+    LossSplitError,
+    NonFiniteError,
+    ObjectiveError,
+    ReplayMismatchError,
+    RunDirectoryError,
+    SampleIdError,
+    UnsupportedOperationError,
+    UnsupportedTrainingError,
+)
+
+
+def refuse(error, match, module, train=None, trainer=None, **options):
+    """Fit must fail with this error; gives the Trainer, to ask how far it came."""
+    running = quiet_trainer(
+        [SGDInfluence(**{"monitor": "val_loss", **options})], **{"num_sanity_val_steps": 1, **(trainer or {})}
+    )
+    with pytest.raises(error, match=match):
+        running.fit(module, *([train, loaders()[1]] if train is not None else loaders()))
+    return running
+
+
+def with_step(step, **options):
+    module = Plain(**options)
+    module.training_step = step.__get__(module)
+    return module
+
+
+def test_missing_validation_value_lists_the_names_seen_before_training():
+    trainer = refuse(ObjectiveError, "No value named 'loss/val'.*names seen: val_loss", Plain(), monitor="loss/val")
+    assert trainer.global_step == 0
+
+
+def test_value_without_a_graph_is_refused_before_training():
+    class Detached(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]).detach())
+
+    assert refuse(ObjectiveError, "without a graph.*objective=", Detached()).global_step == 0
+
+
+def test_no_validation_data_is_refused_before_training():
+    trainer = quiet_trainer([SGDInfluence("val_loss")])
+    with pytest.raises(ObjectiveError, match="nothing to validate on"):
+        trainer.fit(Plain(), loaders()[0])
+    assert trainer.global_step == 0
+
+
+def test_manual_optimization():
+    module = Plain()
+    module.automatic_optimization = False
+    refuse(UnsupportedTrainingError, "optimizes manually", module)
+
+
+def test_several_optimizers():
+    class Two(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = True
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
+
+    running = quiet_trainer([SGDInfluence("val_loss")])
+    with pytest.raises((UnsupportedTrainingError, RuntimeError), match="optimizers"):
+        running.fit(Two(), *loaders())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Rprop])
+def test_optimizer_without_a_transpose(kind):
+    module = Plain(make_optimizer=kind)
+    assert refuse(UnsupportedTrainingError, f"{kind.__name__} cannot be followed backwards", module).global_step == 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([TRAIN[i] for i in range(10)])
+
+
+def test_iterable_dataset_needs_sample_ids():
+    train = DataLoader(Stream(), batch_size=5)
+    assert refuse(SampleIdError, "Give sample_ids=", Plain(), train).global_step == 0
+
+
+def test_iterable_dataset_with_sample_ids_is_ranked():
+    callback = SGDInfluence("val_loss", sample_ids=lambda batch: [f"row {i}" for i in batch[2].tolist()])
+    quiet_trainer([callback], max_epochs=1).fit(Plain(), DataLoader(Stream(), batch_size=5), loaders()[1])
+    assert sorted(callback.ranking.sample_id) == sorted(f"row {i}" for i in range(10))
+
+
+def test_directory_that_holds_another_run(tmp_path):
+    first = SGDInfluence("val_loss", dirpath=tmp_path / "run")
+    quiet_trainer([first]).fit(Plain(), *loaders())
+    trainer = refuse(RunDirectoryError, "already holds a run.*overwrite=True", Plain(), dirpath=tmp_path / "run")
+    assert trainer.global_step == 0
+    again = SGDInfluence("val_loss", dirpath=tmp_path / "run", overwrite=True)
+    quiet_trainer([again]).fit(Plain(), *loaders())
+    assert (tmp_path / "run" / "influence.csv").exists()
+
+
+def test_default_directory_takes_the_next_free_name(tmp_path):
+    names = []
+    for _ in range(2):
+        callback = SGDInfluence("val_loss")
+        quiet_trainer([callback], default_root_dir=tmp_path).fit(Plain(), *loaders())
+        names.append(callback.run_dir.name)
+    assert names == ["sgd_influence", "sgd_influence-2"]
+
+
+def hand_written(self, batch, batch_idx):
+    picked = self.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None])
+    return -picked.mean()
+
+
+def swapped(self, batch, batch_idx):
+    order = torch.arange(len(batch[0]) - 1, -1, -1)
+    return F.cross_entropy(self.net(batch[0][order]), batch[1][order])
+
+
+def mixing(self, batch, batch_idx):
+    x = 0.5 * (batch[0] + batch[0].roll(1, 0))
+    return F.cross_entropy(self.net(x), batch[1])
+
+
+def partly_split(self, batch, batch_idx):
+    logits = self.net(batch[0])
+    return F.cross_entropy(logits, batch[1]) + logits.pow(2).mean()
+
+
+def two_views(self, batch, batch_idx):
+    return F.cross_entropy(self.net(torch.cat([batch[0], batch[0]])), torch.cat([batch[1], batch[1]]))
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (hand_written, "depends on the samples but was not split"),
+        (swapped, "depends on another sample"),
+        (mixing, "depends on another sample"),
+        (partly_split, "depends on the samples but was not split"),
+        (two_views, "cross_entropy made 10 rows of a batch of 5 samples"),
+    ],
+)
+def test_loss_that_cannot_be_split_is_refused_at_the_first_batch(step, match):
+    assert refuse(LossSplitError, f"(?s){match}.*sample_losses=", with_step(step)).global_step == 0
+
+
+def test_collate_that_reorders_is_found_though_it_cannot_be_seen_in_the_batch():
+    def by_first_feature(items):
+        return torch.utils.data.default_collate(sorted(items, key=lambda item: float(item[0][0])))
+
+    train = DataLoader(TRAIN, batch_size=5, shuffle=True, collate_fn=by_first_feature)
+    refuse(LossSplitError, "swapped", Plain(), train)
+
+
+def test_sample_losses_split_what_cannot_be_split_by_itself():
+    def losses(module, batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+
+    rankings = []
+    for step, given in ((hand_written, losses), (None, None)):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss", sample_losses=given)
+        quiet_trainer([callback]).fit(with_step(step) if step else Plain(), *loaders())
+        rankings.append(callback.ranking)
+    assert rankings[0].sample_id.tolist() == rankings[1].sample_id.tolist()
+    assert rankings[0].influence == pytest.approx(rankings[1].influence, rel=1e-8)
+
+
+def test_regulariser_beside_the_loss_is_told_apart_from_a_part_not_split():
+    def step(self, batch, batch_idx):
+        decay = sum(param.pow(2).sum() for param in self.parameters())
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * decay
+
+    callback = SGDInfluence("val_loss")
+    quiet_trainer([callback]).fit(with_step(step), *loaders())
+    assert len(callback.ranking) == 23
+
+
+def test_nan_loss_refuses_to_rank_and_names_the_step_and_leaves_training_alone():
+    def step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1]) * (float("nan") if self.global_step == 7 else 1.0)
+
+    trainer = refuse(NonFiniteError, "at step 7 .epoch 1. was nan", with_step(step), epochs="all")
+    assert trainer.global_step == 15
+
+
+class Jittered(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, index):
+        x, y, i = TRAIN[index]
+        return x + torch.randn(5), y, i
+
+
+def test_random_augmentation_is_found_and_named():
+    refuse(ReplayMismatchError, "Step 14.*hold other data.*augmentation", Plain(), DataLoader(Jittered(), batch_size=5))
+
+
+def test_gradients_edited_in_a_hook_are_found_and_named():
+    class Edited(Plain):
+        def on_before_optimizer_step(self, optimizer):
+            for param in self.parameters():
+                param.grad.mul_(0.5)
+
+    refuse(ReplayMismatchError, "update differs.*on_before_optimizer_step", Edited())
+
+
+def test_annealed_attribute_is_found_and_named():
+    class Annealed(Plain):
+        factor = 1.0
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.factor *= 0.9
+
+        def training_step(self, batch, batch_idx):
+            return self.factor * super().training_step(batch, batch_idx)
+
+    refuse(ReplayMismatchError, "attribute annealed in a hook", Annealed(), epochs="all")
+
+
+def test_moved_buffer_is_refused_by_name():
+    class Counting(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codebook", torch.zeros(3))
+
+        def training_step(self, batch, batch_idx):
+            self.codebook += 1
+            return super().training_step(batch, batch_idx)
+
+    refuse(UnsupportedTrainingError, "moves the buffer 'codebook'", Counting())
+
+
+def test_operation_without_second_derivative_names_itself_and_finite_follows_it():
+    class Bag(Plain):
+        def __init__(self):
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(23, 5)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0] + self.bag(batch[2][:, None])), batch[1])
+
+    refuse(UnsupportedOperationError, '_embedding_bag.*curvature="finite"', Bag())
+    callback = SGDInfluence("val_loss", curvature="finite")
+    quiet_trainer([callback]).fit(Bag(), *loaders())
+    assert len(callback.ranking) == 23
+
+
+def test_validation_that_disagrees_with_what_was_logged_is_refused():
+    class Random(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self.net(batch[0] + torch.randn_like(batch[0])), batch[1]))
+
+    refuse(ReplayMismatchError, "recomputed on the final weights", Random())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mode": "low"}, "mode must be one of"),
+        ({"epochs": 0}, "epochs must be a positive int"),
+        ({"curvature": "gauss"}, "curvature must be one of"),
+        ({"finite_radius": 0.0}, "finite_radius must be positive"),
+        ({"objective": 3}, "objective must be a callable"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(options, match):
+    with pytest.raises(ValueError, match=match):
+        SGDInfluence("val_loss", **options)
+
+
+def test_fast_dev_run_is_left_alone():
+    callback = SGDInfluence("val_loss")
+    quiet_trainer([callback], fast_dev_run=True).fit(Plain(), *loaders())
+    assert callback.ranking is None
+    assert VAL is not None

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ids of every batch, against a dataset that returns its own index."""
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
+
+from cases import TRAIN, Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.store import Trajectory
+
+
+class Remembering(Plain):
+    def __init__(self):
+        super().__init__()
+        self.order = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.order.append(batch[2].tolist())
+
+
+LOADERS = {
+    "shuffled": lambda: DataLoader(TRAIN, batch_size=5, shuffle=True),
+    "two workers": lambda: DataLoader(TRAIN, batch_size=5, shuffle=True, num_workers=2),
+    "persistent": lambda: DataLoader(TRAIN, batch_size=5, shuffle=True, num_workers=2, persistent_workers=True),
+    "weighted": lambda: DataLoader(TRAIN, batch_size=4, sampler=WeightedRandomSampler(torch.rand(23), 30)),
+    "drop last": lambda: DataLoader(TRAIN, batch_size=4, shuffle=True, drop_last=True),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_recorded_ids_are_those_of_the_samples_trained_on(name):
+    module, callback = Remembering(), SGDInfluence("val_loss", epochs="all")
+    quiet_trainer([callback], val_check_interval=2).fit(module, LOADERS[name](), loaders()[1])
+    steps = Trajectory(callback.run_dir / "trajectory").steps
+    assert [step.micro[0].ids for step in steps] == module.order
+
+
+def test_reloaded_loaders_are_followed():
+    class Reloading(Remembering):
+        def train_dataloader(self):
+            return DataLoader(TRAIN, batch_size=5, shuffle=True)
+
+        def val_dataloader(self):
+            return loaders()[1]
+
+    module, callback = Reloading(), SGDInfluence("val_loss", epochs="all")
+    quiet_trainer([callback], reload_dataloaders_every_n_epochs=1).fit(module)
+    assert [step.micro[0].ids for step in Trajectory(callback.run_dir / "trajectory").steps] == module.order
+
+
+def test_ids_of_a_subset_are_positions_in_the_subset_that_was_given():
+    subset = Subset(ConcatDataset([TRAIN, TRAIN]), list(range(40, 28, -1)))
+    callback = SGDInfluence("val_loss")
+    quiet_trainer([callback]).fit(Plain(), DataLoader(subset, batch_size=4), loaders()[1])
+    assert sorted(callback.ranking.sample_id) == list(range(12))
+    kept = callback.ranking.keep(subset, drop=3)
+    assert len(kept) == 9
+
+
+def test_a_sampler_that_draws_in_iter_draws_as_it_would_alone():
+    torch.manual_seed(0)
+    loader = DataLoader(TRAIN, batch_size=5, shuffle=True)
+    plain = [batch[2].tolist() for batch in loader]
+    torch.manual_seed(0)
+    noting = note_samples(loader)
+    assert note_samples(loader) is noting
+    assert [batch[2].tolist() for batch in loader] == plain
+    assert [noting.next_ids() for _ in plain] == plain
+    assert len(loader) == 5
+    stop_noting(loader)
+    assert not isinstance(loader.batch_sampler, NotingSampler)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written is what is read; what cannot be read says so."""
+
+import json
+
+import pytest
+import torch
+
+from lightning_sgdclean.batches import batch_digest, pack_batch, unpack_batch
+from lightning_sgdclean.errors import RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.store import Trajectory, TrajectoryWriter, flatten, unflatten
+from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept, window_in_words
+
+
+def state(value, with_momentum):
+    params = {"a": torch.full((2, 3), value), "b": torch.full((), value)}
+    momentum = {"a": {"momentum_buffer": torch.full((2, 3), -value)}} if with_momentum else {}
+    return State(params, {"count": torch.tensor(int(value))}, momentum)
+
+
+def step(index, epoch, ends_epoch):
+    micro = MicroBatch(
+        ids=["x", "y"],
+        positions=None,
+        epoch=epoch,
+        batch_idx=0,
+        random={"torch": torch.get_rng_state()},
+        digest=torch.tensor([1, 2]),
+        loss=torch.tensor(0.1),
+        batch={"x": torch.ones(2), "meta": ["p", (1, None)]},
+    )
+    return Step(index, epoch, ends_epoch, [{"lr": 0.1, "params": ["a", "b"]}], ("norm", 0.5), 1, [], [micro])
+
+
+def written(folder):
+    writer = TrajectoryWriter(folder)
+    writer.begin(state(0.0, False))
+    for index in range(4):
+        writer.append(step(index, index // 2, index % 2 == 1), state(float(index + 1), True))
+    return writer
+
+
+def test_states_and_steps_come_back_as_they_went(tmp_path):
+    written(tmp_path)
+    trajectory = Trajectory(tmp_path)
+    assert [s.index for s in trajectory.steps] == [0, 1, 2, 3]
+    assert trajectory.state(0).optimizer == {}
+    for index in range(1, 5):
+        assert torch.equal(trajectory.state(index).params["a"], torch.full((2, 3), float(index)))
+        assert torch.equal(trajectory.state(index).optimizer["a"]["momentum_buffer"], torch.full((2, 3), -float(index)))
+        assert trajectory.state(index).buffers["count"].item() == index
+    assert trajectory.steps[1].clip == ("norm", 0.5)
+    assert trajectory.steps[1].micro[0].batch["meta"] == ["p", (1, None)]
+    assert trajectory.random(trajectory.steps[0], 0).keys() >= {"torch"}
+
+
+def test_dropped_epochs_go_and_the_first_kept_step_still_has_its_state(tmp_path):
+    writer = written(tmp_path)
+    writer.drop_before(1)
+    trajectory = Trajectory(tmp_path)
+    assert [s.index for s in trajectory.steps] == [2, 3]
+    assert torch.equal(trajectory.state(2).params["b"], torch.tensor(2.0))
+    assert len(list(tmp_path.glob("segment-*"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "foreign", "newer", "truncated"])
+def test_a_trajectory_that_cannot_be_read_says_so(tmp_path, damage):
+    written(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    if damage == "missing":
+        manifest.unlink()
+    elif damage == "foreign":
+        manifest.write_text("not json")
+    elif damage == "newer":
+        manifest.write_text(json.dumps({"format": 99, "layouts": [], "segments": []}))
+    else:
+        segment = next(iter(sorted(tmp_path.glob("segment-*"))))
+        segment.write_bytes(segment.read_bytes()[:40])
+    with pytest.raises(RunDirectoryError, match=r"format 99|no readable trajectory|cannot be read"):
+        Trajectory(tmp_path)
+
+
+def test_flatten_and_unflatten_are_inverse():
+    layout, flat = flatten(state(3.0, True))
+    assert set(flat) == {"float32", "int64"}
+    back = unflatten(json.loads(json.dumps(layout)), flat)
+    assert torch.equal(back.params["a"], torch.full((2, 3), 3.0))
+    assert back.params["b"].shape == ()
+
+
+def test_batches_are_packed_without_pickle_or_refused_by_name():
+    batch = {"x": [torch.arange(3), ("t", 1.5, None)], "y": torch.zeros(2)}
+    skeleton, tensors = pack_batch(batch)
+    back = unpack_batch(json.loads(json.dumps(skeleton)), tensors)
+    assert torch.equal(back["x"][0], torch.arange(3))
+    assert back["x"][1] == ("t", 1.5, None)
+    with pytest.raises(UnsupportedTrainingError, match="Fraction"):
+        pack_batch([__import__("fractions").Fraction(1, 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
+def test_digest_sees_the_row_that_changed_and_a_flipped_picture(dtype):
+    batch = torch.arange(24).reshape(4, 6).remainder(3).to(dtype)
+    other = batch.clone()
+    other[2] = batch[2].flip(0)
+    differs = batch_digest([batch, "s"], 4) != batch_digest([other, "s"], 4)
+    assert differs.tolist() == [False, False, True, False]
+    assert (batch_digest([batch, "s"], 4) != batch_digest([batch, "t"], 4)).all()
+
+
+def test_window_counts_completed_epochs_besides_a_started_one():
+    assert first_epoch_kept(9, True, 1) == 9
+    assert first_epoch_kept(10, False, 1) == 9
+    assert first_epoch_kept(10, True, "all") == 0
+    assert first_epoch_kept(0, False, 3) == 0
+    first, last = step(812, 9, False), step(1010, 10, False)
+    assert window_in_words(first, last, 40) == "steps 812 to 1010: epoch 9 and 40 steps of epoch 10"
+    assert window_in_words(step(0, 0, False), step(9, 1, True), 5) == "steps 0 to 9: epochs 0 to 1"
+    assert window_in_words(step(0, 0, False), step(3, 0, False), 4) == "steps 0 to 3: 4 steps of epoch 0"
