@@ -16,37 +16,27 @@ from tqdm.auto import tqdm
 
 from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
+from lightning_sgdclean.after_fit import RecordedRun, RetraceOptions, rank_run
 from lightning_sgdclean.artifacts import publish
-from lightning_sgdclean.batches import batch_digest, cloned, collate_items, fetch_batch, fetch_items
-from lightning_sgdclean.curvature import engine_named
+from lightning_sgdclean.batches import batch_digest, cloned
 from lightning_sgdclean.errors import (
     NonFiniteError,
-    ObjectiveError,
-    ReplayMismatchError,
     RunDirectoryError,
     SampleIdError,
     SGDInfluenceError,
     SGDInfluenceWarning,
     UnsupportedTrainingError,
 )
-from lightning_sgdclean.objective import (
-    ObjectiveGradient,
-    logged_value,
-    no_such_value,
-    objective_gradient,
-    validation_batches,
-)
+from lightning_sgdclean.objective import logged_value, no_such_value
 from lightning_sgdclean.randomness import random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recorder import Recorder, trained_parameters
-from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.retrace import Walk, check_finite, retrace_steps
+from lightning_sgdclean.replay import untouched_module
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.split import prove_split, with_neighbours
-from lightning_sgdclean.store import Trajectory, TrajectoryWriter, write_json
+from lightning_sgdclean.store import TrajectoryWriter, write_json
 from lightning_sgdclean.surroundings import surroundings_of
-from lightning_sgdclean.trajectory import MicroBatch, SampleId, Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.updates import update_of
+from lightning_sgdclean.trajectory import MicroBatch, SampleId, first_epoch_kept
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
@@ -199,8 +189,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return
         if not self._loaders:
             raise SampleIdError(
-                "The training loader was made before this callback was set up, so its samples were not seen. Do not ask "
-                "for trainer.estimated_stepping_batches in DataModule.setup."
+                "The training loader was made before this callback was set up, so its samples were not seen. "
+                "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
             )
         num = len(trainer.fit_loop._combined_loader.flattened)
         if num != 1:
@@ -252,7 +242,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
         self._recorder.begin_batch(micro)
         if is_first and self.sample_losses is None:
-            self._prove_split(trainer, pl_module, micro, partial(with_neighbours, batch))
+            params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
+            surroundings = surroundings_of(trainer, pl_module)
+            prove_split(pl_module, params, partial(with_neighbours, batch), micro, surroundings)
 
     def _names(self, batch: Any, positions: list[int] | None) -> list[SampleId]:
         if self.sample_ids is None:
@@ -263,19 +255,6 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if positions is not None and len(names) != len(positions):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
         return names
-
-    def _prove_split(self, trainer: Any, module: Any, micro: MicroBatch, variant: Callable[[Tensor], Any]) -> None:
-        params = list(trained_parameters(module, trainer.optimizers[0]).values())
-        prove_split(
-            module,
-            params,
-            variant,
-            len(micro.ids),
-            micro.batch_idx,
-            micro.random,
-            surroundings_of(trainer, module),
-            self.sample_losses,
-        )
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss."""
@@ -356,164 +335,30 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._writer.flush()
         self._unhook(trainer)
         began = time.perf_counter()
-        surroundings = surroundings_of(trainer, pl_module)
-        home = next(pl_module.parameters()).device
-        pl_module.to(surroundings.device)
+        run = RecordedRun(self.run_dir, self._loaders[-1], trainer.optimizers[0], self._logged)
         try:
-            with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(pl_module) as restore:
-                ranking, about = self._retrace(trainer, pl_module, surroundings, restore)
+            ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
         except SGDInfluenceError as error:
-            error.add_note(
-                f"The training is complete and its weights are untouched; its trajectory lies in {self.run_dir}."
-            )
+            error.add_note(f"The training is complete and untouched; its trajectory lies in {self.run_dir}.")
             raise
-        finally:
-            pl_module.to(home)
         self._seconds["retrace"] = time.perf_counter() - began
+        for text in complaints:
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
         self._finish(trainer, ranking, about)
 
-    def _retrace(
-        self, trainer: Any, module: Any, surroundings: Surroundings, restore: Callable[[], None]
-    ) -> tuple[Ranking, dict[str, Any]]:
-        assert self.run_dir is not None
-        trajectory = Trajectory(self.run_dir / "trajectory")
-        if not trajectory.steps:
-            raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
-        last = trajectory.steps[-1]
-        from_epoch = first_epoch_kept(last.epoch, last.ends_epoch, self.epochs)
-        steps = [step for step in trajectory.steps if step.epoch >= from_epoch]
-        check_finite(steps)
-        params = trained_parameters(module, trainer.optimizers[0])
-        dtype = next(iter(params.values())).dtype
-        walk = Walk(
-            module=module,
-            params=params,
-            surroundings=surroundings,
-            batch_of=lambda micro: self._batch_again(surroundings, micro),
-            restore_attributes=restore,
-            engine=engine_named(self.curvature, self.finite_radius),
-            update=update_of(trainer.optimizers[0]),
-            optimizer_kind=type(trainer.optimizers[0]),
-            tolerance=self.tolerance or (1e-12 if dtype is torch.float64 else 1e-5),
-            on_mismatch=self.on_mismatch,
+    def _options(self) -> RetraceOptions:
+        return RetraceOptions(
+            monitor=self.monitor,
+            mode=self.mode,
+            objective=self.objective,
+            val_dataloaders=self.val_dataloaders,
+            epochs=self.epochs,
+            curvature=self.curvature,
+            finite_radius=self.finite_radius,
             sample_losses=self.sample_losses,
+            on_mismatch=self.on_mismatch,
+            tolerance=self.tolerance,
         )
-        modes = {part: part.training for part in module.modules()}
-        objective, complaint = self._objective(trainer, module, params, trajectory, last, surroundings)
-        restore()
-        for part, mode in modes.items():
-            part.training = mode
-        first_micro = steps[0].micro[0]
-        if first_micro.positions is not None and self.sample_losses is None:
-            self._prove_ids(trainer, module, trajectory, steps[0], surroundings)
-        quiet = trainer.progress_bar_callback is None or getattr(trainer.progress_bar_callback, "is_disabled", False)
-        with surroundings.as_stage("train"), tqdm(total=len(steps), desc="Retracing", disable=quiet) as bar:
-            ids, influence, visits = retrace_steps(trajectory, steps, objective, walk, lambda: bar.update() and None)
-        in_last = sum(step.epoch == last.epoch for step in steps)
-        for text in [*walk.error.complaints[:3], *complaint]:
-            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
-        about = {
-            "objective": {
-                "name": self.monitor if self.objective is None else getattr(self.objective, "__name__", "objective"),
-                "mode": self.mode,
-                "recomputed": objective.value if self.mode == "min" else -objective.value,
-                "logged": self._logged[1] if self._logged else None,
-                "logged_at_step": self._logged[0] if self._logged else None,
-            },
-            "window": {
-                "words": window_in_words(steps[0], last, in_last),
-                "first_step": steps[0].index,
-                "last_step": last.index,
-                "num_steps": len(steps),
-            },
-            "replay": {
-                "words": report.replay_in_words(walk.error),
-                "loss_error": walk.error.loss,
-                "update_error": walk.error.update,
-                "batches": walk.error.num_batches,
-                "batches_bit_for_bit": walk.error.num_bitwise,
-                "complaints": walk.error.complaints,
-            },
-        }
-        return Ranking.from_influence(ids, influence, visits), about
-
-    def _batch_again(self, surroundings: Surroundings, micro: MicroBatch) -> Any:
-        if micro.positions is None:
-            return torch.utils._pytree.tree_map(
-                lambda leaf: leaf.to(surroundings.device) if isinstance(leaf, Tensor) else leaf, micro.batch
-            )
-        return surroundings.prepare(fetch_batch(self._loaders[-1], micro.positions), 0)
-
-    def _prove_ids(
-        self, trainer: Any, module: Any, trajectory: Trajectory, step: Step, surroundings: Surroundings
-    ) -> None:
-        """Replace samples before they are collated: do the loss's rows belong to the ids, too?"""
-        loader, micro = self._loaders[-1], step.micro[0]
-        assert micro.positions is not None
-        micro.random = trajectory.random(step, 0)
-        if loader.batch_sampler is None:
-            return
-        items = fetch_items(loader, micro.positions)
-
-        def variant(replaced: Tensor) -> Any:
-            changed = [items[i - 1] if replaced[i] else items[i] for i in range(len(items))]
-            return surroundings.prepare(collate_items(loader, changed), 0)
-
-        self._prove_split(trainer, module, micro, variant)
-
-    def _objective(
-        self,
-        trainer: Any,
-        module: Any,
-        params: dict[str, Any],
-        trajectory: Trajectory,
-        last: Step,
-        surroundings: Surroundings,
-    ) -> tuple[ObjectiveGradient, list[str]]:
-        """Gradient at the recorded end point, and what is odd about its value."""
-        own = self.val_dataloaders is not None
-        loaders = self.val_dataloaders if own else trainer.val_dataloaders
-        if loaders is None:
-            raise ObjectiveError(
-                "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
-            )
-        end = trajectory.state(last.index + 1)
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(end.params[name])
-            for name, buffer in module.named_buffers():
-                buffer.copy_(end.buffers[name])
-        num = len(loaders) if isinstance(loaders, list | tuple) else 1
-        with surroundings.as_stage("validate"):
-            result = objective_gradient(
-                module,
-                list(params.values()),
-                validation_batches(loaders, None if own else trainer.num_val_batches),
-                surroundings,
-                self.monitor,
-                self.objective,
-                num,
-            )
-        complaint = [] if own or self.objective is not None else self._compare_objective(result.value, last)
-        if self.mode == "max":
-            result = ObjectiveGradient(
-                -result.value, [-g for g in result.params], {n: -g for n, g in result.buffers.items()}
-            )
-        return result, complaint
-
-    def _compare_objective(self, value: float, last: Step) -> list[str]:
-        if self._logged is None or self._logged[0] != last.index + 1:
-            return []  # the last validation saw other weights
-        logged = self._logged[1]
-        if abs(value - logged) <= 1e-4 * max(abs(logged), 1e-12):
-            return []
-        text = (
-            f"{self.monitor!r} recomputed on the final weights is {value!r}, but {logged!r} was logged for them. Likely "
-            "causes: random validation data, weights moved after the last step, or a value not averaged by batch size."
-        )
-        if self.on_mismatch == "raise":
-            raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
-        return [text]
 
     def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
         assert self.run_dir is not None and self._writer is not None  # noqa: PT018

@@ -19,8 +19,8 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """
     if not module.automatic_optimization:
         raise UnsupportedTrainingError(
-            "The module optimizes manually (automatic_optimization=False), so what an optimizer step is made of cannot "
-            "be seen. Return the loss from training_step and let Lightning optimize."
+            "The module optimizes manually (automatic_optimization=False), so what a step is made of cannot be seen. "
+            "Return the loss from training_step and let Lightning optimize."
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise UnsupportedTrainingError(
@@ -32,7 +32,8 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise UnsupportedTrainingError(
-            'precision="16-mixed" scales the loss and skips steps, which is not followed. Use "bf16-mixed" or "32-true".'
+            'precision="16-mixed" scales the loss and skips steps, which is not followed. '
+            'Use "bf16-mixed" or "32-true".'
         )
     if not has_objective and not callable(getattr(type(module), "validation_step", None)):
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
@@ -70,12 +71,13 @@ def check_train_loader(loader: Any, has_sample_ids: bool) -> None:
         )
     if isinstance(loader.dataset, IterableDataset) and not has_sample_ids:
         raise SampleIdError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. Give sample_ids=, "
-            "a callable from the batch to its samples' ids."
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. "
+            "Give sample_ids=, a callable from the batch to its samples' ids."
         )
     if not getattr(loader, "in_order", True):
         raise UnsupportedTrainingError(
-            "The training loader has in_order=False: batches arrive in another order than they are drawn. Use in_order=True."
+            "The training loader has in_order=False: batches arrive in another order than they are drawn. "
+            "Use in_order=True."
         )
 
 

@@ -137,7 +137,7 @@ def _retrace_step(
     trajectory: Trajectory, step: Step, before: State, after: State, adjoint: Adjoint, walk: Walk, number: int
 ) -> list[tuple[MicroBatch, Tensor]]:
     """Carry ``adjoint`` (in place) over one step; the scores of each micro-batch."""
-    _load(walk.module, walk.params, before)
+    load_state(walk.module, walk.params, before)
     params = list(walk.params.values())
     batches = [_MicroStep(trajectory, step, i, walk, bool(adjoint.buffers)) for i in range(len(step.micro))]
     needs_gradient = (
@@ -174,9 +174,9 @@ class _MicroStep:
             name = self.micro.ids[off[0]]
             walk.mismatch(
                 step,
-                f"{len(off)} of {len(digest)} samples of its batch, fetched again, hold other data (sample {name!r} first). "
-                "Random augmentation, in the dataset, the collate function or a transfer hook, or data that changed "
-                "since, is the likely cause.",
+                f"{len(off)} of {len(digest)} samples of its batch, fetched again, hold other data "
+                f"(sample {name!r} first). Random augmentation, in the dataset, the collate function or a "
+                "transfer hook, or data that changed since, is the likely cause.",
             )
         self._buffers: dict[str, Tensor] | None = None
 
@@ -257,7 +257,8 @@ def _entries(state: State, name: str, device: torch.device) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _load(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> None:
+def load_state(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> None:
+    """Copy recorded parameters and buffers into the live module."""
     for name, param in params.items():
         param.copy_(state.params[name])
     for name, buffer in module.named_buffers():
@@ -309,8 +310,9 @@ def _compare_update(step: Step, before: State, after: State, grads: dict[str, Te
     if not relative <= _UPDATE_SLACK * walk.tolerance:
         walk.mismatch(
             step,
-            f"the update differs by {relative:.1e} of its length though the loss agrees. Likely causes: gradients edited "
-            "in a hook (on_before_optimizer_step, configure_gradient_clipping, optimizer_step), or weights moved after the step.",
+            f"the update differs by {relative:.1e} of its length though the loss agrees. Likely causes: "
+            "gradients edited in a hook (on_before_optimizer_step, configure_gradient_clipping, optimizer_step), "
+            "or weights moved after the step.",
         )
 
 

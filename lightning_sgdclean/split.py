@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import LossSplitError
-from lightning_sgdclean.randomness import RandomState, set_random_state, untouched_randomness
-from lightning_sgdclean.replay import SampleLosses, Surroundings, training_loss, untouched_module
+from lightning_sgdclean.randomness import set_random_state, untouched_randomness
+from lightning_sgdclean.replay import Surroundings, training_loss, untouched_module
+from lightning_sgdclean.trajectory import MicroBatch
 
 Parts = Callable[[Any], tuple[Tensor, Tensor, list[str]]]
 _ADVICE = (
@@ -112,11 +113,8 @@ def prove_split(
     module: Any,
     params: list[nn.Parameter],
     variant: Callable[[Tensor], Any],
-    num: int,
-    batch_idx: int,
-    random: RandomState,
+    micro: MicroBatch,
     surroundings: Surroundings,
-    sample_losses: SampleLosses | None,
 ) -> None:
     """:func:`check_split` on a batch of the user's training, leaving module and random state untouched.
 
@@ -125,11 +123,9 @@ def prove_split(
     """
 
     def parts(batch: Any) -> tuple[Tensor, Tensor, list[str]]:
-        set_random_state(random, surroundings.device)
-        weights = unit_weights(num, params)
-        evaluated = training_loss(
-            module, batch, batch_idx, weights, surroundings, sample_losses, watch_statistics=False
-        )
+        set_random_state(micro.random, surroundings.device)
+        weights = unit_weights(len(micro.ids), params)
+        evaluated = training_loss(module, batch, micro.batch_idx, weights, surroundings, watch_statistics=False)
         return evaluated.loss.detach(), gradient([evaluated.loss], [weights])[0], evaluated.unsplit
 
     with (
@@ -140,4 +136,4 @@ def prove_split(
     ):
         module.eval()  # BatchNorm over the batch and dropout would tie the samples together
         shake(params)
-        check_split(parts, variant, num)
+        check_split(parts, variant, len(micro.ids))
