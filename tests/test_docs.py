@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation shows runs, and what it names exists."""
+
+import ast
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import lightning_sgdclean
+from cases import Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence, errors
+from lightning_sgdclean.ranking import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def text_of(*names):
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+
+
+def lines_of_code(page):
+    """The page's Python blocks, each on the line where it stands, so that tracebacks lead to it."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, found.start(1)), found[1]) for found in CODE.finditer(text)]
+
+
+def keys_of(tree, prefix=""):
+    for key, value in tree.items():
+        yield from keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    callback = SGDInfluence("val_loss", dirpath=tmp_path_factory.mktemp("docs") / "run")
+    quiet_trainer([callback], max_epochs=1).fit(Plain(norm=True), *loaders())
+    return callback.run_dir
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if lines_of_code(page)], ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page):
+    namespace = {"__name__": "__main__"}
+    for line, code in lines_of_code(page):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_quickstart_finds_what_it_promises():
+    namespace = {"__name__": "__main__"}
+    exec(lines_of_code(ROOT / "README.md")[0][1], namespace)
+    wrong = sum(sample < 20 for sample in namespace["influence"].ranking.harmful(20))
+    assert wrong > 10
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/outputs.md"])
+def test_the_header_of_the_csv_is_shown(name):
+    assert f"`{','.join(COLUMNS)}`" in text_of(name)
+
+
+def test_every_key_of_the_summary_is_documented(run_dir):
+    outputs = text_of("docs/outputs.md")
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    assert [key for key in keys_of(summary) if f"`{key}`" not in outputs] == []
+
+
+def test_every_key_of_the_trajectory_is_documented(run_dir):
+    outputs = text_of("docs/outputs.md")
+    manifest = json.loads((run_dir / "trajectory" / "manifest.json").read_text(encoding="utf-8"))
+    segment = manifest["segments"][0]
+    with safe_open(run_dir / "trajectory" / segment["file"], "pt") as file:
+        step = json.loads(file.metadata()["steps"])[0]
+        kinds = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118 - no mapping
+    keys = [*manifest, *segment, *step, *step["micro"][0]]
+    assert [key for key in keys if f"`{key}`" not in outputs] == []
+    assert [kind for kind in kinds if f"`{kind}/t/" not in outputs] == []
+
+
+def test_every_public_name_is_in_the_readme():
+    public = [name for name in lightning_sgdclean.__all__ if not name.startswith("_")]
+    assert [name for name in public if name not in text_of("README.md")] == []
+
+
+def test_every_option_stands_in_the_readme_with_its_default():
+    readme = text_of("README.md")
+    options = [p for p in inspect.signature(SGDInfluence.__init__).parameters.values() if p.name != "self"]
+    rows = [f"| `{p.name}` | `{json.dumps(p.default) if isinstance(p.default, str) else p.default}` |" for p in options]
+    assert [row for row in rows if row not in readme] == []
+    table = readme.partition("## Options")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [p.name for p in options]
+
+
+def test_every_error_that_fit_raises_is_in_the_limits():
+    limits = text_of("docs/limits.md")
+    names = [name for name, kind in vars(errors).items() if isinstance(kind, type) and name.endswith("Error")]
+    assert [name for name in names if f"`{name}`" not in limits] == []
+
+
+def test_every_test_that_the_limits_name_exists():
+    named = re.findall(r"`tests/(\w+\.py)::(\w+)`", text_of("docs/limits.md"))
+    assert named
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_every_module_is_in_the_design():
+    design = text_of("docs/design.md")
+    modules = {path.name for path in (ROOT / "lightning_sgdclean").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^\| `(\w+\.py)` \|", design, re.MULTILINE)) == modules
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_to_files_of_the_repository_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
