@@ -111,7 +111,7 @@ def _rank(
         engine=engine_named(options.curvature, options.finite_radius),
         update=update_of(run.optimizer),
         optimizer_kind=type(run.optimizer),
-        tolerance=options.tolerance or (1e-12 if is_double else 1e-5),
+        tolerance=(1e-12 if is_double else 1e-5) if options.tolerance is None else options.tolerance,
         on_mismatch=options.on_mismatch,
         sample_losses=options.sample_losses,
     )

@@ -18,7 +18,7 @@ from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import RecordedRun, RetraceOptions, rank_run
 from lightning_sgdclean.artifacts import publish
-from lightning_sgdclean.batches import batch_digest, cloned
+from lightning_sgdclean.batches import batch_digest, cloned, pack_batch
 from lightning_sgdclean.errors import (
     NonFiniteError,
     RunDirectoryError,
@@ -110,7 +110,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         _check_choice("mode", mode, ("min", "max"))
         _check_choice("curvature", curvature, ("exact", "finite", "none"))
         _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
-        if epochs != "all" and not (isinstance(epochs, int) and epochs >= 1):
+        if epochs != "all" and not (type(epochs) is int and epochs >= 1):
             raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
@@ -175,6 +175,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return
         checks.check_optimizers(trainer)
+        checks.check_callbacks(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self.run_dir = _fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         self._writer = TrajectoryWriter(self.run_dir / "trajectory")
@@ -239,6 +240,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             digest=batch_digest(batch, len(names)),
             batch=cloned(batch) if positions is None else None,
         )
+        if micro.batch is not None:
+            pack_batch(micro.batch)  # what cannot be kept is refused at the first batch, not at the first segment
         is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
         self._recorder.begin_batch(micro)
         if is_first and self.sample_losses is None:

@@ -2,11 +2,12 @@
 """What must hold of a Trainer and its module for a run to be followed: one function a precondition."""
 
 import inspect
+import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sgdclean.errors import ObjectiveError, SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.updates import update_of
 
 
@@ -53,6 +54,28 @@ def check_optimizers(trainer: Any) -> None:
             "Put all parameters into groups of one optimizer."
         )
     update_of(optimizers[0])
+
+
+def check_callbacks(trainer: Any) -> None:
+    """Once all callbacks are known: does another one move the weights or the optimizer's groups?
+
+    Raises:
+        UnsupportedTrainingError: A callback that adds parameters to the optimizer during the run.
+    """
+    for callback in trainer.callbacks:
+        names = {base.__name__ for base in type(callback).__mro__}
+        if "BaseFinetuning" in names:
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} adds parameters to the optimizer during the run, which is not followed. "
+                "Give the optimizer all parameters from the start, frozen ones with a learning rate of zero."
+            )
+        if names & {"StochasticWeightAveraging", "WeightAveraging"}:
+            warnings.warn(
+                f"{type(callback).__name__} replaces the weights when training ends. The ranking is of the weights "
+                "after the last optimizer step, not of the averaged ones.",
+                SGDInfluenceWarning,
+                stacklevel=2,
+            )
 
 
 def check_train_loader(loader: Any, has_sample_ids: bool) -> None:

@@ -75,6 +75,11 @@ def check_split(parts: Parts, variant: Callable[[Tensor], Any], num: int) -> Non
     scale = max(float(base.abs().max()), abs(float(loss)) / num, 1e-12)
     tolerance = scale * (1e-9 if base.dtype is torch.float64 else 1e-4)
     notes = f" ({'; '.join(dict.fromkeys(unsplit))})" if unsplit else ""
+    if num == 1 and abs(rest) > tolerance:  # there is no other sample to tell a regulariser by
+        raise LossSplitError(
+            f"The loss of a batch of one sample has a part that was not split{notes}, and whether it depends on the "
+            f"sample cannot be told from one. Train on batches of two or more. {_ADVICE}"
+        )
     any_moved = num == 1
     for mask in groups_of(num) if num > 1 else []:
         loss, now, _ = parts(variant(mask))

@@ -62,11 +62,13 @@ class SampleWeights(TorchFunctionMode):
         reduction = options["reduction"]
         rows = func(**{**options, "reduction": "none"})
         num = self._weights.shape[0]
-        if rows.ndim == 0 or rows.shape[0] != num:
+        # Of a batch of one sample, collated or not, every row is that sample's.
+        if num > 1 and (rows.ndim == 0 or rows.shape[0] != num):
             got = "a single number" if rows.ndim == 0 else f"{rows.shape[0]} rows"
             self.unsplit.append(f"{func.__name__} made {got} of a batch of {num} samples")
             return rows if reduction == "none" else func(**options)
-        weighted = rows * self._weights.view(-1, *[1] * (rows.ndim - 1))
+        weights = self._weights[0] if num == 1 else self._weights.view(-1, *[1] * (rows.ndim - 1))
+        weighted = rows * weights
         if reduction == "none":
             return weighted
         whole = func(**options)

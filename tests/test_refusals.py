@@ -287,3 +287,75 @@ def test_fast_dev_run_is_left_alone():
     quiet_trainer([callback], fast_dev_run=True).fit(Plain(), *loaders())
     assert callback.ranking is None
     assert VAL is not None
+
+
+def test_batches_of_one_sample_are_ranked_or_refused_but_never_all_zero():
+    for size in (1, None):
+        callback = SGDInfluence("val_loss")
+        module = Plain()
+        if size is None:
+            module.net[1] = torch.nn.Identity()
+        quiet_trainer([callback]).fit(module, DataLoader(TRAIN, batch_size=size), loaders()[1])
+        assert (callback.ranking.influence != 0).all()
+    refuse(LossSplitError, "batch of one sample", with_step(hand_written), DataLoader(TRAIN, batch_size=1))
+
+
+def test_several_training_loaders():
+    class Both(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)
+
+    trainer = quiet_trainer([SGDInfluence("val_loss")])
+    with pytest.raises(UnsupportedTrainingError, match="2 training loaders"):
+        trainer.fit(Both(), {"a": loaders()[0], "b": loaders()[0]}, loaders()[1])
+
+
+def test_loader_that_delivers_out_of_order():
+    train = DataLoader(TRAIN, batch_size=5, num_workers=1, in_order=False)
+    refuse(UnsupportedTrainingError, "in_order=False", Plain(), train)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+def test_training_step_over_an_iterator():
+    class Iterating(Plain):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    refuse(UnsupportedTrainingError, "dataloader_iter", Iterating())
+
+
+def test_callbacks_that_move_weights_are_named():
+    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    callback = SGDInfluence("val_loss", on_mismatch="warn")
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging replaces the weights"):
+        quiet_trainer([callback, averaging]).fit(Plain(), *loaders())
+    with pytest.raises(UnsupportedTrainingError, match="BackboneFinetuning adds parameters"):
+        quiet_trainer([SGDInfluence("val_loss"), pl.callbacks.BackboneFinetuning()]).fit(_with_backbone(), *loaders())
+
+
+def _with_backbone():
+    module = Plain()
+    module.backbone = module.net[0]
+    return module
+
+
+class Unstorable(IterableDataset):
+    def __iter__(self):
+        return iter([(*TRAIN[i], {3: "x"}) for i in range(10)])
+
+
+def test_batch_that_cannot_be_kept_is_refused_at_the_first_batch():
+    class Unpacking(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[:3], batch_idx)
+
+    train = DataLoader(Unstorable(), batch_size=5, collate_fn=_with_fraction)
+    trainer = refuse(
+        UnsupportedTrainingError, "without pickle", Unpacking(), train, sample_ids=lambda batch: batch[2].tolist()
+    )
+    assert trainer.global_step == 0
+
+
+def _with_fraction(items):
+    collated = torch.utils.data.default_collate([item[:3] for item in items])
+    return [*collated, {3: "a key that is no string"}]
