@@ -92,6 +92,7 @@ class TrajectoryWriter:
         self._layouts: list[Layout] = []
         self._segments: list[dict[str, Any]] = []
         self._tensors: dict[str, Tensor] = {}
+        self._held = 0
         self._steps: list[dict[str, Any]] = []
         self._last: tuple[int, dict[str, Tensor]] | None = None
         self._num_segments = 0
@@ -112,8 +113,7 @@ class TrajectoryWriter:
         self._last = self._flat(after)
         self._keep_state(step.index + 1, self._last)
         self._steps[-1]["layout"] = self._last[0]
-        held = sum(tensor.nbytes for tensor in self._tensors.values())
-        if held >= _SEGMENT_BYTES or len(self._steps) >= _SEGMENT_STEPS or step.ends_epoch:
+        if self._held >= _SEGMENT_BYTES or len(self._steps) >= _SEGMENT_STEPS or step.ends_epoch:
             self.flush()
 
     def flush(self) -> None:
@@ -137,7 +137,7 @@ class TrajectoryWriter:
                 "bytes": size,
             }
         )
-        self._tensors, self._steps = {}, []
+        self._tensors, self._steps, self._held = {}, [], 0
         self._write_manifest()
 
     def drop_before(self, epoch: int) -> None:
@@ -149,6 +149,10 @@ class TrajectoryWriter:
             for segment in gone:
                 (self._folder / segment["file"]).unlink(missing_ok=True)
 
+    def _hold(self, key: str, tensor: Tensor) -> None:
+        self._tensors[key] = tensor
+        self._held += tensor.nbytes
+
     def _flat(self, state: State) -> tuple[int, dict[str, Tensor]]:
         layout, flat = flatten(state)
         if not self._layouts or self._layouts[-1] != layout:
@@ -159,7 +163,7 @@ class TrajectoryWriter:
         if not self._steps:
             self._first_layout = flat[0]
         for dtype, tensor in flat[1].items():
-            self._tensors[f"state/{index}/{dtype}"] = tensor
+            self._hold(f"state/{index}/{dtype}", tensor)
 
     def _keep_step(self, step: Step) -> dict[str, Any]:
         return {
@@ -175,13 +179,13 @@ class TrajectoryWriter:
 
     def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
         for name, tensor in micro.random.items():
-            self._tensors[f"random/{key}/{name}"] = tensor
-        self._tensors[f"digest/{key}"] = micro.digest
+            self._hold(f"random/{key}/{name}", tensor)
+        self._hold(f"digest/{key}", micro.digest)
         assert micro.loss is not None
-        self._tensors[f"loss/{key}"] = micro.loss.detach().cpu().clone()
+        self._hold(f"loss/{key}", micro.loss.detach().cpu().clone())
         kept, tensors = pack_batch(micro.batch) if micro.batch is not None else (None, [])
         for i, tensor in enumerate(tensors):
-            self._tensors[f"batch/{key}/{i}"] = tensor.cpu().contiguous().clone()
+            self._hold(f"batch/{key}/{i}", tensor.cpu().contiguous().clone())
         return {
             "ids": micro.ids,
             "positions": micro.positions,
