@@ -24,7 +24,7 @@ from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import Walk, check_finite, load_state, retrace_steps
 from lightning_sgdclean.split import prove_split
 from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.surroundings import surroundings_of
+from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.updates import update_of
 
@@ -121,10 +121,11 @@ def _rank(
     restore()  # validation had put the module into evaluation mode
     if options.sample_losses is None:
         _prove_ids(module, params, run.loader, trajectory, steps[0], surroundings)
-    bar = trainer.progress_bar_callback
-    quiet = bar is None or getattr(bar, "is_disabled", False)
     start = objective if options.mode == "min" else _negative(objective)
-    with surroundings.as_stage("train"), tqdm(total=len(steps), desc="Retracing", disable=quiet) as progress:
+    with (
+        surroundings.as_stage("train"),
+        tqdm(total=len(steps), desc="Retracing", disable=is_quiet(trainer)) as progress,
+    ):
         ids, influence, visits = retrace_steps(trajectory, steps, start, walk, lambda: progress.update() and None)
     about = _about(objective, steps, walk, run, options)
     return Ranking.from_influence(ids, influence, visits), about, [*walk.error.complaints[:3], *complaints]

@@ -35,7 +35,7 @@ from lightning_sgdclean.replay import untouched_module
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.split import prove_split, with_neighbours
 from lightning_sgdclean.store import TrajectoryWriter, write_json
-from lightning_sgdclean.surroundings import surroundings_of
+from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, first_epoch_kept
 
 
@@ -240,9 +240,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             digest=batch_digest(batch, len(names)),
             batch=cloned(batch) if positions is None else None,
         )
-        if micro.batch is not None:
-            pack_batch(micro.batch)  # what cannot be kept is refused at the first batch, not at the first segment
         is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
+        if is_first and micro.batch is not None:
+            pack_batch(micro.batch)  # what cannot be kept is refused at the first batch, not at the first segment
         self._recorder.begin_batch(micro)
         if is_first and self.sample_losses is None:
             params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
@@ -388,8 +388,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         publish(trainer.loggers, ranking, [csv_path, self.run_dir / "summary.json"], trainer.global_step, self._unit)
         if not self.keep_trajectory:
             shutil.rmtree(self.run_dir / "trajectory")
-        bar = trainer.progress_bar_callback
-        if bar is not None and not getattr(bar, "is_disabled", False):
+        if not is_quiet(trainer):
             tqdm.write(report.closing_text(ranking, self.summary, self.run_dir))
 
     @property

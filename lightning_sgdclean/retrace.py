@@ -147,9 +147,12 @@ def _retrace_step(
     _compare_losses(step, opened, walk)
     _compare_buffers(step, after, walk)
     grads = None if raw is None else {n: g for n, g in zip(walk.params, raw, strict=True) if n not in step.unused}
+    clipped = None if grads is None else clip(grads, step.clip)
+    if clipped is not None:
+        _compare_update(step, before, after, clipped, walk)
+    cotangent = _transpose_update(step, before, clipped, adjoint, walk)
     if grads is not None:
-        _compare_update(step, before, after, clip(grads, step.clip), walk)
-    cotangent = _transpose_update(step, before, grads, adjoint, walk)
+        cotangent |= clip_transpose(grads, {name: cotangent[name] for name in grads}, step.clip)
     cotangents = [cotangent[name] for name in walk.params]
     scores = []
     for batch in reversed(batches):
@@ -229,10 +232,9 @@ def _open(
 
 
 def _transpose_update(
-    step: Step, before: State, grads: dict[str, Tensor] | None, adjoint: Adjoint, walk: Walk
+    step: Step, before: State, clipped: dict[str, Tensor] | None, adjoint: Adjoint, walk: Walk
 ) -> dict[str, Tensor]:
-    """Take ``lambda`` and ``mu`` back over the optimizer, and give the cotangent of the raw gradient."""
-    clipped = None if grads is None else clip(grads, step.clip)
+    """Take ``lambda`` and ``mu`` back over the optimizer, and give the cotangent of the clipped gradient."""
     cotangents = {name: torch.zeros_like(lam) for name, lam in adjoint.params.items()}
     device = walk.surroundings.device
     for group in step.groups:
@@ -247,9 +249,7 @@ def _transpose_update(
             cotangents[name], adjoint.params[name], adjoint.optimizer[name] = walk.update.transpose(
                 param, grad, state, options, adjoint.params[name], adjoint.optimizer.get(name, {})
             )
-    if grads is None:
-        return cotangents
-    return cotangents | clip_transpose(grads, {name: cotangents[name] for name in grads}, step.clip)
+    return cotangents
 
 
 def _entries(state: State, name: str, device: torch.device) -> dict[str, Tensor]:

@@ -9,6 +9,12 @@ from lightning_sgdclean._lightning import silent_logger
 from lightning_sgdclean.replay import Surroundings
 
 
+def is_quiet(trainer: Any) -> bool:
+    """Whether the Trainer shows no progress, so that we show none either."""
+    bar = trainer.progress_bar_callback
+    return bar is None or bool(getattr(bar, "is_disabled", False))
+
+
 def surroundings_of(trainer: Any, module: Any) -> Surroundings:
     """What ``module`` saw around its steps under this Trainer."""
     epochs = trainer.fit_loop.epoch_progress.current
