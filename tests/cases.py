@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small, smooth trainings whose truth can be had, and the module that they train."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,35 +36,43 @@ def adamw(params, **options):
     return torch.optim.AdamW(params, **{"lr": 0.02, "eps": 1e-4, "weight_decay": 0.1, **options})
 
 
+def perceptron(norm=False, dropout=0.0):
+    return nn.Sequential(
+        nn.Linear(5, 8, bias=not norm),
+        nn.BatchNorm1d(8) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(8, NUM_CLASSES),
+    )
+
+
 class Plain(pl.LightningModule):
     """An ordinary classifier. With ``sample_weights`` set it is its own weighted twin."""
 
-    def __init__(self, make_optimizer=sgd, options=None, norm=False, dropout=0.0, two_groups=False, warmup=False):
+    def __init__(
+        self, make_optimizer=sgd, options=None, norm=False, dropout=0.0, two_groups=False, warmup=False, net=None
+    ):
         super().__init__()
         torch.manual_seed(3)
-        self.net = nn.Sequential(
-            nn.Linear(5, 8, bias=not norm),
-            nn.BatchNorm1d(8) if norm else nn.Identity(),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            nn.Linear(8, NUM_CLASSES),
-        )
+        self.net = perceptron(norm, dropout) if net is None else net()
         self.make_optimizer, self.options = make_optimizer, options or {}
         self.two_groups, self.warmup = two_groups, warmup
         self.sample_weights = None
 
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        return F.cross_entropy(self.net(x), y, reduction=reduction)
+
     def training_step(self, batch, batch_idx):
-        x, y, index = batch
         if self.sample_weights is None:
-            loss = F.cross_entropy(self.net(x), y)
+            loss = self.loss(batch)
         else:
-            loss = (F.cross_entropy(self.net(x), y, reduction="none") * self.sample_weights[index]).mean()
+            loss = (self.loss(batch, "none") * self.sample_weights[batch[-1]]).mean()
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        x, y, _ = batch
-        self.log("val_loss", F.cross_entropy(self.net(x), y))
+        self.log("val_loss", self.loss(batch))
 
     def configure_optimizers(self):
         groups = self.parameters()
@@ -81,20 +90,26 @@ class Plain(pl.LightningModule):
 
 @dataclass
 class Case:
-    """One training: how the module is made and what the Trainer is told besides."""
+    """One training: how the module is made, what the Trainer is told besides, and the data.
+
+    A module of another class than ``Plain`` has ``loss(batch, reduction)``, whose rows are one a sample,
+    and ``sample_weights``; a data set's last column numbers its samples.
+    """
 
     name: str
     module: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
+    make: Callable[..., Any] = Plain
+    train: TensorDataset = TRAIN
+    val: TensorDataset = VAL
 
     def __str__(self) -> str:
         return self.name
 
 
-def loaders(**options):
-    train = DataLoader(TRAIN, **{"batch_size": 5, "shuffle": True, **options})
-    return train, DataLoader(VAL, batch_size=4)
+def loaders(train=TRAIN, val=VAL, **options):
+    return DataLoader(train, **{"batch_size": 5, "shuffle": True, **options}), DataLoader(val, batch_size=4)
 
 
 def quiet_trainer(callbacks=(), package=pl, **options):
@@ -117,18 +132,18 @@ def quiet_trainer(callbacks=(), package=pl, **options):
 def fit(case: Case, callback=None, weights=None):
     """Train a case; the module afterwards."""
     pl.seed_everything(1, verbose=False)
-    module = Plain(**case.module)
+    module = case.make(**case.module)
     module.sample_weights = weights
-    quiet_trainer([callback] if callback else [], **case.trainer).fit(module, *loaders(**case.loader))
+    train, val = loaders(case.train, case.val, **case.loader)
+    quiet_trainer([callback] if callback else [], **case.trainer).fit(module, train, val)
     return module
 
 
-def objective(module) -> float:
+def objective(module, val=VAL) -> float:
     """Mean validation loss of a module, in float64."""
     module.double().eval()
-    x, y, _ = VAL.tensors
     with torch.no_grad():
-        return F.cross_entropy(module.net(x.double()), y).item()
+        return module.loss([t.double() if t.is_floating_point() else t for t in val.tensors]).item()
 
 
 CASES = [

@@ -24,7 +24,7 @@ def test_both_lightnings_take_the_callback_alone_or_in_a_list(name, alone):
             super().__init__()
             self.net = torch.nn.Linear(5, 3)
 
-        training_step, validation_step = Plain.training_step, Plain.validation_step
+        loss, training_step, validation_step = Plain.loss, Plain.training_step, Plain.validation_step
         sample_weights = None
 
         def configure_optimizers(self):

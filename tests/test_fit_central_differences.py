@@ -5,36 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from cases import CASES, NUM_TRAIN, Case, fit, objective
+from cases import CASES, NUM_TRAIN, Case, fit
 from lightning_sgdclean import SGDInfluence
-
-STEP = 1e-4  # the error of the fourth-order difference below is about STEP**4 and 1e-16 / STEP
-
-
-def objective_with(case, direction, amount):
-    return objective(fit(case, weights=torch.ones(NUM_TRAIN, dtype=torch.float64) + amount * direction))
-
-
-def derivative(case, direction):
-    near = objective_with(case, direction, STEP) - objective_with(case, direction, -STEP)
-    far = objective_with(case, direction, 2 * STEP) - objective_with(case, direction, -2 * STEP)
-    return (8 * near - far) / (12 * STEP)
-
-
-def one_hot(index):
-    return torch.eye(NUM_TRAIN, dtype=torch.float64)[index]
-
-
-def ranked(case, **options):
-    callback = SGDInfluence("val_loss", epochs="all", **options)
-    fit(case, callback)
-    return callback
-
-
-def influences(callback):
-    found = np.zeros(NUM_TRAIN)
-    found[callback.ranking.sample_id] = callback.ranking.influence
-    return found
+from reference import derivative, influences, one_hot, ranked
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
