@@ -14,37 +14,20 @@ from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
 from lightning_sgdclean.batches import collate_items, fetch_batch, fetch_items
-from lightning_sgdclean.curvature import engine_named
+from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
 from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.retrace import Walk, check_finite, load_state, retrace_steps
+from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
 from lightning_sgdclean.split import prove_split
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.updates import update_of
+from lightning_sgdclean.walk import RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
-
-
-@dataclass(frozen=True)
-class RetraceOptions:
-    """The callback's options that matter once training is over; see there."""
-
-    monitor: str
-    mode: str
-    objective: Callable[[Any, Any], Any] | None
-    val_dataloaders: Any
-    epochs: int | str
-    curvature: str
-    finite_radius: float
-    sample_losses: Callable[[Any, Any], Tensor] | None
-    on_mismatch: str
-    tolerance: float | None
 
 
 @dataclass(frozen=True)
@@ -53,15 +36,21 @@ class RecordedRun:
 
     Attributes:
         folder: The run directory.
-        loader: The training loader, whose dataset holds the samples.
+        loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
         optimizer: The user's optimizer.
-        logged: Step number and value of the last validation, if there was one.
+        logged: The monitored value after each validation, by the number of steps made by then.
+        hooks: Hooks of the user's that could have edited gradients.
+        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        best: Where the best model was saved, if that is where the walk is to start.
     """
 
     folder: Path
-    loader: Any
+    loaders: list[Any]
     optimizer: Optimizer
-    logged: tuple[int, float] | None
+    logged: dict[int, float]
+    hooks: list[str]
+    averaging: list[str]
+    best: BestModel | None
 
 
 def rank_run(
@@ -94,41 +83,53 @@ def _rank(
     restore: Callable[[], None],
 ) -> tuple[Ranking, dict[str, Any], list[str]]:
     trajectory = Trajectory(run.folder / "trajectory")
-    if not trajectory.steps:
-        raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
-    last = trajectory.steps[-1]
-    from_epoch = first_epoch_kept(last.epoch, last.ends_epoch, options.epochs)
-    steps = [step for step in trajectory.steps if step.epoch >= from_epoch]
+    steps = _window(trajectory.steps, run, options)
+    last = steps[-1]
     check_finite(steps)
-    params = trained_parameters(module, run.optimizer)
-    is_double = next(iter(params.values())).dtype is torch.float64
-    walk = Walk(
-        module=module,
-        params=params,
-        surroundings=surroundings,
-        batch_of=lambda micro: _batch_again(run.loader, surroundings, micro),
+    walk = walk_of(
+        module,
+        run.optimizer,
+        surroundings,
+        options,
+        run.hooks,
+        batch_of=lambda micro: _batch_again(run.loaders[micro.loader], surroundings, micro),
+        random_of=trajectory.random,
         restore_attributes=restore,
-        engine=engine_named(options.curvature, options.finite_radius),
-        update=update_of(run.optimizer),
-        optimizer_kind=type(run.optimizer),
-        tolerance=(1e-12 if is_double else 1e-5) if options.tolerance is None else options.tolerance,
-        on_mismatch=options.on_mismatch,
-        sample_losses=options.sample_losses,
     )
-    load_state(module, params, trajectory.state(last.index + 1))
-    objective = _objective(trainer, module, params, surroundings, options)
-    complaints = _compare_objective(objective.value, last, run.logged, options)
+    load_state(module, walk.params, trajectory.state(last.index + 1))
+    objective = _objective(trainer, module, walk.params, surroundings, options)
+    complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, options)
     restore()  # validation had put the module into evaluation mode
     if options.sample_losses is None:
-        _prove_ids(module, params, run.loader, trajectory, steps[0], surroundings)
-    start = objective if options.mode == "min" else _negative(objective)
+        _prove_ids(module, walk.params, run.loaders, trajectory, steps[0], surroundings)
+    adjoint = adjoint_of(objective, walk, sign=1.0 if options.mode == "min" else -1.0)
     with (
         surroundings.as_stage("train"),
         tqdm(total=len(steps), desc="Retracing", disable=is_quiet(trainer)) as progress,
     ):
-        ids, influence, visits = retrace_steps(trajectory, steps, start, walk, lambda: progress.update() and None)
+        ids, influence, visits = retrace_steps(trajectory, steps, adjoint, walk, lambda: progress.update() and None)
     about = _about(objective, steps, walk, run, options)
-    return Ranking.from_influence(ids, influence, visits), about, [*walk.error.complaints[:3], *complaints]
+    return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
+
+
+def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> list[Step]:
+    """The steps to retrace, the last of which is the end point.
+
+    Raises:
+        UnsupportedTrainingError: If there are none.
+    """
+    steps = recorded
+    if run.best is not None:
+        if run.best.step is None:
+            raise UnsupportedTrainingError(
+                "The ModelCheckpoint saved no new best model in this fit, so there is no end point. "
+                'Use at="last", or a ModelCheckpoint that monitors a value which is logged.'
+            )
+        steps = [step for step in recorded if step.index < run.best.step]
+    if not any(step.is_update for step in steps):
+        raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
+    first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
+    return [step for step in steps if step.epoch >= first_epoch]
 
 
 def _objective(
@@ -148,21 +149,15 @@ def _objective(
         )
 
 
-def _negative(objective: ObjectiveGradient) -> ObjectiveGradient:
-    buffers = {name: -grad for name, grad in objective.buffers.items()}
-    return ObjectiveGradient(-objective.value, [-grad for grad in objective.params], buffers)
-
-
-def _compare_objective(
-    value: float, last: Step, logged: tuple[int, float] | None, options: RetraceOptions
-) -> list[str]:
+def _compare_objective(value: float, last: Step, logged: dict[int, float], options: RetraceOptions) -> list[str]:
     """Hold the recomputed value against the logged one, where both are of the same weights and data."""
     if options.objective is not None or options.val_dataloaders is not None:
         return []
-    if logged is None or logged[0] != last.index + 1 or math.isclose(value, logged[1], rel_tol=1e-4, abs_tol=1e-12):
+    at_end = logged.get(last.index + 1)
+    if at_end is None or math.isclose(value, at_end, rel_tol=1e-4, abs_tol=1e-12):
         return []
     text = (
-        f"{options.monitor!r} recomputed on the final weights is {value!r}, but {logged[1]!r} was logged for them. "
+        f"{options.monitor!r} recomputed on the final weights is {value!r}, but {at_end!r} was logged for them. "
         "Likely causes: random validation data, weights moved after the last step, "
         "or a value not averaged by batch size."
     )
@@ -182,10 +177,11 @@ def _batch_again(loader: Any, surroundings: Surroundings, micro: MicroBatch) -> 
 
 
 def _prove_ids(
-    module: Any, params: Params, loader: Any, trajectory: Trajectory, step: Step, surroundings: Surroundings
+    module: Any, params: Params, loaders: list[Any], trajectory: Trajectory, step: Step, surroundings: Surroundings
 ) -> None:
     """Replace samples before they are collated: do the loss's rows belong to the ids, too?"""
     micro = step.micro[0]
+    loader = loaders[micro.loader]
     if micro.positions is None or loader.batch_sampler is None:
         return
     items = fetch_items(loader, micro.positions)
@@ -201,28 +197,37 @@ def _prove_ids(
 def _about(
     objective: ObjectiveGradient, steps: list[Step], walk: Walk, run: RecordedRun, options: RetraceOptions
 ) -> dict[str, Any]:
-    last, error = steps[-1], walk.error
+    last, fidelity = steps[-1], walk.fidelity
     name = options.monitor if options.objective is None else getattr(options.objective, "__name__", "objective")
     return {
         "objective": {
             "name": name,
             "mode": options.mode,
             "recomputed": objective.value,
-            "logged": run.logged[1] if run.logged else None,
-            "logged_at_step": run.logged[0] if run.logged else None,
+            "logged": run.logged.get(last.index + 1),
         },
+        "end_point": _end_point_in_words(last, run),
         "window": {
             "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
             "first_step": steps[0].index,
             "last_step": last.index,
-            "num_steps": len(steps),
+            "num_steps": sum(step.is_update for step in steps),
+            "num_without_update": sum(not step.is_update for step in steps),
         },
         "replay": {
-            "words": report.replay_in_words(error),
-            "loss_error": error.loss,
-            "update_error": error.update,
-            "batches": error.num_batches,
-            "batches_bit_for_bit": error.num_bitwise,
-            "complaints": error.complaints,
+            "words": report.replay_in_words(fidelity),
+            "loss_error": fidelity.loss,
+            "update_error": fidelity.update,
+            "batches": fidelity.num_batches,
+            "batches_bit_for_bit": fidelity.num_bitwise,
+            "complaints": fidelity.complaints,
         },
     }
+
+
+def _end_point_in_words(last: Step, run: RecordedRun) -> str:
+    """Which weights the objective is of, e.g. ``after step 811, the ModelCheckpoint's best model``."""
+    words = f"after step {last.index}, {'the last' if run.best is None else 'at which the best model was saved'}"
+    if run.averaging:
+        words += f"; the averaged weights of {', '.join(run.averaging)} are not what is ranked"
+    return words

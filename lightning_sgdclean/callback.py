@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
-from lightning_sgdclean.after_fit import RecordedRun, RetraceOptions, rank_run
+from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.artifacts import publish
 from lightning_sgdclean.batches import batch_digest, cloned, pack_batch
+from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import (
     NonFiniteError,
-    RunDirectoryError,
     SampleIdError,
     SGDInfluenceError,
     SGDInfluenceWarning,
@@ -31,12 +31,15 @@ from lightning_sgdclean.objective import logged_value, no_such_value
 from lightning_sgdclean.randomness import random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recorder import Recorder, trained_parameters
+from lightning_sgdclean.rehearsal import Rehearsal
 from lightning_sgdclean.replay import untouched_module
+from lightning_sgdclean.run_directory import check_free, fresh_directory
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.split import prove_split, with_neighbours
 from lightning_sgdclean.store import TrajectoryWriter, write_json
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, first_epoch_kept
+from lightning_sgdclean.walk import RetraceOptions
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
@@ -66,6 +69,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             differentiable scalar, or a scalar and its weight (by default the batch's size).
         val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data.
         epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
+        at: Where the walk starts: behind the ``"last"`` step, or at the ``"best"`` model of the Trainer's
+            ModelCheckpoint, whose steps are then the last ones that count.
         curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any
             operation) or ``"none"`` (no Hessian; for comparison).
         finite_radius: Radius of ``"finite"`` relative to the parameters' length.
@@ -96,6 +101,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         objective: Callable[[Any, Any], Any] | None = None,
         val_dataloaders: Any = None,
         epochs: int | Literal["all"] = 1,
+        at: Literal["last", "best"] = "last",
         curvature: Literal["exact", "finite", "none"] = "exact",
         finite_radius: float = 0.01,
         dirpath: str | Path | None = None,
@@ -108,6 +114,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         _check_choice("mode", mode, ("min", "max"))
+        _check_choice("at", at, ("last", "best"))
         _check_choice("curvature", curvature, ("exact", "finite", "none"))
         _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
         if epochs != "all" and not (type(epochs) is int and epochs >= 1):
@@ -119,7 +126,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 f"objective must be a callable (pl_module, batch) -> scalar, got {type(objective).__name__}."
             )
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
-        self.epochs, self.curvature, self.finite_radius = epochs, curvature, finite_radius
+        self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.sample_losses = sample_ids, sample_losses
         self.on_mismatch, self.tolerance = on_mismatch, tolerance
@@ -134,11 +141,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._loaders: list[Any] = []
         self._noting: NotingSampler | None = None
         self._recorder: Recorder | None = None
+        self._rehearsal: Rehearsal | None = None
+        self._best: BestModel | None = None
+        self._averaging: list[str] = []
         self._writer: TrajectoryWriter | None = None
         self._hook: Any = None
         self._failure: Exception | None = None
+        self._best_epoch: tuple[int, bool] | None = None
         self._checked_validation = False
-        self._logged: tuple[int, float] | None = None
+        self._logged: dict[int, float] = {}
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
     # Recording -------------------------------------------------------------------------------------
@@ -149,10 +160,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if stage != "fit" or trainer.fast_dev_run:
             return
         checks.check_module(trainer, pl_module, self.objective is not None)
-        if self.dirpath is not None and _holds_run(Path(self.dirpath)) and not self.overwrite:
-            raise RunDirectoryError(
-                f"{self.dirpath} already holds a run. Give another dirpath=, or overwrite=True to delete that one."
-            )
+        check_free(self.dirpath, self.overwrite)
         process = trainer.strategy.process_dataloader
 
         def process_dataloader(loader: Any) -> Any:
@@ -166,7 +174,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_train_loader(loader, self.sample_ids is not None)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self._noting = note_samples(loader)
-        if loader not in self._loaders:
+        if not self._loaders or loader is not self._loaders[-1]:
             self._loaders.append(loader)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -175,11 +183,13 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return
         checks.check_optimizers(trainer)
-        checks.check_callbacks(trainer)
+        self._averaging = checks.check_callbacks(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
-        self.run_dir = _fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
+        self._best = BestModel(checks.best_model_checkpoint(trainer)) if self.at == "best" else None
+        self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         self._writer = TrajectoryWriter(self.run_dir / "trajectory")
         self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
+        self._rehearsal = Rehearsal()
         self._hook = trainer.optimizers[0].register_step_post_hook(partial(self._after_optimizer_step, trainer))
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
@@ -229,6 +239,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._failure is not None:
             return
         assert self._recorder is not None
+        self._look_for_best(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._recorder.has_pending:
+            self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         names = self._names(batch, positions)
         device = trainer.strategy.root_device
         micro = MicroBatch(
@@ -238,12 +251,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             batch_idx=batch_idx,
             random=random_state(device),
             digest=batch_digest(batch, len(names)),
+            loader=len(self._loaders) - 1,
             batch=cloned(batch) if positions is None else None,
         )
         is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
         if is_first and micro.batch is not None:
             pack_batch(micro.batch)  # what cannot be kept is refused at the first batch, not at the first segment
         self._recorder.begin_batch(micro)
+        if self._rehearsal is not None:
+            self._rehearsal.begin_batch(micro, batch, self._recorder.state())
         if is_first and self.sample_losses is None:
             params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
             surroundings = surroundings_of(trainer, pl_module)
@@ -260,47 +276,80 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         return names
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Note the loss."""
+        """Note the loss, as it is differentiated."""
         if self._active and self._recorder is not None and self._failure is None:
-            self._recorder.note_loss(loss)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
 
     def _after_optimizer_step(self, trainer: Any, *_: Any) -> None:
         """Write the step; an error of ours ends the recording, never the training."""
         if not self._active or self._recorder is None or self._failure is not None:
             return
+        if bool(getattr(trainer.optimizers[0], "found_inf", False)):
+            return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
         clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        batch_idx = trainer.fit_loop.epoch_loop.batch_idx
         try:
-            self._recorder.commit(
+            step = self._recorder.commit(
                 index=trainer.global_step,
-                ends_epoch=bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches,
+                ends_epoch=_is_at_end_of_epoch(trainer),
                 clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
                 divisor=trainer.accumulate_grad_batches,
             )
+            if self._rehearsal is not None:
+                self._rehearsal.commit(step, self._recorder.state())
         except (SGDInfluenceError, OSError) as error:
-            self._failure = error
-            warnings.warn(
-                f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
-                SGDInfluenceWarning,
-                stacklevel=2,
-            )
+            self._stop_recording(trainer, error)
+
+    def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
+        assert self._recorder is not None
+        try:
+            self._recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
+        except (SGDInfluenceError, OSError) as error:
+            self._stop_recording(trainer, error)
+
+    def _stop_recording(self, trainer: Any, error: Exception) -> None:
+        self._failure = error
+        warnings.warn(
+            f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
+            SGDInfluenceWarning,
+            stacklevel=2,
+        )
+
+    def _look_for_best(self, trainer: Any) -> None:
+        if self._best is not None and self._recorder is not None and self._best.look(trainer.global_step):
+            self._best_epoch = self._recorder.last_epoch
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A batch that the collate function made None never started; it was drawn all the same."""
+        """Rehearse a step of the retrace, once; a batch that is None never started, but was drawn all the same."""
         if self._active and batch is None and self._noting is not None:
             self._noting.next_ids()
+        if not self._active or self._rehearsal is None or not self._rehearsal.is_due or self._failure is not None:
+            return
+        rehearsal, self._rehearsal = self._rehearsal, None
+        hooks = checks.gradient_hooks(trainer, pl_module)
+        surroundings = surroundings_of(trainer, pl_module)
+        for text in rehearsal.run(pl_module, trainer.optimizers[0], surroundings, self._options(), hooks):
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
         value = trainer.callback_metrics.get(self.monitor)
         if self._active and not trainer.sanity_checking and value is not None:
-            self._logged = trainer.global_step, float(value)
+            self._logged[trainer.global_step] = float(value)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""
-        if self._active and self._writer is not None and self._failure is None:
-            self._writer.flush()
-            self._writer.drop_before(first_epoch_kept(trainer.current_epoch, True, self.epochs))
+        if not self._active or self._writer is None or self._recorder is None or self._failure is not None:
+            return
+        self._look_for_best(trainer)
+        if self._recorder.has_pending:
+            ends_epoch = _is_at_end_of_epoch(trainer)
+            self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
+        kept = first_epoch_kept(trainer.current_epoch, True, self.epochs)
+        if self._best_epoch is not None:
+            kept = min(kept, first_epoch_kept(*self._best_epoch, self.epochs))
+        self._writer.flush()
+        self._writer.drop_before(kept)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""
@@ -332,13 +381,19 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._seconds["fit"] += time.perf_counter()
         if self._failure is not None:
             self._unhook(trainer)
-            raise RunDirectoryError(
-                f"The recording had stopped early, so there is nothing to rank by: {self._failure}"
-            ) from self._failure
+            raise self._failure
         self._writer.flush()
         self._unhook(trainer)
         began = time.perf_counter()
-        run = RecordedRun(self.run_dir, self._loaders[-1], trainer.optimizers[0], self._logged)
+        run = RecordedRun(
+            self.run_dir,
+            self._loaders,
+            trainer.optimizers[0],
+            self._logged,
+            hooks=checks.gradient_hooks(trainer, pl_module),
+            averaging=self._averaging,
+            best=self._best,
+        )
         try:
             ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
         except SGDInfluenceError as error:
@@ -403,26 +458,10 @@ def _plain_id(name: Any) -> SampleId:
     raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
 
 
+def _is_at_end_of_epoch(trainer: Any) -> bool:
+    return bool(trainer.is_last_batch) or trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
+
+
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / "trajectory").exists() or (folder / "influence.csv").exists()
-
-
-def _fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path:
-    if wanted is not None:
-        folder = Path(wanted)
-        if overwrite and _holds_run(folder):
-            shutil.rmtree(folder / "trajectory", ignore_errors=True)
-            for name in ("influence.csv", "summary.json"):
-                (folder / name).unlink(missing_ok=True)
-    else:
-        folder, number = log_dir / "sgd_influence", 1
-        while folder.exists():
-            number += 1
-            folder = log_dir / f"sgd_influence-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

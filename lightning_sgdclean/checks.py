@@ -31,11 +31,6 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         raise UnsupportedTrainingError(
             f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
         )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise UnsupportedTrainingError(
-            'precision="16-mixed" scales the loss and skips steps, which is not followed. '
-            'Use "bf16-mixed" or "32-true".'
-        )
     if not has_objective and not callable(getattr(type(module), "validation_step", None)):
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
 
@@ -56,12 +51,16 @@ def check_optimizers(trainer: Any) -> None:
     update_of(optimizers[0])
 
 
-def check_callbacks(trainer: Any) -> None:
+def check_callbacks(trainer: Any) -> list[str]:
     """Once all callbacks are known: does another one move the weights or the optimizer's groups?
+
+    Returns:
+        Names of callbacks that put averaged weights in the place of the trained ones.
 
     Raises:
         UnsupportedTrainingError: A callback that adds parameters to the optimizer during the run.
     """
+    averaging = []
     for callback in trainer.callbacks:
         names = {base.__name__ for base in type(callback).__mro__}
         if "BaseFinetuning" in names:
@@ -70,12 +69,53 @@ def check_callbacks(trainer: Any) -> None:
                 "Give the optimizer all parameters from the start, frozen ones with a learning rate of zero."
             )
         if names & {"StochasticWeightAveraging", "WeightAveraging"}:
+            averaging.append(type(callback).__name__)
             warnings.warn(
                 f"{type(callback).__name__} replaces the weights when training ends. The ranking is of the weights "
                 "after the last optimizer step, not of the averaged ones.",
                 SGDInfluenceWarning,
                 stacklevel=2,
             )
+    return averaging
+
+
+_MODULE_HOOKS = (
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+_LIGHTNING = ("lightning.", "pytorch_lightning.")
+_CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+
+
+def gradient_hooks(trainer: Any, module: Any) -> list[str]:
+    """Hooks of the user's own that could edit gradients, e.g. ``Net.on_before_optimizer_step``."""
+    owners = [(module, _MODULE_HOOKS), *((callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)]
+    return [
+        f"{type(owner).__name__}.{hook}"
+        for owner, hooks in owners
+        for hook in hooks
+        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(_LIGHTNING)
+    ]
+
+
+def best_model_checkpoint(trainer: Any) -> Any:
+    """The Trainer's ModelCheckpoint, which must know what is best.
+
+    Raises:
+        UnsupportedTrainingError: If there is none, or none that monitors a value and keeps a model.
+    """
+    callback = trainer.checkpoint_callback
+    if callback is None or getattr(callback, "monitor", None) is None or getattr(callback, "save_top_k", 1) == 0:
+        found = "no ModelCheckpoint" if callback is None else "a ModelCheckpoint that keeps no best model"
+        raise UnsupportedTrainingError(
+            f'at="best" ends the walk at the best model, but the Trainer has {found}. '
+            'Add ModelCheckpoint(monitor=...) to its callbacks, or use at="last".'
+        )
+    return callback
 
 
 def check_train_loader(loader: Any, has_sample_ids: bool) -> None:

@@ -78,38 +78,79 @@ class Recorder:
         self._params = trained_parameters(module, optimizer)
         self._pending: list[MicroBatch] = []
         self.num_steps = 0
+        self.num_skipped = 0
+        self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
     @property
     def has_pending(self) -> bool:
         """Whether batches wait for the optimizer's step."""
         return bool(self._pending)
 
+    def state(self) -> State:
+        """The live state, not copied."""
+        return current_state(self._module, self._params, self._optimizer)
+
     def begin_batch(self, micro: MicroBatch) -> None:
         """A batch is about to be trained on."""
         if self.num_steps == 0 and not self._pending:
-            self._writer.begin(current_state(self._module, self._params, self._optimizer))
+            self._writer.begin(self.state())
         self._pending.append(micro)
 
-    def note_loss(self, loss: Tensor) -> None:
-        """The batch's loss, just before it is differentiated."""
+    def note_loss(self, loss: Tensor, scale: float) -> None:
+        """The batch's loss, just before it is differentiated, and what a GradScaler had multiplied it by."""
         if self._pending:
-            self._pending[-1].loss = loss.detach().clone()
+            self._pending[-1].loss, self._pending[-1].scale = loss.detach().clone(), scale
 
-    def commit(self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int) -> None:
-        """The optimizer has stepped: write what it was made of and what it led to."""
+    def commit(self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int) -> Step | None:
+        """The optimizer has stepped: write what it was made of and what it led to.
+
+        Returns:
+            The step, or None if ``training_step`` gave no loss for any of its batches.
+
+        Raises:
+            UnsupportedTrainingError: If the optimizer was given other parameters on the way.
+        """
+        self._check_parameters(index)
+        groups = hyper_parameters(self._module, self._optimizer)
+        unused = [name for name, param in self._params.items() if param.grad is None]
+        return self._write(index, ends_epoch, groups, clip, divisor, unused)
+
+    def leave(self, index: int, ends_epoch: bool, divisor: int) -> None:
+        """The batches that wait will never make a step: a GradScaler skipped it, or training stops here.
+
+        What they did to running statistics stays, so they are written, as a step without an update.
+        """
+        if self._write(index, ends_epoch, [], None, divisor, list(self._params)) is not None:
+            self.num_skipped += 1
+
+    def _write(
+        self,
+        index: int,
+        ends_epoch: bool,
+        groups: list[dict[str, Any]],
+        clip: tuple[str, float] | None,
+        divisor: int,
+        unused: list[str],
+    ) -> Step | None:
         micro = [micro for micro in self._pending if micro.loss is not None]
         self._pending = []
-        if not micro:  # training_step skipped every batch of it
-            return
-        step = Step(
-            index=index,
-            epoch=micro[-1].epoch,
-            ends_epoch=ends_epoch,
-            groups=hyper_parameters(self._module, self._optimizer),
-            clip=clip,
-            divisor=divisor,
-            unused=[name for name, param in self._params.items() if param.grad is None],
-            micro=micro,
-        )
-        self._writer.append(step, current_state(self._module, self._params, self._optimizer))
+        if not micro:
+            return None
+        step = Step(index, micro[-1].epoch, ends_epoch, groups, clip, divisor, unused, micro)
+        self._writer.append(step, self.state())
         self.num_steps += 1
+        self.last_epoch = step.epoch, step.ends_epoch
+        return step
+
+    def _check_parameters(self, index: int) -> None:
+        now = [param for group in self._optimizer.param_groups for param in group["params"] if param.requires_grad]
+        if [id(param) for param in now] == [id(param) for param in self._params.values()]:
+            return
+        names = {id(param): name for name, param in self._module.named_parameters()}
+        found = {names.get(id(param), "a tensor outside the module") for param in now}
+        changed = ", ".join(sorted(found ^ set(self._params))[:3]) or "their order"
+        raise UnsupportedTrainingError(
+            f"The parameters that the optimizer trains changed before step {index} (first of all: {changed}), which is "
+            "not followed. Give the optimizer all parameters from the start, those to be trained later with a learning "
+            "rate of zero until then."
+        )

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.retrace import ReplayError
 
 
 def versions() -> dict[str, str]:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def replay_in_words(error: ReplayError) -> str:
+def replay_in_words(error: Fidelity) -> str:
     """How far the replay was off, e.g. ``bit for bit in all 320 batches``."""
     if error.num_bitwise == error.num_batches:
         losses = f"losses bit for bit in all {error.num_batches} batches"

@@ -191,6 +191,8 @@ class TrajectoryWriter:
             "positions": micro.positions,
             "epoch": micro.epoch,
             "batch_idx": micro.batch_idx,
+            "scale": micro.scale,
+            "loader": micro.loader,
             "random": list(micro.random),
             "batch": kept,
             "num_tensors": len(tensors),

@@ -22,7 +22,10 @@ class MicroBatch:
         batch_idx: The ``batch_idx`` that ``training_step`` got.
         random: Random state just before.
         digest: Fingerprint of the batch, ``(B,)``.
-        loss: The loss that was differentiated (already divided by the accumulation), or None before it is known.
+        loss: The loss that was differentiated (already divided by the accumulation, and multiplied by
+            ``scale``), or None before it is known.
+        scale: What a GradScaler multiplied the loss by.
+        loader: Which of the run's training loaders it came from, where they were made anew on the way.
         batch: The batch itself, where it cannot be fetched again.
     """
 
@@ -33,6 +36,8 @@ class MicroBatch:
     random: RandomState
     digest: Tensor
     loss: Tensor | None = None
+    scale: float = 1.0
+    loader: int = 0
     batch: Any = None
 
 
@@ -54,6 +59,8 @@ class Step:
         epoch: Epoch of its last micro-batch.
         ends_epoch: Whether that was the epoch's last batch.
         groups: Hyper-parameters of each parameter group, with the names of its parameters under ``params``.
+            None at all where no update was made: a GradScaler skipped it, or training ended before it. What its
+            batches did to running statistics is part of the run all the same.
         clip: ``(algorithm, value)`` of gradient clipping, or None.
         divisor: Number of micro-batches that the gradient was divided by.
         unused: Parameters without a gradient, which the optimizer left alone.
@@ -68,6 +75,11 @@ class Step:
     divisor: int
     unused: list[str]
     micro: list[MicroBatch]
+
+    @property
+    def is_update(self) -> bool:
+        """Whether the optimizer moved the parameters."""
+        return bool(self.groups)
 
 
 def first_epoch_kept(last_epoch: int, is_complete: bool, epochs: int | str) -> int:

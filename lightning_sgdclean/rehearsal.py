@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrace one step while training is young: what cannot be followed shows now, not after hours of training."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.randomness import untouched_randomness
+from lightning_sgdclean.replay import Surroundings, untouched_module
+from lightning_sgdclean.retrace import retrace_step
+from lightning_sgdclean.store import flatten, unflatten
+from lightning_sgdclean.trajectory import MicroBatch, State, Step
+from lightning_sgdclean.walk import Adjoint, RetraceOptions, summable, walk_of
+
+
+class Rehearsal:
+    """Keeps the first step that moved anything until the step after it was made, and then runs it again.
+
+    Only then, because what a hook changes between two steps shows only then.
+    """
+
+    def __init__(self) -> None:
+        self._batches: dict[int, Any] = {}
+        self._before: State | None = None
+        self._kept: tuple[Step, State, State] | None = None
+        self.is_due = False
+
+    def begin_batch(self, micro: MicroBatch, batch: Any, live: State) -> None:
+        """A batch is about to be trained on."""
+        if self._kept is not None:
+            return
+        if self._before is None:
+            self._before = _copy(live)
+        self._batches[id(micro)] = cloned(batch)
+
+    def commit(self, step: Step | None, live: State) -> None:
+        """The optimizer has stepped."""
+        if self._kept is not None:
+            self.is_due = True
+            return
+        if step is not None and self._before is not None and _is_telling(step):
+            self._kept = step, self._before, _copy(live)
+        else:
+            self._batches.clear()
+        self._before = None
+
+    def run(
+        self, module: Any, optimizer: Any, surroundings: Surroundings, options: RetraceOptions, hooks: list[str]
+    ) -> list[str]:
+        """Retrace the kept step from an arbitrary adjoint; the module and the random state stay as they are.
+
+        Returns:
+            Complaints, where mismatches are only warned about.
+
+        Raises:
+            SGDInfluenceError: What the retrace of the whole window would raise at this step.
+        """
+        assert self._kept is not None
+        step, before, after = self._kept
+        with (
+            torch.enable_grad(),
+            untouched_randomness(surroundings.device),
+            untouched_module(module) as restore,
+            surroundings.as_stage("train"),
+        ):
+            walk = walk_of(
+                module,
+                optimizer,
+                surroundings,
+                options,
+                hooks,
+                batch_of=lambda micro: self._batches[id(micro)],
+                random_of=lambda step, i: step.micro[i].random,
+                restore_attributes=restore,
+            )
+            ones = {name: torch.ones_like(summable(param.detach())) for name, param in walk.params.items()}
+            retrace_step(step, before, after, Adjoint(ones, {}, {}), walk, check_update=True)
+        return walk.fidelity.complaints
+
+
+def _is_telling(step: Step) -> bool:
+    """Whether the step moved anything, from losses that are numbers."""
+    finite = all(micro.loss is not None and math.isfinite(float(micro.loss)) for micro in step.micro)
+    return finite and step.is_update and any(_number(group.get("lr", 1.0)) != 0 for group in step.groups)
+
+
+def _number(value: Any) -> float:
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _copy(live: State) -> State:
+    layout, flat = flatten(live)
+    return unflatten(layout, flat)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a walk over recorded steps needs besides their record: module, data, engine, the optimizer's rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.curvature import Engine, engine_named
+from lightning_sgdclean.fidelity import Fidelity
+from lightning_sgdclean.objective import ObjectiveGradient
+from lightning_sgdclean.randomness import RandomState
+from lightning_sgdclean.recorder import trained_parameters
+from lightning_sgdclean.replay import SampleLosses, Surroundings
+from lightning_sgdclean.trajectory import MicroBatch, Step
+from lightning_sgdclean.updates import Update, update_of
+
+
+@dataclass(frozen=True)
+class RetraceOptions:
+    """The callback's options that matter to a retrace; see there."""
+
+    monitor: str
+    mode: str
+    objective: Callable[[Any, Any], Any] | None
+    val_dataloaders: Any
+    epochs: int | str
+    curvature: str
+    finite_radius: float
+    sample_losses: SampleLosses | None
+    on_mismatch: str
+    tolerance: float | None
+
+
+@dataclass
+class Walk:
+    """Everything that a walk needs besides the trajectory; see :func:`lightning_sgdclean.retrace.retrace_steps`.
+
+    Attributes:
+        module: The LightningModule, whose parameters and buffers the walk overwrites.
+        params: Those that the optimizer moves, by name.
+        surroundings: What stands for the Trainer.
+        batch_of: A micro-batch's content, as ``training_step`` got it.
+        random_of: Random state before micro-batch ``i`` of a step.
+        restore_attributes: Undoes what a ``training_step`` did to the module's plain attributes.
+        engine: Scores and Hessian's product.
+        update: The optimizer's rule.
+        optimizer_kind: Its class.
+        fidelity: What the replay is held against.
+        sample_losses: The user's own split of the loss.
+    """
+
+    module: Any
+    params: dict[str, nn.Parameter]
+    surroundings: Surroundings
+    batch_of: Callable[[MicroBatch], Any]
+    random_of: Callable[[Step, int], RandomState]
+    restore_attributes: Callable[[], None]
+    engine: Engine
+    update: Update
+    optimizer_kind: type
+    fidelity: Fidelity
+    sample_losses: SampleLosses | None = None
+
+
+def walk_of(
+    module: Any,
+    optimizer: Optimizer,
+    surroundings: Surroundings,
+    options: RetraceOptions,
+    hooks: list[str],
+    *,
+    batch_of: Callable[[MicroBatch], Any],
+    random_of: Callable[[Step, int], RandomState],
+    restore_attributes: Callable[[], None],
+) -> Walk:
+    """Put a walk together from the callback's options; ``hooks`` are those that could edit gradients."""
+    params = trained_parameters(module, optimizer)
+    is_double = next(iter(params.values())).dtype is torch.float64
+    tolerance = (1e-12 if is_double else 1e-5) if options.tolerance is None else options.tolerance
+    return Walk(
+        module=module,
+        params=params,
+        surroundings=surroundings,
+        batch_of=batch_of,
+        random_of=random_of,
+        restore_attributes=restore_attributes,
+        engine=engine_named(options.curvature, options.finite_radius),
+        update=update_of(optimizer),
+        optimizer_kind=type(optimizer),
+        fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
+        sample_losses=options.sample_losses,
+    )
+
+
+@dataclass
+class Adjoint:
+    """Derivatives of the objective by what a step leaves behind: ``lambda``, ``mu`` and ``nu``.
+
+    They are sums over many steps, so they are kept in float32 even where the parameters are not.
+    """
+
+    params: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    buffers: dict[str, Tensor]
+
+
+def adjoint_of(start: ObjectiveGradient, walk: Walk, sign: float = 1.0) -> Adjoint:
+    """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
+    params = {name: sign * summable(tensor) for name, tensor in zip(walk.params, start.params, strict=True)}
+    return Adjoint(params, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
