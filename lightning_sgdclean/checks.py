@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sgdclean.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
-from lightning_sgdclean.updates import update_of
+from lightning_sgdclean.optimizers import update_of
 
 
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:

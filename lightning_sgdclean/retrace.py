@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.batches import batch_digest
+from lightning_sgdclean.clipping import clip, clip_transpose
 from lightning_sgdclean.curvature import Finite, Linearised
 from lightning_sgdclean.errors import NonFiniteError, UnsupportedTrainingError
 from lightning_sgdclean.fidelity import Changes
@@ -27,7 +28,7 @@ from lightning_sgdclean.replay import Evaluated, training_loss
 from lightning_sgdclean.split import unit_weights
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, Step
-from lightning_sgdclean.updates import Group, clip, clip_transpose, full_group
+from lightning_sgdclean.updates import Group
 from lightning_sgdclean.walk import Adjoint, Walk, summable
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
@@ -146,10 +147,9 @@ def _cotangents(
 def _updated(step: Step, before: State, walk: Walk) -> Iterator[tuple[str, Group, Tensor, dict[str, Tensor]]]:
     """Name, options, value and optimizer state of every parameter that the step moved."""
     for group in step.groups:
-        options = full_group(group, walk.optimizer_kind)
         for name in group["params"]:
             if name not in step.unused:
-                yield name, options, _on(before.params[name], walk), _entries(before, name, walk)
+                yield name, group, _on(before.params[name], walk), _entries(before, name, walk)
 
 
 def _changes(step: Step, before: State, after: State, grads: dict[str, Tensor], walk: Walk) -> Changes:

@@ -1,15 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Optimizer updates and their transposes, in closed form.
+"""What an optimizer's step is to the walk backwards: a map of one parameter, and that map's transpose."""
 
-An update maps ``(theta, s, g)`` to ``(theta', s')``. Its transpose maps the adjoints of the outputs,
-``(lambda, mu)``, to those of the inputs: ``c`` of the gradient, ``lambda`` of the parameter, ``mu`` of
-the state. All are elementwise, one parameter at a time; the learning rate may be zero, the state
-absent (the first step) and the second moment zero.
-"""
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,175 +13,85 @@ Entries = dict[str, Tensor]
 Group = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Update:
-    """One optimizer's rule.
+class Update(ABC):
+    """One optimizer's step on one parameter, ``(theta, s, g)`` to ``(theta', s')``, and its transpose.
+
+    A subclass writes :meth:`forward`; its derivatives are then taken by autograd. A transpose of its own is for what
+    autograd gets wrong or takes long over.
 
     Attributes:
-        forward: ``(param, grad, state, group)`` -> ``(param, state)`` after the step.
-        transpose: ``(param, grad, state, group, adjoint, state_adjoint)`` -> ``(c, lambda, mu)``.
-        is_linear: Whether the transpose does without the value of the gradient.
+        is_linear: Whether the transpose does without the value of the gradient; it may then be given any tensor.
+        constants: Entries of the state that no gradient moves, such as a counter. Nothing is differentiated by them.
     """
 
-    forward: Callable[[Tensor, Tensor, Entries, Group], tuple[Tensor, Entries]]
-    transpose: Callable[[Tensor, Tensor, Entries, Group, Tensor, Entries], tuple[Tensor, Tensor, Entries]]
-    is_linear: bool
+    is_linear: bool = False
+    constants: frozenset[str] = frozenset({"step"})
+
+    @abstractmethod
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """The parameter and its state after the step, as new tensors.
+
+        Args:
+            param: Before the step.
+            grad: Its gradient, clipped and with the shape of ``param``.
+            state: ``optimizer.state[param]`` before the step, numbers made tensors; empty before the first one.
+            group: The plain options of its parameter group (tensors of one element made numbers, tuples lists), as
+                they stand when the step is over.
+
+        Returns:
+            The parameter, and every entry of the state that the optimizer keeps, under the same names.
+        """
+
+    def transpose(
+        self, param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries
+    ) -> tuple[Tensor, Tensor, Entries]:
+        """Take the adjoints of what :meth:`forward` returns to those of what it is given.
+
+        Args:
+            param: As :meth:`forward` gets it, and so the next three.
+            grad: See there.
+            state: See there.
+            group: See there.
+            adjoint: Derivative of the objective by the parameter after the step.
+            state_adjoint: That by the state after it; entries may be missing, which means zero.
+
+        Returns:
+            The derivatives by ``grad``, by ``param`` and by the entries of ``state``.
+
+        Raises:
+            UnsupportedTrainingError: If :meth:`forward` leaves out an entry that a later step read.
+        """
+        followed = [key for key, value in state.items() if value.is_floating_point() and key not in self.constants]
+        leaves = [tensor.detach().requires_grad_() for tensor in (grad, param, *(state[key] for key in followed))]
+        inner = {**state, **dict(zip(followed, leaves[2:], strict=True))}
+        with torch.enable_grad():
+            moved, after = self.forward(leaves[1], leaves[0], inner, group)
+        forgotten = [key for key in state_adjoint if key not in after]
+        if forgotten:
+            raise UnsupportedTrainingError(
+                f"{type(self).__name__}.forward returns the state entries {sorted(after)}, and not {forgotten[0]!r}, "
+                "which the next step read. Return every entry, also one that the step leaves as it is."
+            )
+        pairs = [(moved, adjoint), *((after[key], bar) for key, bar in state_adjoint.items())]
+        pairs = [(value, bar.to(value.dtype)) for value, bar in pairs if value.requires_grad]
+        if not pairs:
+            pulled = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        else:
+            pulled = torch.autograd.grad(
+                [value for value, _ in pairs],
+                leaves,
+                [bar for _, bar in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return pulled[0], pulled[1], dict(zip(followed, pulled[2:], strict=True))
 
 
-def _signed(grad: Tensor, group: Group) -> Tensor:
+def uphill(grad: Tensor, group: Group) -> Tensor:
+    """The gradient, or its negative where the optimizer maximizes."""
     return -grad if group.get("maximize") else grad
 
 
-def _sgd_forward(param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
-    d = _signed(grad, group) + group["weight_decay"] * param
-    momentum = group["momentum"]
-    if not momentum:
-        return param - group["lr"] * d, {}
-    before = state.get("momentum_buffer")
-    buffer = d if before is None else momentum * before + (1 - group["dampening"]) * d
-    direction = d + momentum * buffer if group["nesterov"] else buffer
-    return param - group["lr"] * direction, {"momentum_buffer": buffer}
-
-
-def _sgd_transpose(
-    param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries
-) -> tuple[Tensor, Tensor, Entries]:
-    direction = -group["lr"] * adjoint
-    momentum, before = group["momentum"], {}
-    if not momentum:
-        d = direction
-    else:
-        buffer = (momentum * direction if group["nesterov"] else direction).clone()
-        if "momentum_buffer" in state_adjoint:
-            buffer += state_adjoint["momentum_buffer"]
-        d = direction if group["nesterov"] else torch.zeros_like(direction)
-        if "momentum_buffer" in state:
-            d = d + (1 - group["dampening"]) * buffer
-            before["momentum_buffer"] = momentum * buffer
-        else:  # torch starts the buffer with the gradient itself, whatever the dampening
-            d = d + buffer
-    return _signed(d, group), adjoint + group["weight_decay"] * d, before
-
-
-def _adam_moments(param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
-    beta1, beta2 = group["betas"]
-    d = _signed(grad, group)
-    if not group["decoupled_weight_decay"]:
-        d = d + group["weight_decay"] * param
-    zero = torch.zeros_like(param)
-    after = {
-        "exp_avg": beta1 * state.get("exp_avg", zero) + (1 - beta1) * d,
-        "exp_avg_sq": beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * d * d,
-    }
-    if group["amsgrad"]:
-        after["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", zero), after["exp_avg_sq"])
-    return d, after
-
-
-def _adam_scales(state: Entries, group: Group) -> tuple[float, float]:
-    """Step size over the first correction, and the root of the second."""
-    beta1, beta2 = group["betas"]
-    number = float(state["step"]) + 1 if "step" in state else 1.0
-    return group["lr"] / (1 - beta1**number), math.sqrt(1 - beta2**number)
-
-
-def _adam_forward(param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
-    _, after = _adam_moments(param, grad, state, group)
-    size, correction = _adam_scales(state, group)
-    kept = 1 - group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-    second = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    return kept * param - size * after["exp_avg"] / (second.sqrt() / correction + group["eps"]), after
-
-
-def _adam_transpose(
-    param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries
-) -> tuple[Tensor, Tensor, Entries]:
-    beta1, beta2 = group["betas"]
-    decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
-    d, after = _adam_moments(param, grad, state, group)
-    size, correction = _adam_scales(state, group)
-    zero = torch.zeros_like(param)
-    second = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    root = second.sqrt()
-    denominator = root / correction + group["eps"]
-    first_bar = state_adjoint.get("exp_avg", zero) - size * adjoint / denominator
-    # A second moment of zero means that every gradient so far was zero, and the first moment too: the
-    # quotient's derivative through the root is zero times infinity, whose limit is zero.
-    slope = torch.where(root > 0, 0.5 / (correction * torch.where(root > 0, root, 1)), 0)
-    used_bar = size * adjoint * after["exp_avg"] / denominator**2 * slope
-    second_bar = state_adjoint.get("exp_avg_sq", zero)
-    before: Entries = {}
-    if group["amsgrad"]:
-        most_bar = state_adjoint.get("max_exp_avg_sq", zero) + used_bar
-        is_new = after["exp_avg_sq"] >= state.get("max_exp_avg_sq", zero)
-        second_bar = second_bar + torch.where(is_new, most_bar, 0)
-        before["max_exp_avg_sq"] = torch.where(is_new, 0, most_bar)
-    else:
-        second_bar = second_bar + used_bar
-    before |= {"exp_avg": beta1 * first_bar, "exp_avg_sq": beta2 * second_bar}
-    d_bar = (1 - beta1) * first_bar + 2 * (1 - beta2) * d * second_bar
-    lam = (1 - group["lr"] * decay) * adjoint if decoupled else adjoint + decay * d_bar
-    return _signed(d_bar, group), lam, before
-
-
-_ADAM = Update(_adam_forward, _adam_transpose, is_linear=False)
-UPDATES: dict[type, Update] = {
-    torch.optim.SGD: Update(_sgd_forward, _sgd_transpose, is_linear=True),
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-}
-
-
-def update_of(optimizer: torch.optim.Optimizer) -> Update:
-    """The rule of an optimizer.
-
-    Raises:
-        UnsupportedTrainingError: If its step has no transpose here; a subclass may step differently.
-    """
-    kind = type(optimizer)
-    if kind not in UPDATES:
-        known = ", ".join(known.__name__ for known in UPDATES)
-        raise UnsupportedTrainingError(
-            f"The optimizer {kind.__module__}.{kind.__qualname__} cannot be followed backwards; "
-            f"expected one of torch.optim's {known}. Train with one of these."
-        )
-    return UPDATES[kind]
-
-
-def full_group(group: Group, optimizer: type) -> Group:
-    """A recorded group with the options that older torch versions leave out."""
-    return {"decoupled_weight_decay": optimizer is torch.optim.AdamW, **group}
-
-
-Clip = tuple[str, float] | None
-
-
-def clip(grads: dict[str, Tensor], how: Clip) -> dict[str, Tensor]:
-    """Gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` leaves them."""
-    if how is None or not grads:
-        return grads
-    algorithm, value = how
-    if algorithm == "value":
-        return {name: grad.clamp(-value, value) for name, grad in grads.items()}
-    factor = min(1.0, value / (_norm(grads) + 1e-6))
-    return {name: grad * factor for name, grad in grads.items()}
-
-
-def clip_transpose(grads: dict[str, Tensor], cotangents: dict[str, Tensor], how: Clip) -> dict[str, Tensor]:
-    """Cotangents of the gradients before clipping from those after it."""
-    if how is None or not grads:
-        return cotangents
-    algorithm, value = how
-    if algorithm == "value":
-        return {n: torch.where(grads[n].abs() <= value, c, 0) for n, c in cotangents.items()}
-    norm = _norm(grads)
-    if value / (norm + 1e-6) >= 1:
-        return cotangents
-    factor = value / (norm + 1e-6)
-    dot = sum(float((cotangents[n].double() * grads[n].double()).sum()) for n in grads)
-    pull = -value / (norm + 1e-6) ** 2 / norm * dot
-    return {n: factor * c + pull * grads[n] for n, c in cotangents.items()}
-
-
-def _norm(grads: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads.values()))
+def next_step(state: Entries) -> Tensor:
+    """The counter after this step: 1 for the first one."""
+    return state.get("step", torch.tensor(0.0)) + 1

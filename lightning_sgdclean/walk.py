@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 from lightning_sgdclean.curvature import Engine, engine_named
 from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.objective import ObjectiveGradient
+from lightning_sgdclean.optimizers import update_of
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
 from lightning_sgdclean.trajectory import MicroBatch, Step
-from lightning_sgdclean.updates import Update, update_of
+from lightning_sgdclean.updates import Update
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Walk:
         restore_attributes: Undoes what a ``training_step`` did to the module's plain attributes.
         engine: Scores and Hessian's product.
         update: The optimizer's rule.
-        optimizer_kind: Its class.
         fidelity: What the replay is held against.
         sample_losses: The user's own split of the loss.
     """
@@ -61,7 +61,6 @@ class Walk:
     restore_attributes: Callable[[], None]
     engine: Engine
     update: Update
-    optimizer_kind: type
     fidelity: Fidelity
     sample_losses: SampleLosses | None = None
 
@@ -90,7 +89,6 @@ def walk_of(
         restore_attributes=restore_attributes,
         engine=engine_named(options.curvature, options.finite_radius),
         update=update_of(optimizer),
-        optimizer_kind=type(optimizer),
         fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
         sample_losses=options.sample_losses,
     )
