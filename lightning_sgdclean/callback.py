@@ -82,6 +82,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             loss, for losses that cannot be split by themselves.
         on_mismatch: Whether a replay that differs from the record is an error or a warning.
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
+        retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
+            which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -110,10 +112,12 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         sample_losses: Callable[[Any, Any], Tensor] | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
+        retrace_precision: Literal["auto", "run", "float32"] = "auto",
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
         _check_choice("mode", mode, ("min", "max"))
+        _check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
         _check_choice("at", at, ("last", "best"))
         _check_choice("curvature", curvature, ("exact", "finite", "none"))
         _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
@@ -129,7 +133,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.sample_losses = sample_ids, sample_losses
-        self.on_mismatch, self.tolerance = on_mismatch, tolerance
+        self.on_mismatch, self.tolerance, self.retrace_precision = on_mismatch, tolerance, retrace_precision
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -416,6 +420,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             sample_losses=self.sample_losses,
             on_mismatch=self.on_mismatch,
             tolerance=self.tolerance,
+            retrace_precision=self.retrace_precision,
         )
 
     def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.precision import summable
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import retrace_step
 from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
-from lightning_sgdclean.walk import Adjoint, RetraceOptions, summable, walk_of
+from lightning_sgdclean.walk import Adjoint, RetraceOptions, walk_of
 
 
 class Rehearsal:

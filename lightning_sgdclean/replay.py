@@ -29,6 +29,7 @@ class Surroundings:
         train_context: Precision context of a training step.
         val_context: Precision context of a validation step.
         set_clock: ``(epoch, global_step)`` that ``current_epoch`` and ``global_step`` are to show.
+        precision: The Trainer's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
     """
 
@@ -37,6 +38,7 @@ class Surroundings:
     train_context: Callable[[], AbstractContextManager[Any]]
     val_context: Callable[[], AbstractContextManager[Any]]
     set_clock: Callable[[int, int], None]
+    precision: str
     as_stage: Callable[[str], AbstractContextManager[Any]]
 
 

@@ -14,22 +14,24 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.batches import batch_digest
 from lightning_sgdclean.clipping import clip, clip_transpose
-from lightning_sgdclean.curvature import Finite, Linearised
+from lightning_sgdclean.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.errors import NonFiniteError, UnsupportedTrainingError
 from lightning_sgdclean.fidelity import Changes
+from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
-from lightning_sgdclean.replay import Evaluated, training_loss
+from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
 from lightning_sgdclean.split import unit_weights
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, Step
 from lightning_sgdclean.updates import Group
-from lightning_sgdclean.walk import Adjoint, Walk, summable
+from lightning_sgdclean.walk import Adjoint, Walk
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
 
@@ -113,14 +115,16 @@ def retrace_step(
     scale = step.micro[0].scale
     grads = None if raw is None else {n: summable(g) / scale for n, g in zip(walk.params, raw, strict=True)}
     cotangents = _cotangents(step, before, after, grads, adjoint, walk)
-    pulls = [(c / scale).to(param.dtype) for c, param in zip(cotangents, params, strict=True)]
     scores = []
-    for batch in reversed(batches):
-        linearised = opened[0] if len(batches) == 1 else batch.open(params, walk, needs_gradient=False)
-        pulled = linearised.pull_back(pulls, adjoint.buffers)
-        adjoint.buffers = pulled.buffers
-        torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in pulled.adjoint])
-        scores.append((batch.micro, pulled.scores))
+    with walk.pulling() as surroundings:
+        pulls = [(c / (1.0 if walk.widens else scale)).to(p.dtype) for c, p in zip(cotangents, params, strict=True)]
+        for batch in reversed(batches):
+            keeps = len(batches) == 1 and not walk.widens
+            linearised = opened[0] if keeps else batch.open(params, walk.engine, surroundings)
+            pulled = linearised.pull_back(pulls, adjoint.buffers)
+            adjoint.buffers = pulled.buffers
+            torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in pulled.adjoint])
+            scores.append((batch.micro, pulled.scores))
     return scores if step.is_update else []
 
 
@@ -183,36 +187,38 @@ class _MicroStep:
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
         self._buffers: dict[str, Tensor] | None = None
 
-    def open(self, params: list[nn.Parameter], walk: Walk, needs_gradient: bool) -> Linearised:
-        """Evaluate with the walk's engine."""
-        return walk.engine(self.evaluate, params, self.weights(), needs_gradient)
+    def open(
+        self, params: list[nn.Parameter], engine: Engine, surroundings: Surroundings, needs_gradient: bool = False
+    ) -> Linearised:
+        """Evaluate with an engine: in the run's own surroundings, or in those that widen it to float32."""
+        weights = unit_weights(len(self.micro.ids), params)
+        evaluate = partial(self._evaluate, surroundings, engine.twice_differentiable)
+        return engine(evaluate, params, weights, needs_gradient)
 
-    def weights(self) -> Tensor:
-        return unit_weights(len(self.micro.ids), list(self._walk.params.values()))
-
-    def evaluate(self, weights: Tensor) -> Evaluated:
-        """The loss as it was differentiated: divided by the number of accumulated micro-batches, scaled."""
+    def _evaluate(self, surroundings: Surroundings, twice_differentiable: bool, weights: Tensor) -> Evaluated:
+        """The loss as it was differentiated: divided by the number of accumulated micro-batches, and scaled."""
         walk = self._walk
+        is_own = surroundings is walk.surroundings
         live = dict(walk.module.named_buffers())
         if self._buffers is None:
             self._buffers = {name: buffer.detach().clone() for name, buffer in live.items()}
         for name, buffer in live.items():
             buffer.copy_(self._buffers[name])
-        set_random_state(self._random, walk.surroundings.device)
-        walk.surroundings.set_clock(self.micro.epoch, self._step.index)
+        set_random_state(self._random, surroundings.device)
+        surroundings.set_clock(self.micro.epoch, self._step.index)
         evaluated = training_loss(
             walk.module,
-            self._batch,
+            self._batch if is_own else as_float32(self._batch),
             self.micro.batch_idx,
             weights,
-            walk.surroundings,
+            surroundings,
             walk.sample_losses,
-            walk.engine.twice_differentiable,
+            twice_differentiable,
             self._watch,
         )
         walk.restore_attributes()
         evaluated.loss = evaluated.loss / self._step.divisor
-        if self.micro.scale != 1.0:
+        if is_own and self.micro.scale != 1.0:
             evaluated.loss = evaluated.loss * self.micro.scale
         return evaluated
 
@@ -222,11 +228,11 @@ def _open(
 ) -> tuple[list[Linearised], list[Tensor] | None]:
     """Evaluate the step's batches in order; their summed gradient, where it was computed."""
     if len(batches) == 1:
-        opened = [batches[0].open(params, walk, needs_gradient)]
+        engine = Finite() if walk.widens else walk.engine
+        opened = [batches[0].open(params, engine, walk.surroundings, needs_gradient)]
         return opened, opened[0].gradient
     # Accumulated: the cotangent needs the sum over all batches first, and their graphs are not kept meanwhile.
-    plain = Finite()
-    opened = [plain(batch.evaluate, params, batch.weights(), needs_gradient=True) for batch in batches]
+    opened = [batch.open(params, Finite(), walk.surroundings, needs_gradient=True) for batch in batches]
     total = [torch.zeros_like(param) for param in params]
     for one in opened:
         torch._foreach_add_(total, one.gradient or [])

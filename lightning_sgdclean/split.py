@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.precision import as_float32, widened
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.replay import Surroundings, training_loss, untouched_module
 from lightning_sgdclean.trajectory import MicroBatch
@@ -126,19 +127,21 @@ def prove_split(
     Raises:
         LossSplitError: As :func:`check_split`.
     """
-
-    def parts(batch: Any) -> tuple[Tensor, Tensor, list[str]]:
-        set_random_state(micro.random, surroundings.device)
-        weights = unit_weights(len(micro.ids), params)
-        evaluated = training_loss(module, batch, micro.batch_idx, weights, surroundings, watch_statistics=False)
-        return evaluated.loss.detach(), gradient([evaluated.loss], [weights])[0], evaluated.unsplit
-
     with (
         untouched_randomness(surroundings.device),
         untouched_module(module),
         surroundings.as_stage("train"),
         torch.enable_grad(),
+        widened(module, surroundings) as wide,
     ):
+
+        def parts(batch: Any) -> tuple[Tensor, Tensor, list[str]]:
+            set_random_state(micro.random, surroundings.device)
+            weights = unit_weights(len(micro.ids), params)
+            content = batch if wide is surroundings else as_float32(batch)
+            evaluated = training_loss(module, content, micro.batch_idx, weights, wide, watch_statistics=False)
+            return evaluated.loss.detach(), gradient([evaluated.loss], [weights])[0], evaluated.unsplit
+
         module.eval()  # BatchNorm over the batch and dropout would tie the samples together
         shake(params)
         check_split(parts, variant, len(micro.ids))

@@ -45,5 +45,6 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
         train_context=trainer.precision_plugin.train_step_context,
         val_context=trainer.precision_plugin.val_step_context,
         set_clock=set_clock,
+        precision=str(trainer.precision),
         as_stage=as_stage,
     )

@@ -2,6 +2,7 @@
 """What a walk over recorded steps needs besides their record: module, data, engine, the optimizer's rule."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_sgdclean.curvature import Engine, engine_named
 from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.objective import ObjectiveGradient
 from lightning_sgdclean.optimizers import update_of
+from lightning_sgdclean.precision import in_float32, in_half, is_low, summable
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
@@ -34,6 +36,7 @@ class RetraceOptions:
     sample_losses: SampleLosses | None
     on_mismatch: str
     tolerance: float | None
+    retrace_precision: str
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Walk:
         update: The optimizer's rule.
         fidelity: What the replay is held against.
         sample_losses: The user's own split of the loss.
+        widens: Whether derivatives of a run in 16 bits are taken in float32.
     """
 
     module: Any
@@ -63,6 +67,11 @@ class Walk:
     update: Update
     fidelity: Fidelity
     sample_losses: SampleLosses | None = None
+    widens: bool = False
+
+    def pulling(self) -> AbstractContextManager[Surroundings]:
+        """Context to take derivatives in, and what stands for the Trainer there."""
+        return in_float32(self.module, self.surroundings) if self.widens else nullcontext(self.surroundings)
 
 
 def walk_of(
@@ -91,7 +100,14 @@ def walk_of(
         update=update_of(optimizer),
         fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
         sample_losses=options.sample_losses,
+        widens=_widens(options.retrace_precision, surroundings, module),
     )
+
+
+def _widens(wanted: str, surroundings: Surroundings, module: nn.Module) -> bool:
+    if not is_low(surroundings, module):
+        return False
+    return wanted == "float32" or (wanted == "auto" and in_half(surroundings))
 
 
 @dataclass
@@ -110,8 +126,3 @@ def adjoint_of(start: ObjectiveGradient, walk: Walk, sign: float = 1.0) -> Adjoi
     """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
     params = {name: sign * summable(tensor) for name, tensor in zip(walk.params, start.params, strict=True)}
     return Adjoint(params, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})
-
-
-def summable(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
