@@ -116,11 +116,11 @@ class Changes:
         Args:
             kind: Tensors of one kind (``"param"``, or a key of the optimizer's state) are judged together.
             now: As recomputed.
-            recorded: As recorded after the step.
+            recorded: As recorded after the step, in the precision that the optimizer computed in.
             before: As recorded before it; None if the step made it.
         """
         sums = self._sums.setdefault((kind, recorded.dtype), [0.0, 0.0, 0.0])
-        was = torch.zeros_like(recorded) if before is None else before
+        was = torch.zeros_like(now) if before is None else before
         for i, difference in enumerate((now - recorded, recorded - was, recorded)):
             sums[i] += float(difference.double().pow(2).sum())
 
@@ -128,7 +128,8 @@ class Changes:
         """The largest of the kinds' differences, relative to the change, what rounding explains deducted."""
         worst = 0.0
         for (_, dtype), (off, moved, size) in self._sums.items():
-            rounding = 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-            beyond = max(0.0, math.sqrt(off) - rounding * math.sqrt(size))
+            # What a step adds passes through some ten roundings, the sum of old and new through one or two.
+            rounding = torch.finfo(dtype).eps * (4 * math.sqrt(size) + 16 * math.sqrt(moved))
+            beyond = max(0.0, math.sqrt(off) - rounding)
             worst = max(worst, beyond / math.sqrt(moved) if moved else (math.inf if beyond else 0.0))
         return worst

@@ -162,9 +162,9 @@ def _changes(step: Step, before: State, after: State, grads: dict[str, Tensor], 
     for name, group, param, state in _updated(step, before, walk):
         now, entries = walk.update.forward(param, grads[name], state, group)
         changes.add("param", now, after.params[name].to(param.device), param)
-        recorded = _entries(after, name, walk)
-        for key in entries.keys() & recorded.keys():
-            changes.add(key, entries[key], recorded[key], state.get(key))
+        recorded = after.optimizer.get(name, {})
+        for key in entries.keys() & recorded.keys() - {"step"}:
+            changes.add(key, entries[key], recorded[key].to(param.device), state.get(key))
     return changes
 
 
