@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
-from lightning_sgdclean.batches import collate_items, fetch_batch, fetch_items
+from lightning_sgdclean.batches import batch_digest, fetch_batch, fetched_variants
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
 from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
-from lightning_sgdclean.randomness import untouched_randomness
+from lightning_sgdclean.packing import Classes, unpack_batch
+from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
 from lightning_sgdclean.split import prove_split
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.walk import RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
@@ -42,6 +43,8 @@ class RecordedRun:
         hooks: Hooks of the user's that could have edited gradients.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         best: Where the best model was saved, if that is where the walk is to start.
+        classes: Classes that kept batches are made of, by name.
+        as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
     """
 
     folder: Path
@@ -51,6 +54,8 @@ class RecordedRun:
     hooks: list[str]
     averaging: list[str]
     best: BestModel | None
+    classes: Classes
+    as_delivered: Callable[[Any], Any]
 
 
 def rank_run(
@@ -92,7 +97,7 @@ def _rank(
         surroundings,
         options,
         run.hooks,
-        batch_of=lambda micro: _batch_again(run.loaders[micro.loader], surroundings, micro),
+        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number),
         random_of=trajectory.random,
         restore_attributes=restore,
     )
@@ -101,7 +106,7 @@ def _rank(
     complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
     restore()  # validation had put the module into evaluation mode
     if options.sample_losses is None:
-        _prove_ids(module, walk.params, run.loaders, trajectory, steps[0], surroundings)
+        complaints += _prove_ids(module, walk.params, run, trajectory, steps[0], surroundings)
     adjoint = adjoint_of(objective, walk, sign=1.0 if options.mode == "min" else -1.0)
     with (
         surroundings.as_stage("train"),
@@ -170,32 +175,45 @@ def _compare_objective(
     return [text]
 
 
-def _batch_again(loader: Any, surroundings: Surroundings, micro: MicroBatch) -> Any:
-    if micro.positions is not None:
-        return surroundings.prepare(fetch_batch(loader, micro.positions), 0)
-
-    def move(leaf: Any) -> Any:
-        return leaf.to(surroundings.device) if isinstance(leaf, Tensor) else leaf
-
-    return torch.utils._pytree.tree_map(move, micro.batch)
+def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroundings, step: Step, number: int) -> Any:
+    """Micro-batch ``number`` as it was kept, when the transfer hooks had seen it already, or fetched again."""
+    kept, micro = trajectory.batch(step, number), step.micro[number]
+    if kept is not None:
+        return unpack_batch(kept, run.classes, surroundings.device)
+    assert micro.positions is not None
+    return surroundings.prepare(run.as_delivered(fetch_batch(run.loaders[micro.loader], micro.positions)), 0)
 
 
 def _prove_ids(
-    module: Any, params: Params, loaders: list[Any], trajectory: Trajectory, step: Step, surroundings: Surroundings
-) -> None:
-    """Replace samples before they are collated: do the loss's rows belong to the ids, too?"""
-    micro = step.micro[0]
-    loader = loaders[micro.loader]
-    if micro.positions is None or loader.batch_sampler is None:
-        return
-    items = fetch_items(loader, micro.positions)
+    module: Any, params: Params, run: RecordedRun, trajectory: Trajectory, step: Step, surroundings: Surroundings
+) -> list[str]:
+    """Replace samples before they are collated: do the loss's rows belong to the ids, too?
 
-    def variant(replaced: Tensor) -> Any:
-        changed = [items[i - 1] if replaced[i] else items[i] for i in range(len(items))]
-        return surroundings.prepare(collate_items(loader, changed), 0)
-
-    before = replace(micro, random=trajectory.random(step, 0))
+    Returns:
+        Why that could not be found out, if it could not.
+    """
+    before = replace(step.micro[0], random=trajectory.random(step, 0))
+    if not isinstance(before.positions, list):  # a stream, or samples that are not batched
+        return []
+    try:
+        variant = fetched_variants(
+            run.loaders[before.loader],
+            before.positions,
+            prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
+            reseed=lambda: set_random_state(before.random, surroundings.device),
+        )
+    except ReplayMismatchError as error:
+        if before.batch is None:
+            raise
+        return [f"{_NOT_PROVED} {error}"]
+    none = torch.zeros(len(before.ids), dtype=torch.bool)
+    if not torch.equal(*(batch_digest(variant(none), len(none)) for _ in range(2))):
+        return [f"{_NOT_PROVED} Collated twice from the same random state, the same samples give different batches."]
     prove_split(module, list(params.values()), variant, before, surroundings)
+    return []
+
+
+_NOT_PROVED = "Whether the collate function keeps the samples in their order could not be found out."
 
 
 def _about(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callback: Lightning's hooks wired to the stages. No arithmetic here."""
 
+import math
 import shutil
 import time
 import warnings
@@ -18,15 +19,15 @@ from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.artifacts import publish
-from lightning_sgdclean.batches import batch_digest, cloned, pack_batch
+from lightning_sgdclean.batches import cloned, fingerprint
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import (
     NonFiniteError,
     SampleIdError,
     SGDInfluenceError,
     SGDInfluenceWarning,
-    UnsupportedTrainingError,
 )
+from lightning_sgdclean.keeping import BatchKeeper, Plan
 from lightning_sgdclean.objective import logged_value, no_such_value
 from lightning_sgdclean.randomness import random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
@@ -38,7 +39,7 @@ from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.split import prove_split, with_neighbours
 from lightning_sgdclean.store import TrajectoryWriter, write_json
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import MicroBatch, SampleId, first_epoch_kept
+from lightning_sgdclean.trajectory import MicroBatch, Positions, SampleId, first_epoch_kept
 from lightning_sgdclean.walk import RetraceOptions
 
 
@@ -78,6 +79,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
         sample_ids: Callable from a batch to its samples' ids (int or str); by default their positions
             in the training loader's dataset.
+        keep_batches: Whether to store the batches as they were trained on: ``"auto"`` does it where samples hold other
+            data each time, by random augmentation say, ``True`` from the first batch, ``False`` never.
         sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training
             loss, for losses that cannot be split by themselves.
         on_mismatch: Whether a replay that differs from the record is an error or a warning.
@@ -109,6 +112,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         dirpath: str | Path | None = None,
         overwrite: bool = False,
         sample_ids: Callable[[Any], Any] | None = None,
+        keep_batches: bool | Literal["auto"] = "auto",
         sample_losses: Callable[[Any, Any], Tensor] | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
@@ -121,6 +125,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         _check_choice("at", at, ("last", "best"))
         _check_choice("curvature", curvature, ("exact", "finite", "none"))
         _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
+        if keep_batches not in (True, False, "auto"):
+            raise ValueError(f'keep_batches must be True, False or "auto", got {keep_batches!r}.')
         if epochs != "all" and not (type(epochs) is int and epochs >= 1):
             raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
         if finite_radius <= 0:
@@ -132,7 +138,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
-        self.sample_ids, self.sample_losses = sample_ids, sample_losses
+        self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
         self.on_mismatch, self.tolerance, self.retrace_precision = on_mismatch, tolerance, retrace_precision
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
@@ -144,6 +150,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._active = False
         self._loaders: list[Any] = []
         self._noting: NotingSampler | None = None
+        self._as_delivered: Callable[[Any], Any] = lambda batch: batch
+        self._keeper: BatchKeeper | None = None
         self._recorder: Recorder | None = None
         self._rehearsal: Rehearsal | None = None
         self._best: BestModel | None = None
@@ -175,7 +183,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         trainer.strategy.process_dataloader = process_dataloader
 
     def _see_train_loader(self, loader: Any) -> None:
-        checks.check_train_loader(loader, self.sample_ids is not None)
+        checks.check_train_loader(loader, self.sample_ids is not None, self.keep_batches is not False)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self._noting = note_samples(loader)
         if not self._loaders or loader is not self._loaders[-1]:
@@ -193,6 +201,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         self._writer = TrajectoryWriter(self.run_dir / "trajectory")
         self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
+        self._keeper = BatchKeeper(
+            self.keep_batches,
+            plan=partial(self._plan, trainer),
+            say=(lambda text: None) if is_quiet(trainer) else tqdm.write,
+        )
         self._rehearsal = Rehearsal()
         self._hook = trainer.optimizers[0].register_step_post_hook(partial(self._after_optimizer_step, trainer))
         self._active = True
@@ -207,9 +220,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 "The training loader was made before this callback was set up, so its samples were not seen. "
                 "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
             )
-        num = len(trainer.fit_loop._combined_loader.flattened)
-        if num != 1:
-            raise UnsupportedTrainingError(f"There are {num} training loaders; exactly one can be followed.")
+        self._as_delivered = checks.one_loader(trainer)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -239,37 +250,43 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
         if not self._active:
             return
-        positions = self._noting.next_ids() if self._noting is not None else None
+        positions = self._noting.next_positions() if self._noting is not None else None
         if self._failure is not None:
             return
-        assert self._recorder is not None
+        assert self._recorder is not None and self._keeper is not None  # noqa: PT018 - made with _active
         self._look_for_best(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._recorder.has_pending:
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         names = self._names(batch, positions)
-        device = trainer.strategy.root_device
+        seen = fingerprint(batch, len(names))
+        is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
+        try:
+            kept = self._keeper.packed(batch, positions, seen, trainer.current_epoch)
+        except SGDInfluenceError as error:
+            if is_first:
+                raise
+            self._stop_recording(trainer, error)
+            return
         micro = MicroBatch(
             ids=names,
             positions=positions,
             epoch=trainer.current_epoch,
             batch_idx=batch_idx,
-            random=random_state(device),
-            digest=batch_digest(batch, len(names)),
+            random=random_state(trainer.strategy.root_device),
+            digest=seen.digest,
             loader=len(self._loaders) - 1,
-            batch=cloned(batch) if positions is None else None,
+            batch=kept,
         )
-        is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
-        if is_first and micro.batch is not None:
-            pack_batch(micro.batch)  # what cannot be kept is refused at the first batch, not at the first segment
         self._recorder.begin_batch(micro)
         if self._rehearsal is not None:
             self._rehearsal.begin_batch(micro, batch, self._recorder.state())
         if is_first and self.sample_losses is None:
             params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
             surroundings = surroundings_of(trainer, pl_module)
-            prove_split(pl_module, params, partial(with_neighbours, batch), micro, surroundings)
+            prove_split(pl_module, params, lambda mask: with_neighbours(cloned(batch), mask), micro, surroundings)
 
-    def _names(self, batch: Any, positions: list[int] | None) -> list[SampleId]:
+    def _names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
+        positions = positions if isinstance(positions, list | None) else [positions]
         if self.sample_ids is None:
             assert positions is not None
             return list(positions)
@@ -278,6 +295,17 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if positions is not None and len(names) != len(positions):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
         return names
+
+    def _plan(self, trainer: Any) -> Plan:
+        """What is known of the run when batches are first to be kept."""
+        assert self.run_dir is not None
+        num_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        num_kept = num_epochs if self.epochs == "all" else min(num_epochs, self.epochs + 1)
+        num_batches = min(num_kept, num_epochs - trainer.current_epoch) * trainer.num_training_batches
+        if trainer.max_steps != -1:
+            num_batches = min(num_batches, trainer.max_steps * trainer.accumulate_grad_batches)
+        first_epoch = 0 if self.epochs == "all" else num_epochs - self.epochs
+        return Plan(num_batches, first_epoch, shutil.disk_usage(self.run_dir).free)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss, as it is differentiated."""
@@ -326,7 +354,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Rehearse a step of the retrace, once; a batch that is None never started, but was drawn all the same."""
         if self._active and batch is None and self._noting is not None:
-            self._noting.next_ids()
+            self._noting.next_positions()
+        if self._active and self._keeper is not None:
+            self._keeper.watch.batch_ends()
         if not self._active or self._rehearsal is None or not self._rehearsal.is_due or self._failure is not None:
             return
         rehearsal, self._rehearsal = self._rehearsal, None
@@ -337,12 +367,16 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
+        if self._keeper is not None:
+            self._keeper.watch.is_interrupted()
         value = trainer.callback_metrics.get(self.monitor)
         if self._active and not trainer.sanity_checking and value is not None:
             self._logged[trainer.global_step] = float(value)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""
+        if self._keeper is not None:
+            self._keeper.watch.is_interrupted()
         if not self._active or self._writer is None or self._recorder is None or self._failure is not None:
             return
         self._look_for_best(trainer)
@@ -381,7 +415,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Retrace the window, rank, write, tell the loggers."""
         if not self._active:
             return
-        assert self._writer is not None and self.run_dir is not None  # noqa: PT018 - made with _active
+        assert self._writer is not None and self._keeper is not None and self.run_dir is not None  # noqa: PT018
         self._seconds["fit"] += time.perf_counter()
         if self._failure is not None:
             self._unhook(trainer)
@@ -397,6 +431,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             hooks=checks.gradient_hooks(trainer, pl_module),
             averaging=self._averaging,
             best=self._best,
+            classes=self._keeper.classes,
+            as_delivered=self._as_delivered,
         )
         try:
             ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
@@ -424,7 +460,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         )
 
     def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
-        assert self.run_dir is not None and self._writer is not None  # noqa: PT018
+        assert self.run_dir is not None and self._writer is not None and self._keeper is not None  # noqa: PT018
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
         optimizer = trainer.optimizers[0]
@@ -441,6 +477,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             **about,
             "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
+            "batches": self._keeper.summary(),
             "trajectory_bytes": self._writer.bytes_written,
         }
         csv_path = ranking.save(self.run_dir / "influence.csv")

@@ -3,8 +3,10 @@
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sgdclean.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
@@ -118,13 +120,19 @@ def best_model_checkpoint(trainer: Any) -> Any:
     return callback
 
 
-def check_train_loader(loader: Any, has_sample_ids: bool) -> None:
+def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> None:
     """Once the training loader exists.
 
     Raises:
-        SampleIdError: Its samples have no positions, and no ``sample_ids`` names them.
+        SampleIdError: Its samples have no positions, and no ``sample_ids`` names them or they may not be kept.
         UnsupportedTrainingError: Batches arrive in another order than they are drawn, or it is no DataLoader.
     """
+    is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+    if is_stream and has_sample_ids and not may_keep:
+        raise SampleIdError(
+            f"The training data are a stream ({type(getattr(loader, 'dataset', loader)).__name__}), whose batches can "
+            'only be kept, but keep_batches=False. Leave it at "auto".'
+        )
     if not isinstance(loader, DataLoader):
         if has_sample_ids:
             return
@@ -142,6 +150,26 @@ def check_train_loader(loader: Any, has_sample_ids: bool) -> None:
             "The training loader has in_order=False: batches arrive in another order than they are drawn. "
             "Use in_order=True."
         )
+
+
+def one_loader(trainer: Any) -> Callable[[Any], Any]:
+    """Once the training loaders exist.
+
+    Returns:
+        What makes the loader's batch what ``training_step`` gets: ``{"a": batch}`` for a loader given in a dict.
+
+    Raises:
+        UnsupportedTrainingError: There are several.
+    """
+    combined = trainer.fit_loop._combined_loader
+    num = len(combined.flattened)
+    if num != 1:
+        raise UnsupportedTrainingError(
+            f"There are {num} training loaders; exactly one can be followed, since in a batch of several a row has "
+            "several samples. Give one loader over one dataset whose items are pairs, or over a ConcatDataset."
+        )
+    _, shape = tree_flatten(combined.iterables)
+    return lambda batch: tree_unflatten([batch], shape)
 
 
 def check_validation(trainer: Any, has_objective: bool, has_loaders: bool) -> None:

@@ -59,7 +59,8 @@ class Fidelity:
             step,
             f"{len(off)} of {len(digest)} samples of its batch, fetched again, hold other data "
             f"(sample {micro.ids[off[0]]!r} first). Random augmentation, in the dataset, the collate function or a "
-            "transfer hook, or data that changed since, is the likely cause.",
+            "transfer hook, or data that changed since, is the likely cause. Train again with keep_batches=True, which "
+            "stores batches as they are trained on.",
         )
 
     def compare_losses(self, step: Step, losses: list[Tensor]) -> None:

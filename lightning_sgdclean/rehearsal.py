@@ -73,7 +73,7 @@ class Rehearsal:
                 surroundings,
                 options,
                 hooks,
-                batch_of=lambda micro: self._batches[id(micro)],
+                batch_of=lambda step, i: self._batches[id(step.micro[i])],
                 random_of=lambda step, i: step.micro[i].random,
                 restore_attributes=restore,
             )

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.batches import batch_digest
+from lightning_sgdclean.batches import batch_digest, cloned
 from lightning_sgdclean.clipping import clip, clip_transpose
 from lightning_sgdclean.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.errors import NonFiniteError, UnsupportedTrainingError
@@ -183,7 +183,7 @@ class _MicroStep:
     def __init__(self, step: Step, number: int, walk: Walk, watch: bool) -> None:
         self.micro, self._step, self._walk, self._watch = step.micro[number], step, walk, watch
         self._random = walk.random_of(step, number)
-        self._batch = walk.batch_of(self.micro)
+        self._batch = walk.batch_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
         self._buffers: dict[str, Tensor] | None = None
 
@@ -206,9 +206,10 @@ class _MicroStep:
             buffer.copy_(self._buffers[name])
         set_random_state(self._random, surroundings.device)
         surroundings.set_clock(self.micro.epoch, self._step.index)
+        batch = cloned(self._batch)  # training_step may write to it
         evaluated = training_loss(
             walk.module,
-            self._batch if is_own else as_float32(self._batch),
+            batch if is_own else as_float32(batch),
             self.micro.batch_idx,
             weights,
             surroundings,

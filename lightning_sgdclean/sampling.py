@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples made up each batch: a proxy around the loader's sampler notes what it hands out."""
 
+import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_sgdclean.errors import SampleIdError
+from lightning_sgdclean.trajectory import Positions
 
 
 class _NotingIterator:
@@ -19,10 +21,15 @@ class _NotingIterator:
         return self
 
     def __next__(self) -> Any:
-        indices = next(self._inner)
+        drawn = next(self._inner)
         # A copy: a dataset may change the list that it is handed.
-        self._drawn.append(tuple(indices) if isinstance(indices, list | tuple) else indices)
-        return indices
+        is_many = isinstance(drawn, Iterable) and not isinstance(drawn, str | bytes) and getattr(drawn, "ndim", 1) != 0
+        if is_many and iter(drawn) is drawn:
+            raise SampleIdError(
+                f"The sampler yields a {type(drawn).__name__}, which can be read only once. Let it yield lists."
+            )
+        self._drawn.append([_position(item) for item in drawn] if is_many else _position(drawn))
+        return drawn
 
 
 class _StatefulNotingIterator(_NotingIterator):
@@ -41,7 +48,7 @@ class NotingSampler:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._drawn: deque[Any] = deque()
+        self._drawn: deque[Positions] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
@@ -63,11 +70,12 @@ class NotingSampler:
         """The user's own sampler."""
         return self._inner
 
-    def next_ids(self) -> list[int]:
-        """Dataset positions of the batch that the loader delivers next.
+    def next_positions(self) -> Positions:
+        """Dataset positions of the batch that the loader delivers next; a single one if it was drawn alone.
 
         Raises:
-            SampleIdError: If a batch was delivered that the sampler never drew.
+            SampleIdError: If a batch was delivered that the sampler never drew, or whose positions are neither
+                int nor str.
         """
         if not self._drawn:
             raise SampleIdError(
@@ -75,7 +83,13 @@ class NotingSampler:
                 "Expected one draw a batch; give sample_ids=, a callable from the batch to its samples' ids."
             )
         drawn = self._drawn.popleft()
-        return [int(index) for index in drawn] if isinstance(drawn, tuple) else [int(drawn)]
+        odd = [item for item in (drawn if isinstance(drawn, list) else [drawn]) if not isinstance(item, int | str)]
+        if odd:
+            raise SampleIdError(
+                f"The sampler drew {odd[0]!r} of type {type(odd[0]).__name__}; a dataset's position must be an int or "
+                "a str to serve as a sample's id."
+            )
+        return drawn
 
 
 class _StatefulNotingSampler(NotingSampler):
@@ -85,6 +99,11 @@ class _StatefulNotingSampler(NotingSampler):
 
     def load_state_dict(self, state: Any) -> None:
         self._inner.load_state_dict(state)
+
+
+def _position(item: Any) -> Any:
+    """An index as a plain int where it is one, be it a tensor's, NumPy's or the user's own."""
+    return operator.index(item) if hasattr(item, "__index__") and not isinstance(item, bool) else item
 
 
 def _is_stateful(candidate: Any) -> bool:

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_sgdclean.batches import pack_batch, unpack_batch
 from lightning_sgdclean.errors import RunDirectoryError
+from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 
 FORMAT = 1
@@ -183,9 +183,9 @@ class TrajectoryWriter:
         self._hold(f"digest/{key}", micro.digest)
         assert micro.loss is not None
         self._hold(f"loss/{key}", micro.loss.detach().cpu().clone())
-        kept, tensors = pack_batch(micro.batch) if micro.batch is not None else (None, [])
-        for i, tensor in enumerate(tensors):
-            self._hold(f"batch/{key}/{i}", tensor.cpu().contiguous().clone())
+        kept = micro.batch or PackedBatch(None, [])
+        for i, tensor in enumerate(kept.tensors):
+            self._hold(f"batch/{key}/{i}", tensor)
         return {
             "ids": micro.ids,
             "positions": micro.positions,
@@ -194,8 +194,8 @@ class TrajectoryWriter:
             "scale": micro.scale,
             "loader": micro.loader,
             "random": list(micro.random),
-            "batch": kept,
-            "num_tensors": len(tensors),
+            "batch": kept.skeleton,
+            "num_tensors": len(kept.tensors),
         }
 
     def _write_manifest(self) -> None:
@@ -225,6 +225,7 @@ class Trajectory:
         self._files: dict[int, Any] = {}
         self._open: tuple[str, Any] | None = None
         self.steps: list[Step] = []
+        self._num_tensors: dict[str, int] = {}
         self._layout_after: dict[int, int] = {}
         for segment in manifest["segments"]:
             self._read_steps(segment)
@@ -242,10 +243,10 @@ class Trajectory:
             self.steps.append(Step(**row))
 
     def _micro(self, handle: Any, key: str, row: dict[str, Any]) -> MicroBatch:
+        # Of batches and random states the skeletons and names only: the rest is large, and wanted a step at a time.
         kept, num = row.pop("batch"), row.pop("num_tensors")
-        if kept is not None:
-            kept = unpack_batch(kept, [handle.get_tensor(f"batch/{key}/{i}") for i in range(num)])
-        # The random states' names only: they are large, and wanted one step at a time.
+        self._num_tensors[key] = num
+        kept = None if kept is None else PackedBatch(kept, [])
         row["random"] = dict.fromkeys(row["random"], torch.empty(0))
         digest, loss = handle.get_tensor(f"digest/{key}"), handle.get_tensor(f"loss/{key}")
         return MicroBatch(**row, digest=digest, loss=loss, batch=kept)
@@ -255,6 +256,13 @@ class Trajectory:
         handle = self._handle(self._files[step.index + 1])
         names = step.micro[micro].random
         return {name: handle.get_tensor(f"random/{step.index}/{micro}/{name}") for name in names}
+
+    def batch(self, step: Step, micro: int) -> PackedBatch | None:
+        """Micro-batch ``micro`` of a step, if it was kept."""
+        handle, kept = self._handle(self._files[step.index + 1]), step.micro[micro].batch
+        key = f"{step.index}/{micro}"
+        names = [f"batch/{key}/{i}" for i in range(self._num_tensors[key])]
+        return None if kept is None else PackedBatch(kept.skeleton, [handle.get_tensor(name) for name in names])
 
     def state(self, index: int) -> State:
         """The state before step ``index`` (after the last step, for the end point)."""

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.randomness import RandomState
 
 SampleId = int | str
+Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching
 
 
 @dataclass
@@ -17,7 +19,7 @@ class MicroBatch:
 
     Attributes:
         ids: Names of the samples, one a row of the batch.
-        positions: Their positions in the loader's dataset, or None where the batch itself was kept.
+        positions: Their positions in the loader's dataset, or None where they have none; see ``Positions``.
         epoch: Epoch, counted from 0 as Lightning counts.
         batch_idx: The ``batch_idx`` that ``training_step`` got.
         random: Random state just before.
@@ -26,11 +28,11 @@ class MicroBatch:
             ``scale``), or None before it is known.
         scale: What a GradScaler multiplied the loss by.
         loader: Which of the run's training loaders it came from, where they were made anew on the way.
-        batch: The batch itself, where it cannot be fetched again.
+        batch: The batch itself, packed, where it was kept; read back without its tensors.
     """
 
     ids: list[SampleId]
-    positions: list[int] | None
+    positions: Positions | None
     epoch: int
     batch_idx: int
     random: RandomState
@@ -38,7 +40,7 @@ class MicroBatch:
     loss: Tensor | None = None
     scale: float = 1.0
     loader: int = 0
-    batch: Any = None
+    batch: PackedBatch | None = None
 
 
 @dataclass

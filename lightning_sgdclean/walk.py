@@ -18,7 +18,7 @@ from lightning_sgdclean.precision import in_float32, in_half, is_low, summable
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
-from lightning_sgdclean.trajectory import MicroBatch, Step
+from lightning_sgdclean.trajectory import Step
 from lightning_sgdclean.updates import Update
 
 
@@ -47,7 +47,7 @@ class Walk:
         module: The LightningModule, whose parameters and buffers the walk overwrites.
         params: Those that the optimizer moves, by name.
         surroundings: What stands for the Trainer.
-        batch_of: A micro-batch's content, as ``training_step`` got it.
+        batch_of: Content of micro-batch ``i`` of a step, as ``training_step`` got it.
         random_of: Random state before micro-batch ``i`` of a step.
         restore_attributes: Undoes what a ``training_step`` did to the module's plain attributes.
         engine: Scores and Hessian's product.
@@ -60,7 +60,7 @@ class Walk:
     module: Any
     params: dict[str, nn.Parameter]
     surroundings: Surroundings
-    batch_of: Callable[[MicroBatch], Any]
+    batch_of: Callable[[Step, int], Any]
     random_of: Callable[[Step, int], RandomState]
     restore_attributes: Callable[[], None]
     engine: Engine
@@ -81,7 +81,7 @@ def walk_of(
     options: RetraceOptions,
     hooks: list[str],
     *,
-    batch_of: Callable[[MicroBatch], Any],
+    batch_of: Callable[[Step, int], Any],
     random_of: Callable[[Step, int], RandomState],
     restore_attributes: Callable[[], None],
 ) -> Walk:

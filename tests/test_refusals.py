@@ -161,7 +161,8 @@ def test_collate_that_reorders_is_found_though_it_cannot_be_seen_in_the_batch():
         return torch.utils.data.default_collate(sorted(items, key=lambda item: float(item[0][0])))
 
     train = DataLoader(TRAIN, batch_size=5, shuffle=True, collate_fn=by_first_feature)
-    refuse(LossSplitError, "swapped", Plain(), train)
+    with pytest.warns(UserWarning, match="or a collate function that reorders samples"):
+        refuse(LossSplitError, "swapped", Plain(), train)
 
 
 def test_sample_losses_split_what_cannot_be_split_by_itself():
@@ -205,8 +206,10 @@ class Jittered(torch.utils.data.Dataset):
         return x + torch.randn(5), y, i
 
 
-def test_random_augmentation_is_found_and_named():
-    refuse(ReplayMismatchError, "Step 14.*hold other data.*augmentation", Plain(), DataLoader(Jittered(), batch_size=5))
+def test_random_augmentation_that_is_not_kept_is_found_and_named():
+    train = DataLoader(Jittered(), batch_size=5)
+    with pytest.warns(UserWarning, match="random numbers were drawn while a batch was loaded, but keep_batches=False"):
+        refuse(ReplayMismatchError, "Step 14.*hold other data.*keep_batches=True", Plain(), train, keep_batches=False)
 
 
 def test_gradients_edited_in_a_hook_are_found_and_named():
@@ -341,7 +344,7 @@ def _with_backbone():
 
 class Unstorable(IterableDataset):
     def __iter__(self):
-        return iter([(*TRAIN[i], {3: "x"}) for i in range(10)])
+        return iter([TRAIN[i] for i in range(10)])
 
 
 def test_batch_that_cannot_be_kept_is_refused_at_the_first_batch():
@@ -349,13 +352,13 @@ def test_batch_that_cannot_be_kept_is_refused_at_the_first_batch():
         def training_step(self, batch, batch_idx):
             return super().training_step(batch[:3], batch_idx)
 
-    train = DataLoader(Unstorable(), batch_size=5, collate_fn=_with_fraction)
+    train = DataLoader(Unstorable(), batch_size=5, collate_fn=_with_iterator)
     trainer = refuse(
         UnsupportedTrainingError, "without pickle", Unpacking(), train, sample_ids=lambda batch: batch[2].tolist()
     )
     assert trainer.global_step == 0
 
 
-def _with_fraction(items):
-    collated = torch.utils.data.default_collate([item[:3] for item in items])
-    return [*collated, {3: "a key that is no string"}]
+def _with_iterator(items):
+    collated = torch.utils.data.default_collate(items)
+    return [*collated, iter("nothing that can be written down")]

@@ -67,7 +67,7 @@ def test_a_sampler_that_draws_in_iter_draws_as_it_would_alone():
     noting = note_samples(loader)
     assert note_samples(loader) is noting
     assert [batch[2].tolist() for batch in loader] == plain
-    assert [noting.next_ids() for _ in plain] == plain
+    assert [noting.next_positions() for _ in plain] == plain
     assert len(loader) == 5
     stop_noting(loader)
     assert not isinstance(loader.batch_sampler, NotingSampler)

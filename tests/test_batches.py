@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints tell batches apart, sample by sample; copies share nothing."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_sgdclean.batches import batch_digest, cloned, fingerprint
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: Any
+
+
+class Node:
+    def __init__(self, x):
+        self.x, self.me = x, self
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.complex128, torch.uint8, torch.bool, torch.int64],
+    ids=str,
+)
+def test_digest_sees_the_row_that_changed_and_a_flipped_picture(dtype):
+    batch = torch.arange(24).reshape(4, 6).remainder(3).to(dtype)
+    other = batch.clone()
+    other[2] = batch[2].flip(0)
+    differs = batch_digest([batch, "s"], 4) != batch_digest([other, "s"], 4)
+    assert differs.tolist() == [False, False, True, False]
+    assert (batch_digest([batch, "s"], 4) != batch_digest([batch, "t"], 4)).all()
+
+
+def boxes(*counts):
+    return [torch.arange(4.0 * n).reshape(n, 4) + n for n in counts]
+
+
+def only_row(row, shape=(3, 5000)):
+    array = np.zeros(shape)
+    array[row, shape[1] // 2] = 1
+    return array
+
+
+BY_SAMPLE = {
+    "a list of strings": (["a", "b", "c"], ["a", "x", "c"]),
+    "a tuple of numbers": ((1, 2, 3), (1, 7, 3)),
+    "pictures of different sizes": (boxes(1, 2, 5), [boxes(1)[0], boxes(2)[0] + 1, boxes(5)[0]]),
+    "a list of dicts": (
+        [{"boxes": b, "name": "n"} for b in boxes(1, 2, 4)],
+        [{"boxes": b, "name": "nm"[i == 1]} for i, b in enumerate(boxes(1, 2, 4))],
+    ),
+    "lists of tokens in a dict": ({"t": [[1, 2], [3], [4, 5]]}, {"t": [[1, 2], [9], [4, 5]]}),
+    "a named tuple": (Pair(torch.zeros(3, 2), ["u", "v", "w"]), Pair(torch.zeros(3, 2), ["u", "_", "w"])),
+    "slots": (Slotted(torch.zeros(3)), Slotted(torch.tensor([0.0, 1.0, 0.0]))),
+    "a NumPy array too large to print": (np.zeros((3, 5000)), only_row(1)),
+    "an object in a circle": (Node(torch.zeros(3)), Node(torch.tensor([0.0, 1.0, 0.0]))),
+}
+
+
+@pytest.mark.parametrize("name", BY_SAMPLE)
+def test_digest_points_at_the_sample_that_changed(name):
+    batch, other = BY_SAMPLE[name]
+    assert torch.equal(batch_digest(batch, 3), batch_digest(cloned(batch), 3))
+    assert (batch_digest(batch, 3) != batch_digest(other, 3)).tolist() == [False, True, False]
+
+
+def graphs(*sizes):
+    """Nodes of all graphs in one tensor, as graph networks take them: rows are no samples."""
+    return {"x": torch.arange(sum(sizes) * 2.0).reshape(-1, 2), "batch": torch.arange(len(sizes)).repeat_interleave(3)}
+
+
+COMMON = {
+    "rows that are no samples": lambda n: {**graphs(3, 3, 3), "x": graphs(3, 3, 3)["x"] + n},
+    "a sparse matrix": lambda n: (n * torch.eye(4)).to_sparse(),
+    "a sparse matrix by rows": lambda n: (n * torch.eye(4)).to_sparse_csr(),
+    "a nested tensor": lambda n: torch.nested.nested_tensor([box + n for box in boxes(1, 2)]),
+    "a number": torch.tensor,
+    "a key": lambda n: {n: 1},
+    "bytes": lambda n: b"a" * n,
+    "nothing in another shape": lambda n: torch.zeros(0, n),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", COMMON)
+def test_what_belongs_to_no_sample_is_part_of_every_digest(name):
+    one, same, two = ([torch.arange(3), COMMON[name](n)] for n in (1, 1, 2))
+    assert torch.equal(batch_digest(one, 3), batch_digest(same, 3))
+    assert (batch_digest(one, 3) != batch_digest(two, 3)).all()
+
+
+def test_objects_without_a_repr_of_their_own_do_not_differ_by_their_address():
+    assert torch.equal(batch_digest([object()], 2), batch_digest([object()], 2))
+
+
+def test_two_tensors_of_two_samples_are_not_taken_for_one_entry_a_sample():
+    x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1])
+    forth, back = fingerprint([x, y], 2), fingerprint([x.flip(0), y.flip(0)], 2)
+    assert torch.equal(forth.rows, back.rows.flip(0))
+    assert forth.setting == back.setting
+
+
+def test_a_padded_sample_has_the_same_fingerprint_in_any_batch_that_is_padded_as_long():
+    words = [torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8, 9, 10]), torch.tensor([3, 2, 1])]
+    first = fingerprint(pad_sequence([words[0], words[1], words[2]], batch_first=True), 3)
+    second = fingerprint(pad_sequence([words[3], words[1], words[0]], batch_first=True), 3)
+    shorter = fingerprint(pad_sequence([words[0], words[1], words[1]], batch_first=True), 3)
+    assert first.rows[1] == second.rows[1]
+    assert first.rows[0] == second.rows[2]
+    assert first.setting == second.setting != shorter.setting
+
+
+def test_a_copy_shares_nothing_but_what_the_batch_itself_shares():
+    x = torch.arange(6.0).reshape(2, 3)
+    batch = {"x": x, "again": x, "n": Node(x[0]), "a": np.zeros(2), "p": Pair(torch.ones(2), [Slotted(torch.ones(2))])}
+    copy = cloned(batch)
+    for tensor in (x, batch["a"], batch["p"].x, batch["p"].y[0].x):
+        tensor.__iadd__(1)
+    assert torch.equal(copy["x"], torch.arange(6.0).reshape(2, 3))
+    assert copy["x"] is copy["again"]
+    assert torch.equal(copy["n"].x, torch.arange(3.0))
+    assert copy["n"].me is copy["n"]
+    assert not copy["a"].any()
+    assert copy["p"].x.tolist() == copy["p"].y[0].x.tolist() == [1, 1]
+
+
+def test_a_copy_of_a_view_does_not_copy_what_lies_behind_it():
+    assert cloned([torch.zeros(1000, 1000)[3]])[0].untyped_storage().nbytes() == 4000
+
+
+def test_what_cannot_be_copied_is_shared():
+    batch = [(letter for letter in "ab"), torch.zeros(2)]
+    assert cloned(batch) is batch
