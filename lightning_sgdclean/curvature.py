@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.errors import UnsupportedOperationError
+from lightning_sgdclean.kernels import refuse_cut_graphs, refusing_by_name, twice_differentiable_kernels
 from lightning_sgdclean.replay import Evaluated
-from lightning_sgdclean.running_stats import pull_back_updates
+from lightning_sgdclean.running_stats import BatchStatistic, pull_back_updates
 
 Problem = Callable[[Tensor], Evaluated]
 
@@ -35,6 +35,7 @@ class Linearised(Protocol):
 
     loss: Tensor
     gradient: list[Tensor] | None
+    updates: list[BatchStatistic]
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
         """Scores, adjoint and ``nu`` for a cotangent of the gradient and one of the buffers."""
@@ -42,8 +43,6 @@ class Linearised(Protocol):
 
 class Engine(Protocol):
     """A way to have the scores and the Hessian-vector product."""
-
-    twice_differentiable: bool
 
     def __call__(
         self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
@@ -58,7 +57,9 @@ def gradient(
     pairs = [(o, None if cotangents is None else cotangents[i]) for i, o in enumerate(outputs) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
-    found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, **options)
+    wanted, given = [output for output, _ in pairs], [cotangent for _, cotangent in pairs]
+    with refusing_by_name():
+        found = torch.autograd.grad(wanted, inputs, given, allow_unused=True, **options)
     return [torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(found, inputs, strict=True)]
 
 
@@ -69,49 +70,41 @@ class Exact:
     scores, with respect to ``theta`` the Hessian's product.
     """
 
-    twice_differentiable = True
-
     def __init__(self, with_hessian: bool = True) -> None:
         self._with_hessian = with_hessian
 
     def __call__(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> "_Twice":
         """Evaluate the batch and its gradient, both with graph."""
-        return _Twice(problem(weights), list(params), weights, self._with_hessian)
+        return _Twice(problem, list(params), weights, self._with_hessian)
 
 
 class _Twice:
-    def __init__(self, evaluated: Evaluated, params: list[Tensor], weights: Tensor, with_hessian: bool) -> None:
+    def __init__(self, problem: Problem, params: list[Tensor], weights: Tensor, with_hessian: bool) -> None:
         self._params, self._weights, self._with_hessian = params, weights, with_hessian
-        self._updates = evaluated.updates
-        self.loss = evaluated.loss.detach()
-        self._graph = _second_order(lambda: gradient([evaluated.loss], params, create_graph=True))
+        with twice_differentiable_kernels():
+            evaluated = problem(weights)
+            refuse_cut_graphs(evaluated.loss)
+            self._graph = gradient([evaluated.loss], params, create_graph=True)
+        self.loss, self.updates, self._leaves = evaluated.loss.detach(), evaluated.updates, evaluated.leaves
         self.gradient: list[Tensor] | None = [grad.detach() for grad in self._graph]
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
-        values, pulls, before = pull_back_updates(self._updates, buffers)
-        if self._with_hessian:
-            scores, *adjoint = _second_order(
-                lambda: gradient([*self._graph, *values], [self._weights, *self._params], [*cotangent, *pulls])
-            )
-        else:
-            (scores,) = _second_order(
-                lambda: gradient(self._graph, [self._weights], cotangent, retain_graph=bool(values))
-            )
-            adjoint = gradient(values, self._params, pulls)
-        return Pulled(scores, adjoint, before)
+        values, pulls, before = pull_back_updates(self.updates, buffers)
+        with twice_differentiable_kernels():
+            if not self._with_hessian:
+                (scores,) = gradient(self._graph, [self._weights], cotangent, retain_graph=bool(values))
+                return Pulled(scores, gradient(values, self._params, pulls), before)
+            inputs = [self._weights, *self._params, *self._leaves.values()]
+            found = gradient([*self._graph, *values], inputs, [*cotangent, *pulls])
+        num = len(self._params)
+        return Pulled(found[0], found[1 : num + 1], _read(before, self._leaves, found[num + 1 :]))
 
 
-def _second_order(compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-    try:
-        return compute()
-    except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        if "derivative for" in text or "double backward" in text or "twice" in text or "not implemented" in text:
-            raise UnsupportedOperationError(
-                f"An operation of the model has no second derivative: {text.splitlines()[0]} "
-                'Use curvature="finite", which needs first derivatives only.'
-            ) from error
-        raise
+def _read(buffers: dict[str, Tensor], leaves: dict[str, Tensor], found: list[Tensor]) -> dict[str, Tensor]:
+    """``nu`` before a batch whose gradient was computed with running statistics: frozen norms read them."""
+    for name, grad in zip(leaves, found, strict=True):
+        buffers[name] = buffers[name] + grad if name in buffers else grad
+    return buffers
 
 
 class Finite:
@@ -120,8 +113,6 @@ class Finite:
     Args:
         radius: Length of the move relative to that of the parameters.
     """
-
-    twice_differentiable = False
 
     def __init__(self, radius: float = 0.01) -> None:
         self._radius = radius
@@ -143,7 +134,7 @@ class _Difference:
             evaluated = problem(weights)
             if needs_gradient:
                 self.gradient = gradient([evaluated.loss], list(params))
-        self.loss = evaluated.loss.detach()
+        self.loss, self.updates = evaluated.loss.detach(), evaluated.updates
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
         length = _length(cotangent)
@@ -151,7 +142,7 @@ class _Difference:
         move = self._radius * (_length(start) or 1.0) / (length or 1.0)
         scores = torch.zeros_like(self._weights)
         adjoint = [torch.zeros_like(param) for param in self._params]
-        before = dict(buffers)
+        before, read = dict(buffers), dict[str, Tensor]()
         for sign in (1, -1):
             with torch.no_grad():
                 for param, origin, c in zip(self._params, start, cotangent, strict=True):
@@ -162,15 +153,16 @@ class _Difference:
             # The statistics' term needs no difference: its mean over the two passes rides along.
             found = gradient(
                 [evaluated.loss, *values],
-                [self._weights, *self._params],
+                [self._weights, *self._params, *evaluated.leaves.values()],
                 [torch.full_like(evaluated.loss, factor), *(pull / 2 for pull in pulls)],
             )
             scores += found[0]
-            torch._foreach_add_(adjoint, found[1:])
+            torch._foreach_add_(adjoint, found[1 : len(adjoint) + 1])
+            read = _read(read, evaluated.leaves, found[len(adjoint) + 1 :])
         with torch.no_grad():
             for param, origin in zip(self._params, start, strict=True):
                 param.copy_(origin)
-        return Pulled(scores, adjoint, before)
+        return Pulled(scores, adjoint, _read(before, read, list(read.values())))
 
 
 def _length(tensors: list[Tensor]) -> float:

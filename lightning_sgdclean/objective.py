@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sgdclean._lightning import batch_size_of
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import NonFiniteError, ObjectiveError
-from lightning_sgdclean.replay import Surroundings, logging_to, takes_batch_idx
+from lightning_sgdclean.replay import Surroundings, eagerly, logging_to, takes_batch_idx
 from lightning_sgdclean.running_stats import RunningStatistics
 
 ObjectiveFn = Callable[[Any, Any], Any]
@@ -110,7 +110,7 @@ def objective_gradient(
     for content, batch_idx, number in batches:
         watched = RunningStatistics(module)
         batch = surroundings.prepare(content, number), batch_idx, number
-        with surroundings.val_context(), watched:
+        with eagerly(), surroundings.val_context(), watched:
             value, weight, seen = (
                 logged_value(module, batch, monitor, num_loaders)
                 if objective is None

@@ -4,16 +4,16 @@
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sgdclean.errors import LossSplitError
-from lightning_sgdclean.running_stats import BatchStatistic, RunningStatistics
+from lightning_sgdclean.lookups import RefusedLookups
+from lightning_sgdclean.running_stats import BatchStatistic, FixedStatistics, RunningStatistics
 from lightning_sgdclean.weighting import SampleWeights
 
 SampleLosses = Callable[[Any, Any], Tensor]
@@ -109,6 +109,11 @@ def logging_to(module: Any, receive: Callable[..., None]) -> Iterator[None]:
             module.__dict__.pop(name, None)
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Run compiled parts of the module as they were written: what was compiled without our watchers passes by them."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
 def _ignore(*_: Any, **__: Any) -> None:
     """Log nowhere."""
 
@@ -121,16 +126,12 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
 
 @dataclass
 class Evaluated:
-    """One training loss with its graph, the running statistics' updates, and loss calls not split."""
+    """One training loss with its graph; running statistics that it moved, and read; loss calls not split."""
 
     loss: Tensor
     updates: list[BatchStatistic]
     unsplit: list[str]
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return set_stance("force_eager") if set_stance is not None else nullcontext()
+    leaves: dict[str, Tensor] = field(default_factory=dict)
 
 
 def training_loss(
@@ -140,8 +141,7 @@ def training_loss(
     weights: Tensor,
     surroundings: Surroundings,
     sample_losses: SampleLosses | None = None,
-    twice_differentiable: bool = False,
-    watch_statistics: bool = True,
+    samples_apart: bool = False,
 ) -> Evaluated:
     """The loss of ``training_step`` as a function of parameters and sample weights.
 
@@ -152,31 +152,23 @@ def training_loss(
         weights: ``(B,)``, all one.
         surroundings: What stands for the Trainer.
         sample_losses: The user's own ``(module, batch) -> (B,)`` instead of ``training_step``.
-        twice_differentiable: Use only kernels that have second derivatives.
-        watch_statistics: Whether to note BatchNorm's statistics with their graph.
+        samples_apart: Whether BatchNorm is to use fixed statistics, so that no sample feels another.
 
     Raises:
         LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
     """
-    watched, weighing = RunningStatistics(module, watch_statistics), SampleWeights(weights)
-    with ExitStack() as stack:
-        for context in (
-            logging_to(module, _ignore),
-            surroundings.train_context(),
-            *((_eagerly(), sdpa_kernel(SDPBackend.MATH)) if twice_differentiable else ()),
-            watched,
-        ):
-            stack.enter_context(context)
+    norms, weighing = FixedStatistics() if samples_apart else RunningStatistics(module), SampleWeights(weights)
+    with eagerly(), logging_to(module, _ignore), surroundings.train_context(), norms, RefusedLookups(module):
         if sample_losses is not None:
             loss = _mean_of(sample_losses(module, batch), weights)
         else:
-            stack.enter_context(weighing)
             step = module.training_step
-            output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
+            with weighing:
+                output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
             loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise LossSplitError(f"training_step gave {type(loss).__name__} where a loss was recorded, on the same batch.")
-    return Evaluated(loss, watched.updates, weighing.unsplit)
+    return Evaluated(loss, norms.updates, weighing.unsplit, norms.leaves)
 
 
 def _mean_of(losses: Tensor, weights: Tensor) -> Tensor:

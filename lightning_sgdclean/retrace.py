@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.batches import batch_digest, cloned
+from lightning_sgdclean.buffers import check_moved_buffers
 from lightning_sgdclean.clipping import clip, clip_transpose
 from lightning_sgdclean.curvature import Engine, Finite, Linearised
-from lightning_sgdclean.errors import NonFiniteError, UnsupportedTrainingError
+from lightning_sgdclean.errors import NonFiniteError
 from lightning_sgdclean.fidelity import Changes
 from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
@@ -59,7 +60,6 @@ def retrace_steps(
         ReplayMismatchError: If a step, run again, differs from the record.
         NonFiniteError: If an influence is not finite.
     """
-    _check_buffers(walk.module, trajectory, steps[0])
     rows: dict[SampleId, int] = {}
     for step in steps:
         for micro in step.micro if step.is_update else ():
@@ -104,7 +104,7 @@ def retrace_step(
         return []
     load_state(walk.module, walk.params, before)
     params = list(walk.params.values())
-    batches = [_MicroStep(step, i, walk, bool(adjoint.buffers)) for i in range(len(step.micro))]
+    batches = [_MicroStep(step, i, walk) for i in range(len(step.micro))]
     needs_gradient = step.is_update and (
         not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
     )
@@ -112,6 +112,7 @@ def retrace_step(
     if step.is_update:
         walk.fidelity.compare_losses(step, [one.loss for one in opened])
     walk.fidelity.compare_buffers(step, walk.module, after.buffers)
+    check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
     scale = step.micro[0].scale
     grads = None if raw is None else {n: summable(g) / scale for n, g in zip(walk.params, raw, strict=True)}
     cotangents = _cotangents(step, before, after, grads, adjoint, walk)
@@ -180,8 +181,8 @@ def _entries(state: State, name: str, walk: Walk) -> dict[str, Tensor]:
 class _MicroStep:
     """A micro-batch of a step, ready to be evaluated at the live parameters again and again."""
 
-    def __init__(self, step: Step, number: int, walk: Walk, watch: bool) -> None:
-        self.micro, self._step, self._walk, self._watch = step.micro[number], step, walk, watch
+    def __init__(self, step: Step, number: int, walk: Walk) -> None:
+        self.micro, self._step, self._walk = step.micro[number], step, walk
         self._random = walk.random_of(step, number)
         self._batch = walk.batch_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
@@ -192,10 +193,10 @@ class _MicroStep:
     ) -> Linearised:
         """Evaluate with an engine: in the run's own surroundings, or in those that widen it to float32."""
         weights = unit_weights(len(self.micro.ids), params)
-        evaluate = partial(self._evaluate, surroundings, engine.twice_differentiable)
+        evaluate = partial(self._evaluate, surroundings)
         return engine(evaluate, params, weights, needs_gradient)
 
-    def _evaluate(self, surroundings: Surroundings, twice_differentiable: bool, weights: Tensor) -> Evaluated:
+    def _evaluate(self, surroundings: Surroundings, weights: Tensor) -> Evaluated:
         """The loss as it was differentiated: divided by the number of accumulated micro-batches, and scaled."""
         walk = self._walk
         is_own = surroundings is walk.surroundings
@@ -214,8 +215,6 @@ class _MicroStep:
             weights,
             surroundings,
             walk.sample_losses,
-            twice_differentiable,
-            self._watch,
         )
         walk.restore_attributes()
         evaluated.loss = evaluated.loss / self._step.divisor
@@ -262,23 +261,3 @@ def check_finite(steps: list[Step]) -> None:
                     f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss)}: "
                     "samples cannot be ranked by a run that diverged. Lower the learning rate or clip the gradients."
                 )
-
-
-def moved_buffers(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Buffers, BatchNorm's apart, that a training step moved."""
-    norms = nn.modules.batchnorm._BatchNorm
-    own = {id(buffer) for part in module.modules() if isinstance(part, norms) for buffer in part._buffers.values()}
-    return [
-        name
-        for name, buffer in module.named_buffers()
-        if id(buffer) not in own and not torch.equal(before[name], after[name])
-    ]
-
-
-def _check_buffers(module: nn.Module, trajectory: Trajectory, first: Step) -> None:
-    moved = moved_buffers(module, trajectory.state(first.index).buffers, trajectory.state(first.index + 1).buffers)
-    if moved:
-        raise UnsupportedTrainingError(
-            f"Training moves the buffer {moved[0]!r}, which carries influence that is not followed; only BatchNorm's "
-            "running statistics are. Remove it, or freeze it for the retraced epochs."
-        )

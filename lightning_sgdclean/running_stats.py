@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm's running statistics as part of the derivative: moved by training, read by evaluation.
+"""Running statistics of BatchNorm and InstanceNorm as part of the derivative: moved by training, read by evaluation.
 
 Training moves them by ``b <- (1 - m) b + m * statistic(batch)`` where autograd does not look, and
 evaluation reads them through an operation that has no gradient for them. Both are written out here.
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_SIGNATURE = inspect.signature(nn.functional.batch_norm)
+from lightning_sgdclean.errors import UnsupportedOperationError
+
+_SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
 
 
 @dataclass
@@ -27,43 +29,47 @@ class BatchStatistic:
 
 
 class RunningStatistics(TorchFunctionMode):
-    """Watches ``batch_norm``.
+    """Watches ``batch_norm`` and ``instance_norm``.
 
-    In training mode each call adds its batch mean and unbiased variance to ``updates``, in order. In
-    evaluation mode the call is written out, with the running statistics as leaves found in ``leaves``.
+    A call that moves the running statistics adds its batch mean and unbiased variance to ``updates``, in
+    order. One that reads them is written out with the statistics as leaves, found in ``leaves``; its value
+    stays that of torch's own kernel, to the last bit.
     """
 
-    def __init__(self, module: nn.Module, collect: bool = True) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._names = {id(buffer): name for name, buffer in module.named_buffers()}
-        self._collect = collect
         self.updates: list[BatchStatistic] = []
         self.leaves: dict[str, Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass everything on but ``batch_norm`` over buffers of the module."""
+        """Pass everything on but norms over buffers of the module."""
         kwargs = kwargs or {}
-        if func is not nn.functional.batch_norm or not self._collect:
+        if func not in _SIGNATURES:
             return func(*args, **kwargs)
-        call = _SIGNATURE.bind(*args, **kwargs)
-        call.apply_defaults()
-        options = call.arguments
+        options = _options(func, args, kwargs)
         mean_name = self._names.get(id(options["running_mean"]))
         var_name = self._names.get(id(options["running_var"]))
+        output: Tensor = func(*args, **kwargs)
         if mean_name is None or var_name is None:
-            return func(*args, **kwargs)
-        if options["training"]:
-            output = func(*args, **kwargs)
-            self._note(options["input"], mean_name, var_name, options["momentum"])
             return output
-        return self._written_out(options, mean_name, var_name)
+        if options["training"] if func is nn.functional.batch_norm else options["use_input_stats"]:
+            self._note(func, options, mean_name, var_name)
+            return output
+        written = self._written_out(options, mean_name, var_name)
+        return output.detach() + (written - written.detach())
 
-    def _note(self, batch: Tensor, mean_name: str, var_name: str, momentum: float) -> None:
-        dims = [dim for dim in range(batch.ndim) if dim != 1]
-        self.updates.append(BatchStatistic(mean_name, momentum, batch.mean(dims)))
-        self.updates.append(BatchStatistic(var_name, momentum, batch.var(dims, unbiased=True)))
+    def _note(self, func: Callable[..., Any], options: dict[str, Any], mean_name: str, var_name: str) -> None:
+        batch = options["input"].to(options["running_mean"].dtype)
+        per_sample = func is nn.functional.instance_norm  # each sample has statistics of its own: their mean counts
+        dims = [dim for dim in range(batch.ndim) if dim != 1 and not (per_sample and dim == 0)]
+        mean, var = batch.mean(dims), batch.var(dims, unbiased=True)
+        if per_sample:
+            mean, var = mean.mean(0), var.mean(0)
+        self.updates.append(BatchStatistic(mean_name, options["momentum"], mean))
+        self.updates.append(BatchStatistic(var_name, options["momentum"], var))
 
     def _written_out(self, options: dict[str, Any], mean_name: str, var_name: str) -> Tensor:
         batch = options["input"]
@@ -78,9 +84,43 @@ class RunningStatistics(TorchFunctionMode):
         return output.to(batch.dtype)
 
     def _leaf(self, name: str, buffer: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(update.name == name for update in self.updates):
+            raise UnsupportedOperationError(
+                f"A norm layer moves its running statistics ({name!r}) and then reads them in one training_step, which "
+                "is not followed. Evaluate it in one mode, or read under torch.no_grad()."
+            )
         if name not in self.leaves:
             self.leaves[name] = buffer.detach().clone().requires_grad_()
         return self.leaves[name]
+
+
+class FixedStatistics(TorchFunctionMode):
+    """Lets ``batch_norm`` normalise by nothing where it would by the batch, so that no sample feels another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates: list[BatchStatistic] = []
+        self.leaves: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on but ``batch_norm`` over the batch's own statistics."""
+        kwargs = kwargs or {}
+        if func is not nn.functional.batch_norm:
+            return func(*args, **kwargs)
+        options = _options(func, args, kwargs)
+        if options["training"]:
+            num = options["input"].shape[1]
+            zeros = options["input"].new_zeros(num)
+            options |= {"training": False, "running_mean": zeros, "running_var": zeros + 1}
+        return func(**options)
+
+
+def _options(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    call = _SIGNATURES[func].bind(*args, **kwargs)
+    call.apply_defaults()
+    return dict(call.arguments)
 
 
 def pull_back_updates(

@@ -139,7 +139,7 @@ def prove_split(
             set_random_state(micro.random, surroundings.device)
             weights = unit_weights(len(micro.ids), params)
             content = batch if wide is surroundings else as_float32(batch)
-            evaluated = training_loss(module, content, micro.batch_idx, weights, wide, watch_statistics=False)
+            evaluated = training_loss(module, content, micro.batch_idx, weights, wide, samples_apart=True)
             return evaluated.loss.detach(), gradient([evaluated.loss], [weights])[0], evaluated.unsplit
 
         module.eval()  # BatchNorm over the batch and dropout would tie the samples together

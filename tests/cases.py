@@ -140,10 +140,13 @@ def fit(case: Case, callback=None, weights=None):
 
 
 def objective(module, val=VAL) -> float:
-    """Mean validation loss of a module, in float64."""
+    """Mean validation loss of a module, in float64, over the batches that the Trainer validates on."""
     module.double().eval()
+    total = 0.0
     with torch.no_grad():
-        return module.loss([t.double() if t.is_floating_point() else t for t in val.tensors]).item()
+        for batch in DataLoader(val, batch_size=4):
+            total += len(batch[0]) * module.loss([t.double() if t.is_floating_point() else t for t in batch]).item()
+    return total / len(val)
 
 
 CASES = [

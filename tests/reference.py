@@ -41,6 +41,7 @@ def assert_influence_is_the_derivative(case, tolerance=1e-6, **options):
     """Along a direction that moves every sample's weight, so that none can be wrong unseen."""
     found = influences(ranked(case, **options), len(case.train))
     direction = torch.randn(len(case.train), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    direction /= direction.norm()
     truth = -derivative(case, direction)
     predicted = float(found @ direction.numpy())
     assert np.abs(found).max() > 0

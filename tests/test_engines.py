@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines on one batch, against a Hessian and per-sample gradients made entry by entry."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from cases import NUM_CLASSES, Case, Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.curvature import Exact, Finite
+from lightning_sgdclean.errors import UnsupportedOperationError
+from lightning_sgdclean.kernels import twice_differentiable_kernels
 from lightning_sgdclean.replay import Evaluated
+from reference import assert_influence_is_the_derivative
 
 
 def setting():
@@ -50,3 +61,126 @@ def test_finite_survives_a_cotangent_of_zero():
     weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
     pulled = Finite()(problem, [param], weights, False).pull_back([0 * cotangent], {})
     assert pulled.scores.abs().max() < 1e-9
+
+
+class Cube(torch.autograd.Function):
+    """Says that it cannot be differentiated twice; asked by chosen tensors, torch would take that for zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Detour(torch.autograd.Function):
+    """Does not say so, but its backward leaves torch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2 * grad.detach().numpy())
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.EmbeddingBag(9, 5)
+        self.last = nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x):
+        return self.last(self.bags((x.abs() * 3).long().clamp(max=8)).tanh())
+
+
+class Heads(nn.Module):
+    """Flash attention, asked for by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(1, 12)
+        self.last = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x):
+        query, key, value = self.project(x[..., None]).unflatten(-1, (3, 1, 4)).transpose(1, 3).unbind(2)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return self.last(F.scaled_dot_product_attention(query, key, value).mean((1, 2)))
+
+
+def through(function):
+    return nn.Sequential(nn.Linear(5, 5), Calling(function), nn.Linear(5, NUM_CLASSES))
+
+
+class Calling(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Margin(Plain):
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        return F.multi_margin_loss(self.net(x), y, p=2, margin=5.0, reduction=reduction)
+
+
+class Aligned(Plain):
+    """Trained by CTC over the five features as time."""
+
+    def __init__(self):
+        super().__init__(net=lambda: nn.Linear(1, 4))
+
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        scores = self.net(x[..., None]).log_softmax(-1).transpose(0, 1)
+        lengths = torch.full_like(y, 5), torch.ones_like(y)
+        rows = F.ctc_loss(scores, y[:, None] + 1, *lengths, reduction="none")
+        return rows.mean() if reduction == "mean" else rows
+
+
+WITHOUT_SECOND = [
+    ("_embedding_bag", {"net": Bags}, Plain, None),
+    ("multi_margin_loss", {}, Margin, lambda module, batch: module.loss(batch, "none")),
+    ("_ctc_loss", {}, Aligned, lambda module, batch: module.loss(batch, "none")),
+    ("_scaled_dot_product_flash_attention_for_cpu", {"net": Heads}, Plain, None),
+    ("Cube", {"net": partial(through, Cube.apply)}, Plain, None),
+    ("Detour", {"net": partial(through, Detour.apply)}, Plain, None),
+]
+
+
+@pytest.mark.parametrize(("operation", "module", "make", "losses"), WITHOUT_SECOND, ids=lambda value: str(value)[:20])
+def test_exact_refuses_by_name_within_two_steps_what_finite_follows(operation, module, make, losses):
+    case = Case(operation, module, make=make)
+    trainer = quiet_trainer([SGDInfluence("val_loss", sample_losses=losses)])
+    with pytest.raises(UnsupportedOperationError, match=rf"{operation}'.*curvature=\"finite\""):
+        trainer.fit(make(**module), *loaders())
+    assert trainer.global_step <= 2
+    assert_influence_is_the_derivative(case, 1e-4, curvature="finite", finite_radius=1e-3, sample_losses=losses)
+
+
+def test_recurrent_layers_are_evaluated_without_cudnn_and_by_the_exact_engine_only():
+    seen = []
+
+    class Looking(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.lstm, torch.gru, torch.rnn_tanh):
+                seen.append(torch.backends.cudnn.enabled)
+            return func(*args, **kwargs or {})
+
+    layers = [nn.LSTM(3, 4), nn.GRU(3, 4), nn.RNN(3, 4)]
+    with Looking():
+        for layer in layers:
+            layer(torch.zeros(2, 1, 3))
+            with twice_differentiable_kernels():
+                layer(torch.zeros(2, 1, 3))
+    assert seen == [True, False] * 3
+    assert torch.backends.cudnn.enabled
