@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
-from lightning_sgdclean.batches import batch_digest, fetch_batch, fetched_variants
+from lightning_sgdclean.batches import batch_digest, fetch_batch, fetched_variants, moved_positions
 from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
+from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
 from lightning_sgdclean.packing import Classes, unpack_batch
+from lightning_sgdclean.precision import is_low
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
@@ -26,7 +28,7 @@ from lightning_sgdclean.split import prove_split
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.walk import RetraceOptions, Walk, adjoint_of, walk_of
+from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
 
@@ -91,6 +93,7 @@ def _rank(
     steps = _window(trajectory.steps, run, options)
     last = steps[-1]
     check_finite(steps)
+    _check_positions(run.loaders, steps)
     walk = walk_of(
         module,
         run.optimizer,
@@ -101,19 +104,33 @@ def _rank(
         random_of=trajectory.random,
         restore_attributes=restore,
     )
-    load_state(module, walk.params, trajectory.state(last.index + 1))
-    objective = _objective(trainer, module, walk.params, surroundings, options)
+    end = trajectory.state(last.index + 1)
+    load_state(module, walk.params, end)
+    objective = _objective(trainer, walk, surroundings, options)
     complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
     restore()  # validation had put the module into evaluation mode
     if options.sample_losses is None:
         complaints += _prove_ids(module, walk.params, run, trajectory, steps[0], surroundings)
-    adjoint = adjoint_of(objective, walk, sign=1.0 if options.mode == "min" else -1.0)
+
+    def start(walk: Walk) -> Adjoint:
+        """The objective's gradient, in the precision that the walk takes derivatives in."""
+        load_state(module, walk.params, end)
+        with walk.pulling() as wide:
+            at_end = objective if wide is surroundings else _objective(trainer, walk, wide, options)
+        restore()
+        return adjoint_of(at_end, walk, sign=1.0 if options.mode == "min" else -1.0)
+
     with (
         surroundings.as_stage("train"),
         tqdm(total=len(steps), desc="Retracing", disable=is_quiet(trainer)) as progress,
     ):
-        ids, influence, visits = retrace_steps(trajectory, steps, adjoint, walk, lambda: progress.update() and None)
-    about = _about(objective, steps, walk, run, options)
+        agreement = None
+        if is_low(surroundings, module) and not walk.widens:
+            agreement = float32_agreement(trajectory, steps, walk, start)
+            if agreement.is_noise:
+                complaints.append(agreement.complaint(surroundings.precision))
+        ids, influence, visits = retrace_steps(trajectory, steps, start(walk), walk, lambda: progress.update() and None)
+    about = _about(objective, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
 
 
@@ -137,9 +154,30 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     return [step for step in steps if step.epoch >= first_epoch]
 
 
-def _objective(
-    trainer: Any, module: Any, params: Params, surroundings: Surroundings, options: RetraceOptions
-) -> ObjectiveGradient:
+def _check_positions(loaders: list[Any], steps: list[Step]) -> None:
+    """Where loaders were made anew: is a position still the same sample?
+
+    Raises:
+        SampleIdError: If it is not, so that two samples would share an influence.
+    """
+    first: Any = None
+    seen: set[int] = set()
+    for micro in (micro for step in steps for micro in step.micro):
+        if micro.positions is None or micro.ids != micro.positions or micro.loader in seen:
+            continue
+        seen.add(micro.loader)
+        loader = loaders[micro.loader]
+        first = loader if first is None else first
+        moved = moved_positions(first, loader, micro.positions)
+        if moved:
+            raise SampleIdError(
+                f"After the training loader was made anew (epoch {micro.epoch}), position {moved[0]} of its dataset "
+                "holds another sample than before, so positions are no names. "
+                "Give sample_ids=, a callable from the batch to its samples' ids."
+            )
+
+
+def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions) -> ObjectiveGradient:
     own = options.val_dataloaders is not None
     loaders = options.val_dataloaders if own else trainer.val_dataloaders
     if loaders is None:
@@ -148,9 +186,10 @@ def _objective(
         )
     num_loaders = len(loaders) if isinstance(loaders, list | tuple) else 1
     batches = validation_batches(loaders, None if own else trainer.num_val_batches)
+    params = list(walk.params.values())
     with surroundings.as_stage("validate"):
         return objective_gradient(
-            module, list(params.values()), batches, surroundings, options.monitor, options.objective, num_loaders
+            walk.module, params, batches, surroundings, options.monitor, options.objective, num_loaders
         )
 
 

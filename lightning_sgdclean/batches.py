@@ -253,6 +253,24 @@ def fetch_items(loader: "DataLoader[Any]", positions: "list[SampleId] | SampleId
     return _asked_again("dataset", fetch)
 
 
+def moved_positions(first: "DataLoader[Any]", other: "DataLoader[Any]", positions: list[int]) -> list[int]:
+    """Of these positions, those at which the loaders' datasets hold different samples, none of them random."""
+    if first.dataset is other.dataset:
+        return []
+    size = len(first.dataset)  # type: ignore[arg-type]
+    return [
+        index
+        for index in positions
+        if index < size
+        and _item_digest(first, index) == _item_digest(first, index)
+        and _item_digest(other, index) == _item_digest(other, index) != _item_digest(first, index)
+    ]
+
+
+def _item_digest(loader: "DataLoader[Any]", index: int) -> int:
+    return int(batch_digest(fetch_items(loader, [index])[0], 1))
+
+
 def collate_items(loader: "DataLoader[Any]", items: Any) -> Any:
     """Samples to a batch, as the loader makes one.
 
