@@ -163,7 +163,7 @@ def _check_positions(loaders: list[Any], steps: list[Step]) -> None:
     first: Any = None
     seen: set[int] = set()
     for micro in (micro for step in steps for micro in step.micro):
-        if micro.positions is None or micro.ids != micro.positions or micro.loader in seen:
+        if not isinstance(micro.positions, list) or micro.ids != micro.positions or micro.loader in seen:
             continue
         seen.add(micro.loader)
         loader = loaders[micro.loader]

@@ -253,7 +253,7 @@ def fetch_items(loader: "DataLoader[Any]", positions: "list[SampleId] | SampleId
     return _asked_again("dataset", fetch)
 
 
-def moved_positions(first: "DataLoader[Any]", other: "DataLoader[Any]", positions: list[int]) -> list[int]:
+def moved_positions(first: "DataLoader[Any]", other: "DataLoader[Any]", positions: list[Any]) -> list[Any]:
     """Of these positions, those at which the loaders' datasets hold different samples, none of them random."""
     if first.dataset is other.dataset:
         return []
@@ -261,13 +261,14 @@ def moved_positions(first: "DataLoader[Any]", other: "DataLoader[Any]", position
     return [
         index
         for index in positions
-        if index < size
+        if isinstance(index, int)
+        and index < size
         and _item_digest(first, index) == _item_digest(first, index)
         and _item_digest(other, index) == _item_digest(other, index) != _item_digest(first, index)
     ]
 
 
-def _item_digest(loader: "DataLoader[Any]", index: int) -> int:
+def _item_digest(loader: "DataLoader[Any]", index: Any) -> int:
     return int(batch_digest(fetch_items(loader, [index])[0], 1))
 
 

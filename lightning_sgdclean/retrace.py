@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from lightning_sgdclean.batches import batch_digest, cloned
 from lightning_sgdclean.buffers import check_moved_buffers
 from lightning_sgdclean.clipping import clip, clip_transpose
-from lightning_sgdclean.curvature import Engine, Finite, Linearised
+from lightning_sgdclean.curvature import Engine, Finite, Linearised, gradient
 from lightning_sgdclean.errors import NonFiniteError
 from lightning_sgdclean.fidelity import Changes
 from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
+from lightning_sgdclean.running_stats import BatchStatistic, pull_back_updates
 from lightning_sgdclean.split import unit_weights
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, Step
@@ -105,12 +106,13 @@ def retrace_step(
     load_state(walk.module, walk.params, before)
     params = list(walk.params.values())
     batches = [_MicroStep(step, i, walk) for i in range(len(step.micro))]
-    needs_gradient = step.is_update and (
-        not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
-    )
+    if not step.is_update:
+        _pull_back_statistics(batches, params, adjoint, walk)
+        walk.fidelity.compare_buffers(step, walk.module, after.buffers)
+        return []
+    needs_gradient = not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
     opened, raw = _open(batches, params, walk, needs_gradient)
-    if step.is_update:
-        walk.fidelity.compare_losses(step, [one.loss for one in opened])
+    walk.fidelity.compare_losses(step, [one.loss for one in opened])
     walk.fidelity.compare_buffers(step, walk.module, after.buffers)
     check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
     scale = step.micro[0].scale
@@ -126,7 +128,17 @@ def retrace_step(
             adjoint.buffers = pulled.buffers
             torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in pulled.adjoint])
             scores.append((batch.micro, pulled.scores))
-    return scores if step.is_update else []
+    return scores
+
+
+def _pull_back_statistics(
+    batches: list["_MicroStep"], params: list[nn.Parameter], adjoint: Adjoint, walk: Walk
+) -> None:
+    """A step without an update moved running statistics alone: ``lambda += (dB/dtheta)^T nu``."""
+    updates = [update for batch in batches for update in batch.statistics(params)]
+    values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
+    moved = gradient(values, list(params), pulls)
+    torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
 def _cotangents(
@@ -195,6 +207,10 @@ class _MicroStep:
         weights = unit_weights(len(self.micro.ids), params)
         evaluate = partial(self._evaluate, surroundings)
         return engine(evaluate, params, weights, needs_gradient)
+
+    def statistics(self, params: list[nn.Parameter]) -> list[BatchStatistic]:
+        """Its updates of running statistics, with their graph."""
+        return self._evaluate(self._walk.surroundings, unit_weights(len(self.micro.ids), params)).updates
 
     def _evaluate(self, surroundings: Surroundings, weights: Tensor) -> Evaluated:
         """The loss as it was differentiated: divided by the number of accumulated micro-batches, and scaled."""

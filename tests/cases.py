@@ -103,6 +103,7 @@ class Case:
     make: Callable[..., Any] = Plain
     train: TensorDataset = TRAIN
     val: TensorDataset = VAL
+    callbacks: Callable[[], list[Any]] = list
 
     def __str__(self) -> str:
         return self.name
@@ -135,7 +136,8 @@ def fit(case: Case, callback=None, weights=None):
     module = case.make(**case.module)
     module.sample_weights = weights
     train, val = loaders(case.train, case.val, **case.loader)
-    quiet_trainer([callback] if callback else [], **case.trainer).fit(module, train, val)
+    callbacks = [*([callback] if callback else []), *case.callbacks()]
+    quiet_trainer(callbacks, **case.trainer).fit(module, train, val)
     return module
 
 

@@ -10,15 +10,17 @@ from lightning_sgdclean import SGDInfluence
 STEP = 1e-4  # the error of the fourth-order difference below is about STEP**4 and 1e-16 / STEP
 
 
-def objective_with(case, direction, amount):
-    weights = torch.ones(len(case.train), dtype=torch.float64) + amount * direction
-    return objective(fit(case, weights=weights), case.val)
+def directional(objective_of, direction):
+    """Derivative of a callable of the samples' weights ``(N,)`` at one, along a direction."""
+
+    def at(amount):
+        return objective_of(torch.ones(len(direction), dtype=torch.float64) + amount * direction)
+
+    return (8 * (at(STEP) - at(-STEP)) - (at(2 * STEP) - at(-2 * STEP))) / (12 * STEP)
 
 
 def derivative(case, direction):
-    near = objective_with(case, direction, STEP) - objective_with(case, direction, -STEP)
-    far = objective_with(case, direction, 2 * STEP) - objective_with(case, direction, -2 * STEP)
-    return (8 * near - far) / (12 * STEP)
+    return directional(lambda weights: objective(fit(case, weights=weights), case.val), direction)
 
 
 def one_hot(index, num=NUM_TRAIN):
@@ -37,12 +39,19 @@ def influences(callback, num=NUM_TRAIN):
     return found
 
 
-def assert_influence_is_the_derivative(case, tolerance=1e-6, **options):
-    """Along a direction that moves every sample's weight, so that none can be wrong unseen."""
-    found = influences(ranked(case, **options), len(case.train))
-    direction = torch.randn(len(case.train), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+def assert_derivative(found, objective_of, tolerance=1e-6):
+    """Along a direction that moves every sample's weight, so that none can be wrong unseen.
+
+    ``objective_of`` trains with weights ``(N,)`` on the samples and gives the objective.
+    """
+    direction = torch.randn(len(found), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     direction /= direction.norm()
-    truth = -derivative(case, direction)
-    predicted = float(found @ direction.numpy())
+    truth, predicted = -directional(objective_of, direction), float(found @ direction.numpy())
     assert np.abs(found).max() > 0
     assert abs(predicted - truth) <= tolerance * np.abs(found).max(), (predicted, truth, np.abs(found).max())
+
+
+def assert_influence_is_the_derivative(case, tolerance=1e-6, **options):
+    """See :func:`assert_derivative`."""
+    found = influences(ranked(case, **options), len(case.train))
+    assert_derivative(found, lambda weights: objective(fit(case, weights=weights), case.val), tolerance)
