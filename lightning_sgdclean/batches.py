@@ -20,6 +20,7 @@ from lightning_sgdclean.trajectory import SampleId
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
+_PIECE = 1 << 16  # words
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
 
 
@@ -31,15 +32,23 @@ def _multipliers(length: int, device: torch.device) -> Tensor:
 
 
 def _row_digests(tensor: Tensor, rows: int) -> Tensor:
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(rows, tensor.numel() // rows).contiguous()
+    flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, tensor.numel() // rows).contiguous()
     words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat
     if words.is_complex():
         words = torch.view_as_real(words).flatten(1)
     words = words.view(_WORD[words.element_size()])
     length = words.shape[1]  # tables of a few sizes serve all lengths that padding may lead to
     table = _multipliers(1 << max(length - 1, 0).bit_length(), words.device)[:length]
-    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around.
-    return (words * table).sum(1)
+    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around. In pieces: the
+    # products are wider than the words, and many times faster while they stay in the cache.
+    width = max(1, (_PIECE if words.device.type == "cpu" else _PIECE << 8) // rows)
+    if length <= width:
+        return (words * table).sum(1)
+    digests = torch.zeros(rows, dtype=torch.int64, device=words.device)
+    products = torch.empty(rows, width, dtype=torch.int64, device=words.device)
+    for piece, factors in zip(torch.split(words, width, 1), torch.split(table, width), strict=True):
+        digests += torch.mul(piece, factors, out=products[:, : len(factors)]).sum(1)
+    return digests
 
 
 def _strided(tensor: Tensor) -> list[Tensor]:
@@ -67,6 +76,8 @@ def _mix(left: int, right: int) -> int:
 def _of_plain(value: Any) -> int:
     if isinstance(value, bytes):
         return zlib.crc32(value)
+    if isinstance(value, set | frozenset):  # whose order means nothing
+        return zlib.crc32(repr(sorted(map(repr, value))).encode())
     text = repr(value) if isinstance(value, str | int | float) else _ADDRESS.sub("", repr(value))
     return zlib.crc32(text.encode())
 

@@ -76,8 +76,8 @@ class Fidelity:
                 self.mismatch(
                     step,
                     f"loss {now!r} instead of {recorded!r}. Likely causes: parameters moved between the steps by "
-                    "another callback, a module that keeps state of its own (an attribute annealed in a hook), or "
-                    "randomness that was not torch's, NumPy's or Python's.",
+                    "another callback, a batch changed in on_train_batch_start, a module that keeps state of its own "
+                    "(an attribute annealed in a hook), or randomness that was not torch's, NumPy's or Python's.",
                 )
 
     def compare_buffers(self, step: Step, module: nn.Module, recorded: dict[str, Tensor]) -> None:

@@ -82,7 +82,7 @@ class RandomnessWatch:
 
     def _compare(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
         """Hold each sample against its last visit, if that was in a like setting: padded as long, and so on."""
-        setting = (print_.setting & 0xFFFFFFFF) << 32
+        setting, changed = (print_.setting & 0xFFFFFFFF) << 32, []
         for name, row in zip(ids, print_.rows.tolist(), strict=False):
             now = setting | ((row ^ (row >> 32)) & 0xFFFFFFFF)
             before = self._seen.get(name)
@@ -90,10 +90,12 @@ class RandomnessWatch:
             self._num_again += before is not None
             self._num_equal += before == now
             if before is not None and before != now and before >> 32 == now >> 32:
-                self.evidence = (
-                    f"sample {name!r} holds other data in epoch {epoch} than when it was last drawn (random "
-                    "augmentation, or a collate function that reorders samples)"
-                )
+                changed.append(name)
+        if changed:
+            self.evidence = (
+                f"sample {changed[0]!r} holds other data in epoch {epoch} than when it was last drawn (random "
+                "augmentation, or a collate function that reorders samples)"
+            )
         if self._num_equal >= _ENOUGH and self.evidence.startswith("random numbers"):
             self.evidence = ""  # they were drawn for something else: by the sampler, say
 

@@ -103,6 +103,12 @@ def test_objects_without_a_repr_of_their_own_do_not_differ_by_their_address():
     assert torch.equal(batch_digest([object()], 2), batch_digest([object()], 2))
 
 
+def test_sets_are_equal_in_any_order():
+    forth, back = {"a", "b", "c", "d"}, {"d", "c", "b", "a"}
+    assert torch.equal(batch_digest([forth, 1], 3), batch_digest([back, 1], 3))
+    assert (batch_digest([forth, 1], 3) != batch_digest([{"a"}, 1], 3)).all()
+
+
 def test_two_tensors_of_two_samples_are_not_taken_for_one_entry_a_sample():
     x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1])
     forth, back = fingerprint([x, y], 2), fingerprint([x.flip(0), y.flip(0)], 2)

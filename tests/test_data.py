@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data as people have them: random, counted, nested, padded, streamed; kept where they cannot be fetched again."""
+"""Batches, datasets, samplers and loaders as people have them."""
 
-import random
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,233 +10,16 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from cases import TRAIN, Case, Plain, fit, loaders, quiet_trainer
+from datasets import KEPT, OPTIONS, Wrapped, noisy_collate
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.errors import (
     ReplayMismatchError,
-    RunDirectoryError,
     SampleIdError,
     SGDInfluenceWarning,
     UnsupportedTrainingError,
 )
 from lightning_sgdclean.store import Trajectory
 from reference import assert_influence_is_the_derivative, influences, ranked
-
-KEPT = "Training batches are kept as they were trained on"
-LOST = "gone already"
-
-
-class Wrapped(Dataset):
-    def __init__(self, inner=TRAIN):
-        self.inner = inner
-
-    def __len__(self):
-        return len(self.inner)
-
-    def __getitem__(self, index):
-        return self.inner[index]
-
-
-class Augmented(Wrapped):
-    """Noise from all three global generators."""
-
-    def __getitem__(self, index):
-        x, y, i = self.inner[index]
-        return x + 0.3 * torch.randn(5) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y, i
-
-
-class OwnGenerator(Wrapped):
-    """Noise from a generator that nobody can see or set."""
-
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(5)
-
-    def __getitem__(self, index):
-        x, y, i = self.inner[index]
-        return x + 0.3 * torch.randn(5, generator=self.generator), y, i
-
-
-def noisy_collate(items):
-    x, y, i = default_collate(items)
-    return [x * (1 + 0.2 * torch.randn(len(x), 1)), y, i]
-
-
-class Hooked(Plain):
-    """Augments on the device, as the whole batch."""
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        if not self.trainer.training:
-            return batch
-        x, y, i = batch
-        return [x + 0.2 * torch.randn_like(x), y, i]
-
-
-AUGMENTED = {
-    "dataset": {"train": Augmented()},
-    "collate": {"loader": {"collate_fn": noisy_collate}},
-    "hook": {"make": Hooked},
-    "everywhere": {"train": Augmented(), "loader": {"collate_fn": noisy_collate}, "make": Hooked},
-}
-OPTIONS = {"options": {"momentum": 0.9}, "dropout": 0.2, "norm": True}
-
-
-def augmented(name, workers):
-    given = AUGMENTED[name]
-    return Case(name, OPTIONS, **{**given, "loader": {**given.get("loader", {}), "num_workers": workers}})
-
-
-@pytest.mark.filterwarnings(f"ignore:{KEPT}")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", AUGMENTED)
-def test_influence_is_the_derivative_of_the_fit_with_random_augmentation(name, workers):
-    """Declared, since the window is the whole training and workers' draws show only in the second epoch."""
-    assert_influence_is_the_derivative(augmented(name, workers), keep_batches=True)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", AUGMENTED)
-def test_random_augmentation_is_found_and_kept_by_the_second_epoch_and_replayed_to_the_last_bit(name, workers):
-    callback = SGDInfluence("val_loss", epochs=2)  # of three
-    with pytest.warns(SGDInfluenceWarning, match=rf"{KEPT}, since .*: \d+ B a batch times \d+ batches of the window"):
-        fit(augmented(name, workers), callback)
-    assert callback.summary["replay"]["batches"] == callback.summary["replay"]["batches_bit_for_bit"] == 10
-    assert callback.summary["batches"]["kept"] >= 10
-    declared = SGDInfluence("val_loss", epochs=2, keep_batches=True)
-    fit(augmented(name, workers), declared)
-    assert declared.summary["batches"] == {"kept": 15, "why": "keep_batches=True", "bytes": 15 * 280 - 3 * 2 * 56}
-    assert np.array_equal(influences(callback), influences(declared))
-
-
-@pytest.mark.parametrize("make", [{"train": Augmented()}, {"loader": {"collate_fn": noisy_collate}}, {"make": Hooked}])
-def test_draws_in_this_process_are_known_at_the_second_batch_so_that_nothing_is_lost(make):
-    callback = SGDInfluence("val_loss", epochs="all")
-    with pytest.warns(SGDInfluenceWarning, match=f"{KEPT}, since random numbers were drawn") as warned:
-        fit(Case("all", OPTIONS, {"max_epochs": 1}, **make), callback)
-    assert not any(LOST in str(w.message) for w in warned)
-    assert callback.summary["replay"]["batches_bit_for_bit"] == 5
-
-
-def test_an_epoch_that_the_window_reaches_but_whose_batches_are_gone_is_said_at_once_and_refused_after_fit():
-    seen = []
-
-    class Noting(pl.Callback):
-        def on_train_batch_start(self, trainer, *_):
-            seen.append(trainer.current_epoch)
-
-    callback = SGDInfluence("val_loss", epochs="all")
-    with (
-        pytest.warns(
-            SGDInfluenceWarning, match=f"in epoch 1 .*epoch 0, which the window reaches, are {LOST}.*start it"
-        ),
-        pytest.raises(ReplayMismatchError, match=r"epoch 0.*hold other data.*keep_batches=True"),
-    ):
-        quiet_trainer([callback, Noting()]).fit(Plain(), *loaders(OwnGenerator()))
-    assert len(seen) == 15
-
-
-def test_one_epoch_of_data_made_random_in_workers_is_refused_after_fit_unless_declared():
-    case = Case("one", OPTIONS, {"max_epochs": 1}, {"num_workers": 2}, train=Augmented())
-    with pytest.raises(ReplayMismatchError, match=r"Step 4 .epoch 0.*hold other data.*keep_batches=True"):
-        fit(case, SGDInfluence("val_loss"))
-    declared = SGDInfluence("val_loss", keep_batches=True)
-    fit(case, declared)
-    assert declared.summary["replay"]["batches_bit_for_bit"] == 5
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kept_and_refetched_batches_give_the_same_influences(workers):
-    case = Case("fixed", OPTIONS, loader={"num_workers": workers})
-    kept, fetched = ranked(case, keep_batches=True), ranked(case, keep_batches=False)
-    assert np.array_equal(influences(kept), influences(fetched))
-    assert (kept.summary["batches"]["kept"], fetched.summary["batches"]["kept"]) == (15, 0)
-
-
-def test_deterministic_data_are_not_kept_beyond_the_batches_before_which_that_is_unknown():
-    train = torch.utils.data.TensorDataset(*(column.repeat(20, *[1] * (column.ndim - 1)) for column in TRAIN.tensors))
-    callback = SGDInfluence("val_loss", epochs="all")
-    quiet_trainer([callback]).fit(Plain(), DataLoader(train, batch_size=20, shuffle=True), loaders()[1])
-    steps = Trajectory(callback.run_dir / "trajectory").steps
-    stored = [step.index for step in steps if step.micro[0].batch is not None]
-    assert stored == [0, *range(23, 23 + 12)]  # 256 samples were seen again by then
-    assert callback.summary["batches"] == {"kept": 0, "why": "", "bytes": 0}
-
-
-def test_a_sampler_that_draws_for_each_batch_is_not_taken_for_augmentation_for_long():
-    class Drawing:
-        def __iter__(self):
-            return ([random.randrange(23) for _ in range(64)] for _ in range(10))
-
-        def __len__(self):
-            return 10
-
-    callback = SGDInfluence("val_loss")
-    with pytest.warns(SGDInfluenceWarning, match="random numbers were drawn while a batch was loaded"):
-        quiet_trainer([callback]).fit(Plain(), DataLoader(TRAIN, batch_sampler=Drawing()), loaders()[1])
-    assert callback.summary["batches"]["kept"] < 8
-    assert [step.micro[0].batch for step in Trajectory(callback.run_dir / "trajectory").steps] == [None] * 10
-
-
-# Nothing is fetched during fit ------------------------------------------------------------------
-
-
-class Counted(Wrapped):
-    def __init__(self):
-        super().__init__()
-        self.fetched = []
-
-    def __getitem__(self, index):
-        self.fetched.append(index)
-        return self.inner[index]
-
-
-@pytest.mark.parametrize("options", [{}, {"keep_batches": True}, {"epochs": "all"}])
-def test_nothing_is_fetched_from_the_dataset_while_training_lasts(options):
-    def count(callback):
-        train, at_end = Counted(), []
-
-        class Ending(pl.Callback):
-            def on_train_end(self, *_):
-                at_end.append(list(train.fetched))
-
-        torch.manual_seed(4)
-        quiet_trainer([callback, Ending()] if callback else [Ending()]).fit(Plain(), *loaders(train))
-        return at_end
-
-    assert count(SGDInfluence("val_loss", **options)) == count(None)
-
-
-class Once(Wrapped):
-    """Hands out each epoch's samples from a generator, which cannot be asked again."""
-
-    def __init__(self, num_epochs):
-        super().__init__()
-        self.source = (self.inner[i] for _ in range(num_epochs) for i in range(len(self.inner)))
-
-    def __getitem__(self, index):
-        return next(self.source)
-
-
-def test_a_dataset_that_can_be_read_only_once_is_ranked_from_kept_batches_and_says_what_was_not_probed():
-    callback = SGDInfluence("val_loss", keep_batches=True, epochs="all")
-    with pytest.warns(SGDInfluenceWarning, match="keeps the samples in their order could not be found out.*StopIter"):
-        quiet_trainer([callback]).fit(Plain(), *loaders(Once(3), shuffle=False))
-    assert callback.summary["replay"]["batches_bit_for_bit"] == 15
-    with pytest.raises(ReplayMismatchError, match=r"The dataset, asked again after training.*keep_batches=True"):
-        quiet_trainer([SGDInfluence("val_loss", keep_batches=False)]).fit(Plain(), *loaders(Once(3), shuffle=False))
-
-
-def test_collate_that_draws_from_a_generator_of_its_own_cannot_be_probed_and_says_so():
-    own = torch.Generator().manual_seed(3)
-
-    def collate(items):
-        x, y, i = default_collate(items)
-        return [x + torch.randn(x.shape, generator=own), y, i]
-
-    with pytest.warns(SGDInfluenceWarning, match="Collated twice from the same random state"):
-        quiet_trainer([SGDInfluence("val_loss", keep_batches=True)]).fit(Plain(), *loaders(collate_fn=collate))
-
-
-# Shapes of batches ------------------------------------------------------------------------------
 
 
 class Parts(NamedTuple):
@@ -327,9 +108,6 @@ def test_collate_that_gives_none_for_a_batch_is_passed_over():
     assert all(3 not in step.micro[0].ids for step in steps)
 
 
-# Datasets, samplers, loaders ----------------------------------------------------------------------
-
-
 def test_subsets_and_concatenations_are_followed_however_nested():
     nested = Subset(ConcatDataset([Subset(TRAIN, range(20, 10, -1)), ConcatDataset([TRAIN, TRAIN])]), range(3, 26))
     numbered = Numbered(nested)
@@ -361,6 +139,53 @@ def test_keys_that_are_strings_name_the_samples():
     callback = SGDInfluence("val_loss")
     quiet_trainer([callback]).fit(Plain(), DataLoader(ByName(), batch_size=5, sampler=names), loaders()[1])
     assert sorted(callback.ranking.sample_id) == sorted(names)
+
+
+class Weighted(torch.utils.data.Sampler):
+    """With a state of its own that outlives an epoch, and draws for every sample."""
+
+    def __init__(self):
+        self.rng, self.num_epochs = np.random.default_rng(2), 0
+
+    def __iter__(self):
+        self.num_epochs += 1
+        for _ in range(18):
+            yield int(self.rng.choice(23, p=np.arange(23) / 253))
+
+    def __len__(self):
+        return 18
+
+    def state_dict(self):
+        return {"num_epochs": self.num_epochs}
+
+    def load_state_dict(self, state):
+        self.num_epochs = state["num_epochs"]
+
+
+SAMPLERS = {
+    "weighted": lambda: {"sampler": torch.utils.data.WeightedRandomSampler(torch.arange(23.0), 30)},
+    "with a state": lambda: {"sampler": Weighted(), "drop_last": True},
+    "with a state, augmented": lambda: {"sampler": Weighted(), "collate_fn": noisy_collate},
+    "drop last": lambda: {"shuffle": True, "drop_last": True, "batch_size": 4},
+    "random with replacement": lambda: {"sampler": torch.utils.data.RandomSampler(TRAIN, replacement=True)},
+}
+
+
+@pytest.mark.filterwarnings(f"ignore:{KEPT}")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_influence_is_the_derivative_of_the_fit_with_any_sampler(name):
+    class Fresh(Case):
+        """A sampler with a state is made anew for each fit."""
+
+        @property
+        def loader(self):
+            return {"shuffle": False, **SAMPLERS[name]()}
+
+        @loader.setter
+        def loader(self, _):
+            pass
+
+    assert_influence_is_the_derivative(Fresh(name, OPTIONS))
 
 
 class Tensors(torch.utils.data.Sampler):
@@ -467,26 +292,25 @@ def test_a_stream_must_be_kept():
     assert trainer.global_step == 0
 
 
-# Budget ---------------------------------------------------------------------------------------------
+class Souring(IterableDataset):
+    def __iter__(self):
+        return iter([(*TRAIN[i], i) for i in range(20)])
 
 
-def test_batches_that_would_not_fit_the_disk_are_refused_with_the_numbers(monkeypatch):
-    usage = SimpleNamespace(total=10**6, used=10**6 - 3000, free=3000)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    trainer = quiet_trainer([SGDInfluence("val_loss", keep_batches=True, epochs="all")])
-    with pytest.raises(
-        RunDirectoryError,
-        match=r"would have to be kept.*280 B a batch times 15 batches of the window, 4\.2 kB, of 3 kB free",
-    ):
-        trainer.fit(Plain(), *loaders())
-    assert trainer.global_step == 0
+def test_a_stream_whose_later_batch_cannot_be_kept_ends_the_recording_but_not_the_training():
+    def collate(items):
+        batch = default_collate(items)
+        return [*batch[:3], iter("a") if 15 in batch[3] else "sound"]
+
+    class Taking(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[:3], batch_idx)
+
+    trainer = quiet_trainer([SGDInfluence("val_loss", sample_ids=lambda batch: batch[2])])
+    train = DataLoader(Souring(), batch_size=5, collate_fn=collate)
     with (
-        pytest.warns(SGDInfluenceWarning, match=r"4\.2 kB, of 3 kB free\. So they are not kept"),
-        pytest.raises(ReplayMismatchError, match="hold other data"),
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped at step 3, training goes on"),
+        pytest.raises(UnsupportedTrainingError, match=r"holds a builtins\.str_ascii_iterator"),
     ):
-        quiet_trainer([SGDInfluence("val_loss", epochs="all")]).fit(Plain(), *loaders(Augmented()))
-
-
-def test_a_nonsensical_choice_is_refused_at_once():
-    with pytest.raises(ValueError, match="keep_batches must be True, False"):
-        SGDInfluence("val_loss", keep_batches="always")
+        trainer.fit(Taking(), train, loaders()[1])
+    assert trainer.global_step == 12

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data that change each time they are asked for."""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from cases import TRAIN
+
+KEPT = "Training batches are kept as they were trained on"
+LOST = "gone already"
+OPTIONS = {"options": {"momentum": 0.9}, "dropout": 0.2, "norm": True}
+
+
+class Wrapped(Dataset):
+    def __init__(self, inner=TRAIN):
+        self.inner = inner
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return self.inner[index]
+
+
+class Augmented(Wrapped):
+    """Noise from all three global generators."""
+
+    def __getitem__(self, index):
+        x, y, i = self.inner[index]
+        return x + 0.3 * torch.randn(5) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y, i
+
+
+class OwnGenerator(Wrapped):
+    """Noise from a generator that nobody can see or set."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __getitem__(self, index):
+        x, y, i = self.inner[index]
+        return x + 0.3 * torch.randn(5, generator=self.generator), y, i
+
+
+def noisy_collate(items):
+    x, y, i = default_collate(items)
+    return [x * (1 + 0.2 * torch.randn(len(x), 1)), y, i]
