@@ -25,6 +25,7 @@ from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
 from lightning_sgdclean.split import prove_split
+from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
@@ -104,7 +105,8 @@ def _rank(
         random_of=trajectory.random,
         restore_attributes=restore,
     )
-    end = trajectory.state(last.index + 1)
+    states = RecomputedStates(trajectory, walk, run.optimizer)
+    end = states.state(last.index + 1)
     load_state(module, walk.params, end)
     objective = _objective(trainer, walk, surroundings, options)
     complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
@@ -126,10 +128,10 @@ def _rank(
     ):
         agreement = None
         if is_low(surroundings, module) and not walk.widens:
-            agreement = float32_agreement(trajectory, steps, walk, start)
+            agreement = float32_agreement(states, steps, walk, start)
             if agreement.is_noise:
                 complaints.append(agreement.complaint(surroundings.precision))
-        ids, influence, visits = retrace_steps(trajectory, steps, start(walk), walk, lambda: progress.update() and None)
+        ids, influence, visits = retrace_steps(states, steps, start(walk), walk, lambda: progress.update() and None)
     about = _about(objective, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
 
@@ -281,6 +283,8 @@ def _about(
             "update_error": fidelity.update,
             "batches": fidelity.num_batches,
             "batches_bit_for_bit": fidelity.num_bitwise,
+            "segments": fidelity.num_segments,
+            "segments_bit_for_bit": fidelity.segments_bitwise,
             "complaints": fidelity.complaints,
         },
     }

@@ -21,6 +21,7 @@ from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.artifacts import publish
 from lightning_sgdclean.batches import cloned, fingerprint
 from lightning_sgdclean.best_model import BestModel
+from lightning_sgdclean.budget import snapshot_interval, window_length
 from lightning_sgdclean.errors import (
     NonFiniteError,
     SampleIdError,
@@ -83,6 +84,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             data each time, by random augmentation say, ``True`` from the first batch, ``False`` never.
         sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training
             loss, for losses that cannot be split by themselves.
+        snapshots: Which steps' states are kept on disk: ``"every"``, one in ``k``, or ``"sqrt"`` (a number and a
+            distance that grow with the square root of the window); those between are recomputed for the retrace.
+            ``"auto"`` keeps every one where that takes 1 GiB at most, else ``"sqrt"``.
         on_mismatch: Whether a replay that differs from the record is an error or a warning.
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
@@ -114,6 +118,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         sample_ids: Callable[[Any], Any] | None = None,
         keep_batches: bool | Literal["auto"] = "auto",
         sample_losses: Callable[[Any, Any], Tensor] | None = None,
+        snapshots: Literal["auto", "every", "sqrt"] | int = "auto",
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
@@ -129,6 +134,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f'keep_batches must be True, False or "auto", got {keep_batches!r}.')
         if epochs != "all" and not (type(epochs) is int and epochs >= 1):
             raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
+        if snapshots not in ("auto", "every", "sqrt") and not (type(snapshots) is int and snapshots >= 1):
+            raise ValueError(f'snapshots must be "auto", "every", "sqrt" or a positive int, got {snapshots!r}.')
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
         if objective is not None and not callable(objective):
@@ -139,7 +146,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
-        self.on_mismatch, self.tolerance, self.retrace_precision = on_mismatch, tolerance, retrace_precision
+        self.snapshots, self.on_mismatch, self.tolerance = snapshots, on_mismatch, tolerance
+        self.retrace_precision = retrace_precision
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -221,6 +229,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
             )
         self._as_delivered = checks.one_loader(trainer)
+        assert self._writer is not None and self._recorder is not None  # noqa: PT018 - made with _active
+        num_steps = window_length(
+            trainer.num_training_batches,
+            trainer.accumulate_grad_batches,
+            trainer.max_epochs,
+            trainer.max_steps,
+            self.epochs,
+        )
+        self._writer.interval = snapshot_interval(self.snapshots, num_steps, self._recorder.state().nbytes)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -326,6 +343,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 ends_epoch=_is_at_end_of_epoch(trainer),
                 clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
                 divisor=trainer.accumulate_grad_batches,
+                is_last=trainer.global_step + 1 == trainer.max_steps,
             )
             if self._rehearsal is not None:
                 self._rehearsal.commit(step, self._recorder.state())
@@ -362,7 +380,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         rehearsal, self._rehearsal = self._rehearsal, None
         hooks = checks.gradient_hooks(trainer, pl_module)
         surroundings = surroundings_of(trainer, pl_module)
-        for text in rehearsal.run(pl_module, trainer.optimizers[0], surroundings, self._options(), hooks):
+        assert self._writer is not None
+        forward = self._writer.interval != 1
+        optimizer, options = trainer.optimizers[0], self._options()
+        for text in rehearsal.run(pl_module, optimizer, surroundings, options, hooks, forward=forward):
             warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -386,13 +407,12 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         kept = first_epoch_kept(trainer.current_epoch, True, self.epochs)
         if self._best_epoch is not None:
             kept = min(kept, first_epoch_kept(*self._best_epoch, self.epochs))
-        self._writer.flush()
         self._writer.drop_before(kept)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""
         if self._active and self._writer is not None and self._failure is None:
-            self._writer.flush()
+            self._writer.close()
         self._unhook(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -420,7 +440,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._failure is not None:
             self._unhook(trainer)
             raise self._failure
-        self._writer.flush()
+        self._writer.close()
         self._unhook(trainer)
         began = time.perf_counter()
         run = RecordedRun(

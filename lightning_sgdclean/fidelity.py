@@ -26,6 +26,9 @@ class Fidelity:
             rounding deducted.
         num_bitwise: Micro-batches whose loss came out the same to the last bit, of ``num_batches``.
         num_batches: Micro-batches replayed.
+        segments_bitwise: Segments between two snapshots that, repeated, led to the second to the last bit,
+            of ``num_segments``.
+        num_segments: Segments that were repeated.
         complaints: What exceeded the tolerance, where that is only warned about.
     """
 
@@ -36,6 +39,8 @@ class Fidelity:
     update: float = 0.0
     num_bitwise: int = 0
     num_batches: int = 0
+    segments_bitwise: int = 0
+    num_segments: int = 0
     complaints: list[str] = field(default_factory=list)
 
     def mismatch(self, step: Step, text: str) -> None:
@@ -47,7 +52,8 @@ class Fidelity:
         message = f"Step {step.index} (epoch {step.epoch}), run again, is not what was recorded: {text}"
         if self.on_mismatch == "raise":
             raise ReplayMismatchError(f'{message} on_mismatch="warn" ranks all the same.')
-        self.complaints.append(message)
+        if message not in self.complaints:  # a step that was repeated on the way to its snapshot is replayed, too
+            self.complaints.append(message)
 
     def compare_batch(self, step: Step, number: int, digest: Tensor) -> None:
         """Is micro-batch ``number``, at hand again, the one that was trained on?"""
@@ -63,13 +69,13 @@ class Fidelity:
             "stores batches as they are trained on.",
         )
 
-    def compare_losses(self, step: Step, losses: list[Tensor]) -> None:
+    def compare_losses(self, step: Step, losses: list[Tensor], counts: bool = True) -> None:
         """Are the losses of the micro-batches, as differentiated, the recorded ones?"""
         for loss, micro in zip(losses, step.micro, strict=True):
             assert micro.loss is not None
             recorded, now = float(micro.loss), float(loss)
-            self.num_batches += 1
-            self.num_bitwise += recorded == now
+            self.num_batches += counts
+            self.num_bitwise += counts and recorded == now
             off = abs(now - recorded) / max(abs(recorded), 1e-12)
             self.loss = max(self.loss, off)
             if not off <= self.tolerance:
@@ -96,18 +102,36 @@ class Fidelity:
         relative = changes.relative()
         self.update = max(self.update, relative)
         if not relative <= _UPDATE_SLACK * self.tolerance:
-            named = f" Here these hooks could: {', '.join(self.hooks)}." if self.hooks else ""
             self.mismatch(
-                step,
-                f"the update differs by {relative:.1e} of its length though the loss agrees. Likely causes: "
-                "gradients edited in a hook (on_before_optimizer_step, configure_gradient_clipping, optimizer_step), "
-                f"or weights moved after the step.{named} Move what they do into the loss, or out of training.",
+                step, f"the update differs by {relative:.1e} of its length though the loss agrees. {self._why}"
             )
+
+    def compare_segment(self, steps: list[Step], changes: "Changes", is_bitwise: bool) -> None:
+        """Did steps, repeated from one snapshot, lead to the next?"""
+        self.num_segments += 1
+        self.segments_bitwise += is_bitwise
+        relative = changes.relative()
+        self.update = max(self.update, relative)
+        if not relative <= _UPDATE_SLACK * self.tolerance:
+            self.mismatch(
+                steps[-1],
+                f"the steps from {steps[0].index} on, repeated from the snapshot before them, miss the one after it by "
+                f"{relative:.1e} of the way though the losses agree. {self._why}",
+            )
+
+    @property
+    def _why(self) -> str:
+        named = f" Here these hooks could: {', '.join(self.hooks)}." if self.hooks else ""
+        return (
+            "Likely causes: gradients edited in a hook (on_before_optimizer_step, configure_gradient_clipping, "
+            f"optimizer_step), or weights moved after the step.{named} Move what they do into the loss, or out of "
+            "training."
+        )
 
 
 @dataclass
 class Changes:
-    """Squared lengths, summed over tensors, of what one kind of entry did in a step."""
+    """Squared lengths, summed over tensors, of what one kind of entry did in a step, or in several."""
 
     _sums: dict[tuple[str, torch.dtype], list[float]] = field(default_factory=dict)
 
@@ -130,7 +154,8 @@ class Changes:
         worst = 0.0
         for (_, dtype), (off, moved, size) in self._sums.items():
             # What a step adds passes through some ten roundings, the sum of old and new through one or two.
-            rounding = torch.finfo(dtype).eps * (4 * math.sqrt(size) + 16 * math.sqrt(moved))
+            eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+            rounding = eps * (4 * math.sqrt(size) + 16 * math.sqrt(moved))
             beyond = max(0.0, math.sqrt(off) - rounding)
             worst = max(worst, beyond / math.sqrt(moved) if moved else (math.inf if beyond else 0.0))
         return worst

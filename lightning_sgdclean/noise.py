@@ -9,8 +9,7 @@ import numpy as np
 
 from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.retrace import retrace_steps
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.trajectory import Step
+from lightning_sgdclean.trajectory import States, Step
 from lightning_sgdclean.walk import Adjoint, Walk
 
 _MIN_STEPS, _SHARE = 16, 20  # compared: 16 steps at least, and every 20th of a long window
@@ -44,12 +43,12 @@ class Float32Agreement:
 
 
 def float32_agreement(
-    trajectory: Trajectory, steps: list[Step], walk: Walk, start: Callable[[Walk], Adjoint]
+    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], Adjoint]
 ) -> Float32Agreement:
     """Retrace the end of the window twice.
 
     Args:
-        trajectory: Gives the states between the steps.
+        states: Those between the steps.
         steps: The window.
         walk: The walk in the run's own precision.
         start: Gives the adjoint that a walk starts with.
@@ -59,7 +58,7 @@ def float32_agreement(
     for widens in (False, True):
         # The same steps are compared with the record again by the walk itself; here that is nobody's concern.
         silent = replace(walk, widens=widens, fidelity=Fidelity(math.inf, "warn"))
-        _, influence, _ = retrace_steps(trajectory, tail, start(silent), silent, lambda: None)
+        _, influence, _ = retrace_steps(states, tail, start(silent), silent, lambda: None)
         found.append(np.asarray(influence))
     lengths = [float(np.linalg.norm(values)) for values in found]
     cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan

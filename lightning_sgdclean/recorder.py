@@ -101,8 +101,10 @@ class Recorder:
         if self._pending:
             self._pending[-1].loss, self._pending[-1].scale = loss.detach().clone(), scale
 
-    def commit(self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int) -> Step | None:
-        """The optimizer has stepped: write what it was made of and what it led to.
+    def commit(
+        self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int, is_last: bool = False
+    ) -> Step | None:
+        """The optimizer has stepped, maybe for the last time: write what it was made of and what it led to.
 
         Returns:
             The step, or None if ``training_step`` gave no loss for any of its batches.
@@ -113,31 +115,23 @@ class Recorder:
         self._check_parameters(index)
         groups = hyper_parameters(self._module, self._optimizer)
         unused = [name for name, param in self._params.items() if param.grad is None]
-        return self._write(index, ends_epoch, groups, clip, divisor, unused)
+        return self._write(Step(index, 0, ends_epoch, groups, clip, divisor, unused, []), is_last)
 
     def leave(self, index: int, ends_epoch: bool, divisor: int) -> None:
         """The batches that wait will never make a step: a GradScaler skipped it, or training stops here.
 
         What they did to running statistics stays, so they are written, as a step without an update.
         """
-        if self._write(index, ends_epoch, [], None, divisor, list(self._params)) is not None:
+        if self._write(Step(index, 0, ends_epoch, [], None, divisor, list(self._params), [])) is not None:
             self.num_skipped += 1
 
-    def _write(
-        self,
-        index: int,
-        ends_epoch: bool,
-        groups: list[dict[str, Any]],
-        clip: tuple[str, float] | None,
-        divisor: int,
-        unused: list[str],
-    ) -> Step | None:
-        micro = [micro for micro in self._pending if micro.loss is not None]
+    def _write(self, step: Step, is_last: bool = False) -> Step | None:
+        step.micro = [micro for micro in self._pending if micro.loss is not None]
         self._pending = []
-        if not micro:
+        if not step.micro:
             return None
-        step = Step(index, micro[-1].epoch, ends_epoch, groups, clip, divisor, unused, micro)
-        self._writer.append(step, self.state())
+        step.epoch = step.micro[-1].epoch
+        self._writer.append(step, self.state(), is_last)
         self.num_steps += 1
         self.last_epoch = step.epoch, step.ends_epoch
         return step

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.forward import borrowed, live_state, load_all, repeat_step
 from lightning_sgdclean.precision import summable
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import retrace_step
+from lightning_sgdclean.states import compare
 from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, walk_of
@@ -49,9 +51,18 @@ class Rehearsal:
         self._before = None
 
     def run(
-        self, module: Any, optimizer: Any, surroundings: Surroundings, options: RetraceOptions, hooks: list[str]
+        self,
+        module: Any,
+        optimizer: Any,
+        surroundings: Surroundings,
+        options: RetraceOptions,
+        hooks: list[str],
+        *,
+        forward: bool = False,
     ) -> list[str]:
-        """Retrace the kept step from an arbitrary adjoint; the module and the random state stay as they are.
+        """Retrace the kept step from an arbitrary adjoint, and if need be repeat it forward.
+
+        The module, its optimizer and the random state stay as they are.
 
         Returns:
             Complaints, where mismatches are only warned about.
@@ -73,12 +84,18 @@ class Rehearsal:
                 surroundings,
                 options,
                 hooks,
-                batch_of=lambda step, i: self._batches[id(step.micro[i])],
+                # Copies: a training_step may write into its batch.
+                batch_of=lambda step, i: cloned(self._batches[id(step.micro[i])]),
                 random_of=lambda step, i: step.micro[i].random,
                 restore_attributes=restore,
             )
             ones = {name: torch.ones_like(summable(param.detach())) for name, param in walk.params.items()}
             retrace_step(step, before, after, Adjoint(ones, {}, {}), walk, check_update=True)
+            if forward:
+                with borrowed(optimizer) as own:
+                    load_all(walk, own, before)
+                    repeat_step(step, walk, own)
+                    walk.fidelity.compare_segment([step], *compare(live_state(walk, own), after, before))
         return walk.fidelity.complaints
 
 

@@ -162,13 +162,28 @@ def training_loss(
         if sample_losses is not None:
             loss = _mean_of(sample_losses(module, batch), weights)
         else:
-            step = module.training_step
             with weighing:
-                output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
-            loss = output["loss"] if isinstance(output, dict) else output
+                loss = _loss_of_step(module, batch, batch_idx)
+    return Evaluated(loss, norms.updates, weighing.unsplit, norms.leaves)
+
+
+def plain_training_loss(module: Any, batch: Any, batch_idx: int, surroundings: Surroundings) -> Tensor:
+    """The loss of ``training_step`` as training had it: nothing watched, nothing weighted, any kernel.
+
+    Raises:
+        LossSplitError: If there is none.
+    """
+    with logging_to(module, _ignore), surroundings.train_context():
+        return _loss_of_step(module, batch, batch_idx)
+
+
+def _loss_of_step(module: Any, batch: Any, batch_idx: int) -> Tensor:
+    step = module.training_step
+    output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
+    loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise LossSplitError(f"training_step gave {type(loss).__name__} where a loss was recorded, on the same batch.")
-    return Evaluated(loss, norms.updates, weighing.unsplit, norms.leaves)
+    return loss
 
 
 def _mean_of(losses: Tensor, weights: Tensor) -> Tensor:

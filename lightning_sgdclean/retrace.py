@@ -30,8 +30,7 @@ from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
 from lightning_sgdclean.running_stats import BatchStatistic, pull_back_updates
 from lightning_sgdclean.split import unit_weights
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, Step
+from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, States, Step
 from lightning_sgdclean.updates import Group
 from lightning_sgdclean.walk import Adjoint, Walk
 
@@ -39,7 +38,7 @@ _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it 
 
 
 def retrace_steps(
-    trajectory: Trajectory,
+    states: States,
     steps: list[Step],
     adjoint: Adjoint,
     walk: Walk,
@@ -48,7 +47,7 @@ def retrace_steps(
     """Influence of every sample drawn in ``steps`` on the objective.
 
     Args:
-        trajectory: Gives the states between the steps.
+        states: Those between the steps.
         steps: The window, in order.
         adjoint: The objective's, at the end of the last step; carried to the window's first step in place.
         walk: Module, engine, optimizer's rule and tolerances.
@@ -67,9 +66,9 @@ def retrace_steps(
             for name in micro.ids:
                 rows.setdefault(name, len(rows))
     influence, visits = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
-    after = trajectory.state(steps[-1].index + 1)
+    after = states.state(steps[-1].index + 1)
     for number, step in enumerate(reversed(steps)):
-        before = trajectory.state(step.index)
+        before = states.state(step.index)
         for micro, scores in retrace_step(step, before, after, adjoint, walk, number % _FULL_CHECK_EVERY == 0):
             places = torch.tensor([rows[name] for name in micro.ids])
             influence.index_add_(0, places, -scores.double().cpu())

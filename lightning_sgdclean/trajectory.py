@@ -2,7 +2,7 @@
 """The recorded run: micro-batches, steps and the states between them, and which steps are retraced."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -51,6 +51,12 @@ class State:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        entries = [tensor for entries in self.optimizer.values() for tensor in entries.values()]
+        return sum(tensor.nbytes for tensor in [*self.params.values(), *self.buffers.values(), *entries])
+
 
 @dataclass
 class Step:
@@ -82,6 +88,13 @@ class Step:
     def is_update(self) -> bool:
         """Whether the optimizer moved the parameters."""
         return bool(self.groups)
+
+
+class States(Protocol):
+    """Where a walk gets the states between its steps from, last first."""
+
+    def state(self, index: int) -> State:
+        """The state before step ``index``, or after the step before it."""
 
 
 def first_epoch_kept(last_epoch: int, is_complete: bool, epochs: int | str) -> int:

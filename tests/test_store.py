@@ -32,11 +32,13 @@ def step(index, epoch, ends_epoch):
     return Step(index, epoch, ends_epoch, [{"lr": 0.1, "params": ["a", "b"]}], ("norm", 0.5), 1, [], [micro])
 
 
-def written(folder):
-    writer = TrajectoryWriter(folder)
+def written(folder, interval=1, close=True):
+    writer = TrajectoryWriter(folder, interval)
     writer.begin(state(0.0, False))
     for index in range(4):
         writer.append(step(index, index // 2, index % 2 == 1), state(float(index + 1), True))
+    if close:
+        writer.close()
     return writer
 
 
@@ -54,6 +56,55 @@ def test_states_and_steps_come_back_as_they_went(tmp_path):
     assert kept["meta"] == ["p", (1, None)]
     assert torch.equal(kept["x"], torch.ones(2))
     assert trajectory.random(trajectory.steps[0], 0).keys() >= {"torch"}
+
+
+def test_only_snapshots_and_the_last_state_are_kept(tmp_path):
+    written(tmp_path, interval=3)
+    trajectory = Trajectory(tmp_path)
+    assert trajectory.kept == [0, 3, 4]
+    assert [s.index for s in trajectory.steps] == [0, 1, 2, 3]
+    assert torch.equal(trajectory.state(3).params["b"], torch.tensor(3.0))
+    with pytest.raises(RunDirectoryError, match="no state before step 2"):
+        trajectory.state(2)
+
+
+def test_what_was_written_before_a_crash_is_read(tmp_path):
+    writer = written(tmp_path, close=False)
+    writer.flush()
+    trajectory = Trajectory(tmp_path)
+    assert [s.index for s in trajectory.steps] == [0, 1, 2, 3]
+    assert trajectory.kept == [0, 1, 2, 3]  # the state after the last step is in memory only
+
+
+def test_last_state_gets_a_segment_of_its_own_where_all_steps_were_written(tmp_path):
+    writer = written(tmp_path, close=False)
+    writer.flush()
+    writer.close()
+    trajectory = Trajectory(tmp_path)
+    assert trajectory.kept == [0, 1, 2, 3, 4]
+    assert torch.equal(trajectory.state(4).params["b"], torch.tensor(4.0))
+    writer.drop_before(1)
+    assert Trajectory(tmp_path).kept == [0, 1, 2]  # positions: the first two steps are gone
+
+
+def test_dropped_epochs_leave_the_snapshot_that_later_ones_are_recomputed_from(tmp_path):
+    written(tmp_path, interval=3).drop_before(1)
+    assert Trajectory(tmp_path).kept == [0, 3, 4]
+    written(tmp_path, interval=2).drop_before(1)
+    assert Trajectory(tmp_path).kept == [0, 2]
+
+
+def test_steps_with_gaps_between_their_numbers_have_their_states(tmp_path):
+    writer = TrajectoryWriter(tmp_path)
+    writer.begin(state(0.0, False))
+    for value, index in enumerate((3, 5, 9)):
+        writer.append(step(index, 0, False), state(float(value + 1), True), is_last=index == 9)
+    writer.close()
+    trajectory = Trajectory(tmp_path)
+    assert trajectory.kept == [0, 1, 2, 3]
+    for value, index in enumerate((3, 5, 9, 10)):
+        assert torch.equal(trajectory.state(index).params["b"], torch.tensor(float(value)))
+    assert torch.equal(trajectory.state(4).params["b"], torch.tensor(1.0))  # after step 3, that is
 
 
 def test_dropped_epochs_go_and_the_first_kept_step_still_has_its_state(tmp_path):

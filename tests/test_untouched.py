@@ -44,11 +44,22 @@ def run(callback, workers):
     return module, logged, randomness, trainer
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_weights_metrics_order_and_random_states_are_bit_for_bit_those_without(workers):
-    callback = SGDInfluence("val_loss", epochs="all")
+def assert_same_optimizer(one, other):
+    assert one.param_groups[0].keys() == other.param_groups[0].keys()
+    options = {key: value for key, value in one.param_groups[0].items() if key != "params"}
+    assert options == {key: other.param_groups[0][key] for key in options}
+    for param, twin in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert torch.equal(one.state[param]["momentum_buffer"], other.state[twin]["momentum_buffer"])
+        assert param.grad is twin.grad is None or torch.equal(param.grad, twin.grad)
+    assert len(one._optimizer_step_post_hooks) == len(other._optimizer_step_post_hooks) == 0
+
+
+@pytest.mark.parametrize(("workers", "snapshots"), [(0, "every"), (2, "every"), (0, 4)])
+def test_weights_metrics_order_and_random_states_are_bit_for_bit_those_without(workers, snapshots):
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
     module, logged, randomness, trainer = run(callback, workers)
-    plain, plain_logged, plain_randomness, _ = run(None, workers)
+    plain, plain_logged, plain_randomness, plain_trainer = run(None, workers)
+    assert_same_optimizer(trainer.optimizers[0], plain_trainer.optimizers[0])
     for name, tensor in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name
     assert logged == plain_logged

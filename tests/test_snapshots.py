@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However few states are kept, the influences are the same to the last bit."""
+
+import gc
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+
+from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.budget import snapshot_interval, window_length
+from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError
+from lightning_sgdclean.states import RecomputedStates
+from lightning_sgdclean.store import Trajectory
+from reference import ranked
+
+ONE_AT_A_TIME = 1  # a state held in memory, while a segment has more
+
+
+def assert_same(one, other):
+    assert np.array_equal(one.ranking.sample_id, other.ranking.sample_id)
+    assert np.array_equal(one.ranking.influence, other.ranking.influence)  # to the last bit
+
+
+def assert_repeated_bit_for_bit(callback):
+    replay = callback.summary["replay"]
+    assert replay["segments"] == replay["segments_bit_for_bit"] > 0
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """As if the machine had room for one state beside those that are needed anyway."""
+
+    def begin(states, position):
+        states._slots = ONE_AT_A_TIME
+        original(states, position)
+
+    original = RecomputedStates._begin
+    monkeypatch.setattr(RecomputedStates, "_begin", begin)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_policy_gives_the_same_influences_to_the_last_bit(case):
+    every, other = (ranked(case, snapshots=snapshots) for snapshots in ("every", "sqrt"))
+    assert_same(every, other)
+    assert_repeated_bit_for_bit(other)
+    assert every.summary["replay"]["segments"] == 0
+    assert other.summary["trajectory_bytes"] < every.summary["trajectory_bytes"]
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("case", [CASES[3], CASES[7], CASES[11]], ids=str)
+def test_segments_that_do_not_fit_in_memory_are_subdivided_to_the_same_influences(case):
+    assert_same(ranked(case, snapshots="every"), ranked(case, snapshots=100))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_other_precisions_are_repeated_bit_for_bit(precision):
+    case = Case(precision, {"dropout": 0.2, "make_optimizer": adam}, {"precision": precision})
+    other = ranked(case, snapshots=4)
+    assert_repeated_bit_for_bit(other)
+    assert_same(ranked(case, snapshots="every"), other)
+
+
+OPTIMIZERS = {
+    "sgd foreach": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True),
+    "sgd fused": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
+    "sgd tensor lr": lambda params: torch.optim.SGD(params, lr=torch.tensor(0.1), momentum=0.9, nesterov=True),
+    "adam foreach": lambda params: torch.optim.Adam(params, lr=0.02, foreach=True, amsgrad=True),
+    "adam fused": lambda params: torch.optim.Adam(params, lr=0.02, fused=True),
+    "adamw maximize": lambda params: torch.optim.AdamW(params, lr=0.02, maximize=True),
+    "adadelta": lambda params: torch.optim.Adadelta(params, lr=1.0),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.05, lr_decay=0.1),
+    "adamax": lambda params: torch.optim.Adamax(params, lr=0.02),
+    "asgd": lambda params: torch.optim.ASGD(params, lr=0.1),
+    "nadam": lambda params: torch.optim.NAdam(params, lr=0.02, momentum_decay=0.01),
+    "radam": lambda params: torch.optim.RAdam(params, lr=0.02),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.9, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_its_own_step_again(name):
+    case = Case(name, {"make_optimizer": lambda params, **_: OPTIMIZERS[name](params), "warmup": True})
+    other = ranked(case, snapshots=4)
+    assert_repeated_bit_for_bit(other)
+    assert_same(ranked(case, snapshots="every"), other)
+
+
+def scaled_fit(make_optimizer, snapshots, clip=None):
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, tolerance=1e-2)
+    pl.seed_everything(1, verbose=False)
+    # So large a scale that the first steps are skipped, and more where it grows again.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3, backoff_factor=2.0**-8)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = quiet_trainer([callback], precision=None, plugins=[plugin], gradient_clip_val=clip)
+    trainer.fit(Plain(make_optimizer, norm=True), *loaders())
+    return callback
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam], ids=["sgd", "adam"])
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_scaled_and_skipped_steps_are_repeated_bit_for_bit(make_optimizer, clip):
+    every, other = (scaled_fit(make_optimizer, snapshots, clip) for snapshots in ("every", 4))
+    assert every.summary["window"]["num_without_update"] > 0
+    assert_repeated_bit_for_bit(other)
+    assert_same(every, other)
+
+
+def test_window_that_begins_between_snapshots_is_recomputed_from_the_one_before():
+    case = Case("window", {"norm": True, "options": {"momentum": 0.9}}, {"max_epochs": 4})
+    rankings = []
+    for snapshots in ("every", 4, 7):
+        callback = SGDInfluence("val_loss", epochs=1, snapshots=snapshots)
+        fit(case, callback)
+        rankings.append(callback)
+        assert callback.summary["window"]["first_step"] == 15
+    assert_same(rankings[0], rankings[1])
+    assert_same(rankings[0], rankings[2])
+    trajectory = Trajectory(rankings[1].run_dir / "trajectory")
+    assert trajectory.steps[0].index == 10  # the epoch that holds the snapshot before step 12: older ones are gone
+    assert [trajectory.steps[p].index if p < 10 else 20 for p in trajectory.kept] == [12, 16, 20]
+
+
+def test_end_that_nobody_could_foresee_is_recomputed_too():
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 8
+
+    rankings = []
+    for snapshots in ("every", 3):
+        callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
+        pl.seed_everything(1, verbose=False)
+        quiet_trainer([callback, Stop()], min_epochs=0).fit(Plain(norm=True), *loaders())
+        rankings.append(callback)
+    assert rankings[1].summary["window"]["last_step"] == 7
+    assert max(Trajectory(rankings[1].run_dir / "trajectory").kept) == 6
+    assert_same(*rankings)
+
+
+def test_loader_of_unknown_length_gets_gaps_that_grow():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([train.dataset[i] for i in range(len(train.dataset))])
+
+    train, val = loaders()
+    rankings = []
+    for snapshots in ("every", "sqrt"):
+        options = {"sample_ids": lambda batch: batch[2]}
+        callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, **options)
+        stream = torch.utils.data.DataLoader(Stream(), batch_size=5)
+        quiet_trainer([callback], max_epochs=4).fit(Plain(norm=True), stream, val)
+        rankings.append(callback)
+    assert_same(*rankings)
+    assert Trajectory(rankings[1].run_dir / "trajectory").kept == [0, 1, 2, 4, 6, 9, 12, 16, 20]
+
+
+class EditGradient(pl.Callback):
+    """From step 6 on, when the rehearsal is over."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step >= 6:
+            module.net[0].weight.grad.mul_(1.01)
+
+
+class MoveWeights(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 7:
+            with torch.no_grad():
+                module.net[0].bias.add_(1e-3)
+
+
+@pytest.mark.parametrize("meddler", [EditGradient, MoveWeights])
+@pytest.mark.parametrize("snapshots", [4, 100])
+def test_steps_that_miss_their_snapshot_are_refused_by_name(meddler, snapshots):
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
+    trainer = quiet_trainer([callback, meddler()], max_epochs=2)
+    with pytest.raises(ReplayMismatchError, match=r"Step \d+ \(epoch 1\), run again, is not what was recorded") as info:
+        trainer.fit(Plain(adam), *loaders())
+    assert "Likely causes" in str(info.value)
+
+
+def test_last_step_edited_shows_only_in_the_snapshot_and_names_the_segment():
+    class EditLast(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.global_step == 9:
+                module.net[0].weight.grad.mul_(1.01)
+
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=8)
+    with pytest.raises(ReplayMismatchError, match=r"Step 9 .* the steps from 8 on, repeated from the snapshot") as info:
+        quiet_trainer([callback, EditLast()], max_epochs=2).fit(Plain(), *loaders())
+    assert "EditLast.on_before_optimizer_step" in str(info.value)
+
+
+def storage_bytes():
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):  # isinstance would wake deprecated aliases
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def peak_states(snapshots, monkeypatch, slots=None):
+    """Largest memory of a retrace over that before it, in states."""
+
+    class Wide(Plain):
+        def __init__(self):
+            super().__init__(adam)
+            self.net[0], self.net[4] = torch.nn.Linear(5, 4000), torch.nn.Linear(4000, 3)
+
+    peaks, original = [], RecomputedStates.state
+
+    def state(self, index):
+        self._slots = slots
+        found = original(self, index)
+        peaks.append(storage_bytes() / self._trajectory.state_bytes)
+        return found
+
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
+    gc.freeze()  # what is there already need not be looked through every time
+    with monkeypatch.context() as patch:
+        patch.setattr(RecomputedStates, "state", state)
+        quiet_trainer([callback], max_epochs=4).fit(Wide(), *loaders())
+    gc.unfreeze()
+    return max(peaks)
+
+
+def test_peak_memory_is_a_constant_number_of_states_and_one_segment(monkeypatch):
+    every = peak_states("every", monkeypatch)
+    for interval in (4, 20):
+        held = peak_states(interval, monkeypatch, slots=10**6) - every
+        assert held <= interval + 3
+    assert peak_states(20, monkeypatch, slots=2) - every <= 2 + 3
+
+
+def test_states_are_had_in_any_order_though_cheapest_last_first(monkeypatch):
+    seen, original = {}, RecomputedStates.state
+
+    def state(self, index):
+        if not seen:
+            for i in (3, 4, 9, 0, 10, 5):
+                seen[i] = {name: tensor.clone() for name, tensor in original(self, i).params.items()}
+        found = original(self, index)
+        for name, tensor in seen.get(index, {}).items():
+            assert torch.equal(tensor, found.params[name])
+        return found
+
+    monkeypatch.setattr(RecomputedStates, "state", state)
+    callback = ranked(Case("any order", {}, {"max_epochs": 2}), snapshots=4)
+    assert len(seen) == 6
+    monkeypatch.undo()
+    assert_same(ranked(Case("in order", {}, {"max_epochs": 2}), snapshots="every"), callback)
+
+
+def test_window_that_no_snapshot_reaches_is_refused(tmp_path):
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=100, dirpath=tmp_path / "run")
+    fit(Case("all"), callback)
+    trajectory = Trajectory(tmp_path / "run" / "trajectory")
+    trajectory.kept = [15]
+    states = RecomputedStates(trajectory, None, None)
+    with pytest.raises(RunDirectoryError, match="no state from which the window could be recomputed"):
+        states.state(3)
+
+
+def test_interval_of_auto_follows_from_bytes_and_steps():
+    assert snapshot_interval("auto", 1000, 1 << 20) == 1
+    assert snapshot_interval("auto", 1000, 2 << 20) == 32
+    assert snapshot_interval("auto", None, 8) is None
+    assert snapshot_interval("every", 1000, 1 << 40) == 1
+    assert snapshot_interval(7, 1000, 1 << 40) == 7
+
+
+def test_length_of_the_window_before_training():
+    assert window_length(100, 3, 10, -1, "all") == 340
+    assert window_length(100, 1, 10, -1, 1) == 200  # the last whole epoch, and one that was started
+    assert window_length(100, 1, 1, -1, 1) == 100
+    assert window_length(100, 1, None, 50, "all") == 50
+    assert window_length(100, 1, None, -1, "all") is None
+    assert window_length(float("inf"), 1, 10, -1, "all") is None
+    assert window_length(float("inf"), 1, 10, 70, 1) == 70
+
+
+@pytest.mark.parametrize("given", [0, -3, "often", 2.0, True])
+def test_policy_that_is_none_is_refused_at_once(given):
+    with pytest.raises(ValueError, match="snapshots must be"):
+        SGDInfluence("val_loss", snapshots=given)
