@@ -23,8 +23,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 demo: $(VENV)/all.done
 	$(PY) examples/mnist_flipped_labels.py $(ARGS)
 
-# pytest comes last, so that the output ends in its summary.
-test: $(VENV)/test.done
+# pytest comes last, so that the output ends in its summary. Of tests/zoo it runs what is installed.
+test: $(VENV)/test.done $(VENV)/zoo.done
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
@@ -63,4 +63,12 @@ endif
 $(VENV)/all.done $(VENV)/test.done: $(VENV)/%.done: $(VENV)/torch.done setup.cfg pyproject.toml
 	@echo "Installing lightning-sgdclean[$*] into $(VENV)"
 	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[$*]'
+	touch $@
+
+# Others' packages whose modules are tested, each if it installs beside the rest.
+ZOO := $(shell sed -n '/^zoo =/,/^[a-z]/s/^    //p' setup.cfg)
+$(VENV)/zoo.done: $(VENV)/test.done
+	for package in $(ZOO); do \
+	    $(PIP) install -q -c $(VENV)/constraints.txt "$$package" || echo "$$package cannot be had: its tests are left out."; \
+	done
 	touch $@

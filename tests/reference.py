@@ -55,3 +55,11 @@ def assert_influence_is_the_derivative(case, tolerance=1e-6, **options):
     """See :func:`assert_derivative`."""
     found = influences(ranked(case, **options), len(case.train))
     assert_derivative(found, lambda weights: objective(fit(case, weights=weights), case.val), tolerance)
+
+
+def leave_one_out(case):
+    """What the objective really changes by when a sample's weight is zero in place, for every sample."""
+    whole = objective(fit(case), case.val)
+    num = len(case.train)
+    without = [objective(fit(case, weights=1 - one_hot(i, num)), case.val) for i in range(num)]
+    return np.array(without) - whole
