@@ -24,11 +24,11 @@ from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
-from lightning_sgdclean.split import prove_split
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.trajectory import SampleId, Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.variants import of_one_shape
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
@@ -111,8 +111,8 @@ def _rank(
     objective = _objective(trainer, walk, surroundings, options)
     complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
     restore()  # validation had put the module into evaluation mode
-    if options.sample_losses is None:
-        complaints += _prove_ids(module, walk.params, run, trajectory, steps[0], surroundings)
+    if walk.split is not None:
+        complaints += _prove_ids(walk, run, trajectory, steps, surroundings)
 
     def start(walk: Walk) -> Adjoint:
         """The objective's gradient, in the precision that the walk takes derivatives in."""
@@ -226,20 +226,23 @@ def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroun
 
 
 def _prove_ids(
-    module: Any, params: Params, run: RecordedRun, trajectory: Trajectory, step: Step, surroundings: Surroundings
+    walk: Walk, run: RecordedRun, trajectory: Trajectory, steps: list[Step], surroundings: Surroundings
 ) -> list[str]:
     """Replace samples before they are collated: do the loss's rows belong to the ids, too?
 
     Returns:
         Why that could not be found out, if it could not.
     """
-    before = replace(step.micro[0], random=trajectory.random(step, 0))
+    before = replace(steps[0].micro[0], random=trajectory.random(steps[0], 0))
     if not isinstance(before.positions, list):  # a stream, or samples that are not batched
+        return []
+    if before.positions != before.ids:  # ids that were read from the batch are those of its rows
         return []
     try:
         variant = fetched_variants(
             run.loaders[before.loader],
             before.positions,
+            _foreign(before.positions, steps),
             prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
             reseed=lambda: set_random_state(before.random, surroundings.device),
         )
@@ -250,8 +253,17 @@ def _prove_ids(
     none = torch.zeros(len(before.ids), dtype=torch.bool)
     if not torch.equal(*(batch_digest(variant(none), len(none)) for _ in range(2))):
         return [f"{_NOT_PROVED} Collated twice from the same random state, the same samples give different batches."]
-    prove_split(module, list(params.values()), variant, before, surroundings)
+    assert walk.split is not None
+    walk.split.prove_ids(before, variant(none), of_one_shape(variant, len(none)))
     return []
+
+
+def _foreign(positions: list[SampleId], steps: list[Step]) -> list[SampleId]:
+    """What to replace each sample by: its neighbour, or for a batch of one, a sample of another batch."""
+    if len(positions) > 1:
+        return [*positions[-1:], *positions[:-1]]
+    drawn = (other.positions for step in steps for other in step.micro)
+    return next((other for other in drawn if isinstance(other, list) and other != positions), positions)[:1]
 
 
 _NOT_PROVED = "Whether the collate function keeps the samples in their order could not be found out."

@@ -304,9 +304,13 @@ def _asked_again(who: str, what: Callable[[], Any]) -> Any:
 
 
 def fetched_variants(
-    loader: "DataLoader[Any]", positions: "list[SampleId]", prepare: Callable[[Any], Any], reseed: Callable[[], None]
+    loader: "DataLoader[Any]",
+    positions: "list[SampleId]",
+    others: "list[SampleId]",
+    prepare: Callable[[Any], Any],
+    reseed: Callable[[], None],
 ) -> Callable[[Tensor], Any]:
-    """Batches in which some samples are replaced by their neighbours before they are collated.
+    """Batches in which some samples are replaced by others before they are collated.
 
     The samples are fetched once, so random augmentation in the dataset leaves them comparable; for that in the
     collate function and the transfer hooks the random state is set anew for each batch.
@@ -314,6 +318,7 @@ def fetched_variants(
     Args:
         loader: The training loader.
         positions: The batch's samples.
+        others: What to replace each of them by.
         prepare: Converts and moves a batch, through the transfer hooks.
         reseed: Sets the random state.
 
@@ -323,13 +328,14 @@ def fetched_variants(
     Raises:
         ReplayMismatchError: As :func:`fetch_batch`.
     """
-    items = fetch_items(loader, positions) if loader.batch_sampler is not None else None
+    known = list(dict.fromkeys([*positions, *others]))
+    items = dict(zip(known, fetch_items(loader, known), strict=True)) if loader.batch_sampler is not None else None
 
     def variant(replaced: Tensor) -> Any:
-        order = [i - 1 if replaced[i] else i for i in range(len(positions))]
+        chosen = [others[i] if replaced[i] else positions[i] for i in range(len(positions))]
         reseed()
         if items is None:
-            return prepare(fetch_batch(loader, [positions[i] for i in order]))
-        return prepare(collate_items(loader, [cloned(items[i]) for i in order]))
+            return prepare(fetch_batch(loader, chosen))
+        return prepare(collate_items(loader, [cloned(items[position]) for position in chosen]))
 
     return variant

@@ -37,10 +37,10 @@ from lightning_sgdclean.rehearsal import Rehearsal
 from lightning_sgdclean.replay import untouched_module
 from lightning_sgdclean.run_directory import check_free, fresh_directory
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
-from lightning_sgdclean.split import prove_split, with_neighbours
 from lightning_sgdclean.store import TrajectoryWriter, write_json
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, Positions, SampleId, first_epoch_kept
+from lightning_sgdclean.verified_split import VerifiedSplit
 from lightning_sgdclean.walk import RetraceOptions
 
 
@@ -300,7 +300,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if is_first and self.sample_losses is None:
             params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
             surroundings = surroundings_of(trainer, pl_module)
-            prove_split(pl_module, params, lambda mask: with_neighbours(cloned(batch), mask), micro, surroundings)
+            VerifiedSplit(pl_module, params, surroundings).prove(micro, batch)
 
     def _names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
         positions = positions if isinstance(positions, list | None) else [positions]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.errors import UnsupportedOperationError
+from lightning_sgdclean.loss_functions import passed_on
 
 _SIGNATURES = {look: inspect.signature(look) for look in (nn.functional.embedding, nn.functional.embedding_bag)}
 _REASONS = {
@@ -42,4 +43,4 @@ class RefusedLookups(TorchFunctionMode):
                         f"The {func.__name__} of {self._names.get(id(options['weight']), 'a tensor')!r} with "
                         f"{option}={options[option]} {reason}. Use it without {option}."
                     )
-        return func(*args, **kwargs)
+        return passed_on(func, args, kwargs)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sgdclean.apart import SamplesApart
 from lightning_sgdclean.errors import LossSplitError
 from lightning_sgdclean.lookups import RefusedLookups
-from lightning_sgdclean.running_stats import BatchStatistic, FixedStatistics, RunningStatistics
-from lightning_sgdclean.weighting import SampleWeights
+from lightning_sgdclean.running_stats import BatchStatistic, RunningStatistics
+from lightning_sgdclean.weighting import Plan, SampleWeights, Term
 
 SampleLosses = Callable[[Any, Any], Tensor]
 
@@ -126,11 +127,11 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
 
 @dataclass
 class Evaluated:
-    """One training loss with its graph; running statistics that it moved, and read; loss calls not split."""
+    """One training loss with its graph; running statistics that it moved, and read; loss calls that were seen."""
 
     loss: Tensor
     updates: list[BatchStatistic]
-    unsplit: list[str]
+    terms: list[Term]
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -142,6 +143,8 @@ def training_loss(
     surroundings: Surroundings,
     sample_losses: SampleLosses | None = None,
     samples_apart: bool = False,
+    plan: Plan | None = None,
+    references: dict[int, Tensor] | None = None,
 ) -> Evaluated:
     """The loss of ``training_step`` as a function of parameters and sample weights.
 
@@ -152,19 +155,22 @@ def training_loss(
         weights: ``(B,)``, all one.
         surroundings: What stands for the Trainer.
         sample_losses: The user's own ``(module, batch) -> (B,)`` instead of ``training_step``.
-        samples_apart: Whether BatchNorm is to use fixed statistics, so that no sample feels another.
+        samples_apart: Whether BatchNorm and dropout are to be fixed, so that no sample feels another.
+        plan: Which rows of which loss call belong to which sample.
+        references: As :class:`lightning_sgdclean.weighting.SampleWeights`.
 
     Raises:
         LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
     """
-    norms, weighing = FixedStatistics() if samples_apart else RunningStatistics(module), SampleWeights(weights)
+    norms = SamplesApart() if samples_apart else RunningStatistics(module)
+    weighing = SampleWeights(weights, plan, references)
     with eagerly(), logging_to(module, _ignore), surroundings.train_context(), norms, RefusedLookups(module):
         if sample_losses is not None:
             loss = _mean_of(sample_losses(module, batch), weights)
         else:
             with weighing:
                 loss = _loss_of_step(module, batch, batch_idx)
-    return Evaluated(loss, norms.updates, weighing.unsplit, norms.leaves)
+    return Evaluated(loss, norms.updates, weighing.terms, norms.leaves)
 
 
 def plain_training_loss(module: Any, batch: Any, batch_idx: int, surroundings: Surroundings) -> Tensor:

@@ -14,6 +14,7 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,10 +30,10 @@ from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
 from lightning_sgdclean.running_stats import BatchStatistic, pull_back_updates
-from lightning_sgdclean.split import unit_weights
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, States, Step
 from lightning_sgdclean.updates import Group
 from lightning_sgdclean.walk import Adjoint, Walk
+from lightning_sgdclean.weighting import Plan, unit_weights
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
 
@@ -198,6 +199,8 @@ class _MicroStep:
         self._batch = walk.batch_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
         self._buffers: dict[str, Tensor] | None = None
+        self._plan: Plan | None = None
+        self._references: dict[str, dict[int, Tensor]] = {}
 
     def open(
         self, params: list[nn.Parameter], engine: Engine, surroundings: Surroundings, needs_gradient: bool = False
@@ -209,10 +212,24 @@ class _MicroStep:
 
     def statistics(self, params: list[nn.Parameter]) -> list[BatchStatistic]:
         """Its updates of running statistics, with their graph."""
-        return self._evaluate(self._walk.surroundings, unit_weights(len(self.micro.ids), params)).updates
+        return self._loss(self._walk.surroundings, unit_weights(len(self.micro.ids), params), None).updates
 
     def _evaluate(self, surroundings: Surroundings, weights: Tensor) -> Evaluated:
         """The loss as it was differentiated: divided by the number of accumulated micro-batches, and scaled."""
+        split = self._walk.split
+        evaluate = partial(self._loss, surroundings, weights)
+        if split is None or self._plan is not None:
+            evaluated = evaluate(self._plan)
+        else:
+            with torch.enable_grad():
+                micro = replace(self.micro, random=self._random)
+                self._plan, evaluated = split.plan_for(evaluate, micro, self._batch)
+        evaluated.loss = evaluated.loss / self._step.divisor
+        if surroundings is self._walk.surroundings and self.micro.scale != 1.0:
+            evaluated.loss = evaluated.loss * self.micro.scale
+        return evaluated
+
+    def _loss(self, surroundings: Surroundings, weights: Tensor, plan: Plan | None) -> Evaluated:
         walk = self._walk
         is_own = surroundings is walk.surroundings
         live = dict(walk.module.named_buffers())
@@ -230,11 +247,10 @@ class _MicroStep:
             weights,
             surroundings,
             walk.sample_losses,
+            plan=plan,
+            references=self._references.setdefault(surroundings.precision, {}),
         )
         walk.restore_attributes()
-        evaluated.loss = evaluated.loss / self._step.divisor
-        if is_own and self.micro.scale != 1.0:
-            evaluated.loss = evaluated.loss * self.micro.scale
         return evaluated
 
 

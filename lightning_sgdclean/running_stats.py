@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.errors import UnsupportedOperationError
+from lightning_sgdclean.loss_functions import passed_on
 
 _SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
 
@@ -48,7 +49,7 @@ class RunningStatistics(TorchFunctionMode):
         """Pass everything on but norms over buffers of the module."""
         kwargs = kwargs or {}
         if func not in _SIGNATURES:
-            return func(*args, **kwargs)
+            return passed_on(func, args, kwargs)
         options = _options(func, args, kwargs)
         mean_name = self._names.get(id(options["running_mean"]))
         var_name = self._names.get(id(options["running_var"]))
@@ -92,29 +93,6 @@ class RunningStatistics(TorchFunctionMode):
         if name not in self.leaves:
             self.leaves[name] = buffer.detach().clone().requires_grad_()
         return self.leaves[name]
-
-
-class FixedStatistics(TorchFunctionMode):
-    """Lets ``batch_norm`` normalise by nothing where it would by the batch, so that no sample feels another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.updates: list[BatchStatistic] = []
-        self.leaves: dict[str, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Pass everything on but ``batch_norm`` over the batch's own statistics."""
-        kwargs = kwargs or {}
-        if func is not nn.functional.batch_norm:
-            return func(*args, **kwargs)
-        options = _options(func, args, kwargs)
-        if options["training"]:
-            num = options["input"].shape[1]
-            zeros = options["input"].new_zeros(num)
-            options |= {"training": False, "running_mean": zeros, "running_var": zeros + 1}
-        return func(**options)
 
 
 def _options(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

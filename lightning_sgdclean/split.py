@@ -1,147 +1,278 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove on one batch that the loss splits by sample, and which sample owns which part of it.
+"""Prove on one batch that the loss splits by sample, and which sample owns which row of it.
 
-Sums cannot tell swapped rows apart, so samples are replaced by others, group by group, and the parts
-of the loss that move are held against those that ought to.
+Sums cannot tell swapped rows apart, so samples are replaced by others, group by group: a row that moves
+with exactly the groups of one sample is that sample's. Then all rows are cut off from the gradient;
+what is left of it must not depend on the samples.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import LossSplitError
-from lightning_sgdclean.precision import as_float32, widened
-from lightning_sgdclean.randomness import set_random_state, untouched_randomness
-from lightning_sgdclean.replay import Surroundings, training_loss, untouched_module
-from lightning_sgdclean.trajectory import MicroBatch
+from lightning_sgdclean.ownership import (
+    Layout,
+    candidate_layouts,
+    codes_of,
+    consistent_layouts,
+    owners_by,
+    replacement_masks,
+)
+from lightning_sgdclean.replay import Evaluated
+from lightning_sgdclean.variants import Variant
+from lightning_sgdclean.weighting import CallPlan, Plan, Term
 
-Parts = Callable[[Any], tuple[Tensor, Tensor, list[str]]]
-_ADVICE = (
+ADVICE = (
     "Give sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss, "
     'e.g. sample_losses=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none").'
 )
 
 
-def with_neighbours(batch: Any, replaced: Tensor) -> Any:
-    """The batch with each marked sample's row overwritten by that of the sample before it.
+@dataclass(frozen=True)
+class Probe:
+    """A training loss that can be asked again and again, at parameters where samples do differ.
 
-    Args:
-        batch: Nested dicts, lists and tuples; tensors and lists of ``B`` entries have a row a sample.
-        replaced: ``(B,)`` of bool.
-    """
-    num = len(replaced)
-    if isinstance(batch, Tensor):
-        if batch.ndim == 0 or batch.shape[0] != num:
-            return batch.clone()
-        mask = replaced.to(batch.device).view(-1, *[1] * (batch.ndim - 1))
-        return torch.where(mask, batch.roll(1, 0), batch)
-    if isinstance(batch, dict):
-        return {key: with_neighbours(value, replaced) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        if len(batch) == num and not any(isinstance(item, Tensor | dict | list | tuple) for item in batch):
-            items = [batch[i - 1] if replaced[i] else batch[i] for i in range(num)]
-        else:
-            items = [with_neighbours(item, replaced) for item in batch]
-        if hasattr(batch, "_fields"):
-            return type(batch)(*items)
-        return tuple(items) if isinstance(batch, tuple) else items
-    return batch
-
-
-def groups_of(num: int) -> list[Tensor]:
-    """Masks ``(B,)`` such that every sample is in at least one and no two are in the same ones."""
-    numbers = torch.arange(1, num + 1)
-    return [((numbers >> bit) & 1).bool() for bit in range(math.ceil(math.log2(num + 1)))]
-
-
-def check_split(parts: Parts, variant: Callable[[Tensor], Any], num: int) -> None:
-    """Check that part ``i`` of the loss moves with sample ``i`` and with no other.
-
-    Args:
-        parts: Batch -> (loss, parts ``(B,)``, loss calls not split); deterministic, samples not mixed
-            by BatchNorm or dropout (evaluation mode), at parameters where samples do differ.
+    Attributes:
+        evaluate: ``(batch, plan, weights)`` -> the loss with its graph; deterministic, samples not tied by BatchNorm.
         variant: Mask ``(B,)`` -> the batch with the marked samples replaced by others.
         num: ``B``.
+        params: The trained parameters.
+        tolerance: Relative difference that counts as none.
+    """
+
+    evaluate: Callable[[Any, Plan | None, Tensor], Evaluated]
+    variant: Variant
+    num: int
+    params: list[Any]
+    tolerance: float
+
+    def ask(self, replaced: Tensor | None = None, plan: Plan | None = None, weight: float = 1.0) -> Evaluated:
+        """Evaluate with these samples replaced and all weights alike."""
+        mask = torch.zeros(self.num, dtype=torch.bool) if replaced is None else replaced
+        batch = self.variant(mask)
+        weights = torch.full((self.num,), weight, device=self.params[0].device).requires_grad_()
+        weights = weights.double() if self.params[0].dtype is torch.float64 else weights
+        if replaced is None:
+            return self.evaluate(batch, plan, weights)
+        try:
+            return self.evaluate(batch, plan, weights)
+        except Exception as error:
+            raise LossSplitError(
+                f"training_step failed on a batch in which some samples were replaced by others, which was to show "
+                f"the owner of each row of the loss: {type(error).__name__}: {error}. {ADVICE}"
+            ) from error
+
+
+def prove_split(probe: Probe) -> Plan:
+    """Find the owner of every row of every loss call, and prove that nothing else depends on the samples.
 
     Raises:
-        LossSplitError: If a part moves with another sample, or if what is left of the loss besides
-            the parts depends on the samples.
+        LossSplitError: If a row moves with several samples, if no rule gives the rows' owners, if rows of
+            different samples are reduced together other than by a sum, or if what is left of the
+            gradient besides the rows depends on the samples.
     """
-    loss, base, unsplit = parts(variant(torch.zeros(num, dtype=torch.bool)))
-    rest = float(loss - base.sum())
-    scale = max(float(base.abs().max()), abs(float(loss)) / num, 1e-12)
-    tolerance = scale * (1e-9 if base.dtype is torch.float64 else 1e-4)
-    notes = f" ({'; '.join(dict.fromkeys(unsplit))})" if unsplit else ""
-    if num == 1 and abs(rest) > tolerance:  # there is no other sample to tell a regulariser by
+    base = probe.ask()
+    if probe.num == 1:  # there is no other sample to tell a penalty by
+        layouts = [frozenset([Layout(0, outer=1)])] * len(base.terms)
+    else:
+        layouts = [
+            _layouts_of(term, seen, probe.num) for term, seen in zip(base.terms, _seen(probe, base), strict=True)
+        ]
+    plan = tuple(CallPlan(term.call, found) for term, found in zip(base.terms, layouts, strict=True))
+    plan = _with_linearity(base, plan)
+    _prove_rest(probe, plan)
+    if not any(call.layouts for call in plan):
         raise LossSplitError(
-            f"The loss of a batch of one sample has a part that was not split{notes}, and whether it depends on the "
-            f"sample cannot be told from one. Train on batches of two or more. {_ADVICE}"
+            "No part of the training loss was found to depend on a sample: nothing moved when samples were replaced "
+            "by others of the batch, in tensors whose first or second dimension it is and in lists of as many entries. "
+            f"{ADVICE}"
         )
-    any_moved = num == 1
-    for mask in groups_of(num) if num > 1 else []:
-        loss, now, _ = parts(variant(mask))
-        moved = ((now - base).abs() > tolerance).cpu()
-        any_moved |= bool(moved.any())
-        if bool((moved & ~mask).any()):
-            wrong = int((moved & ~mask).nonzero()[0])
-            raise LossSplitError(
-                f"Row {wrong} of the loss depends on another sample than sample {wrong} of the batch: rows are "
-                f"swapped (sorted or transposed?) or mix samples{notes}. {_ADVICE}"
-            )
-        if abs(float(loss - now.sum()) - rest) > tolerance * math.sqrt(num):
-            raise LossSplitError(
-                f"A part of the training loss depends on the samples but was not split by sample{notes}. {_ADVICE}"
-            )
-    if not any_moved:
-        raise LossSplitError(f"No part of the training loss was found to depend on a sample{notes}. {_ADVICE}")
+    return plan
 
 
-def shake(params: list[nn.Parameter]) -> None:
-    """Move the parameters a little, so that samples differ even in a network that starts at zero."""
-    with torch.no_grad():
-        source = torch.Generator().manual_seed(0)
-        for param in params:
-            noise = torch.randn(param.shape, generator=source).to(param)
-            param.add_(noise, alpha=0.02 + 0.05 * float(param.detach().float().pow(2).mean().sqrt()))
+def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
+    """For every row of every call, the groups of samples that moved it, as bits."""
+    found = [torch.zeros(term.rows.shape, dtype=torch.long) for term in base.terms]
+    for number, mask in enumerate(replacement_masks(probe.num)):
+        terms = probe.ask(mask).terms
+        check_same_calls(base.terms, terms)
+        for bits, term, then in zip(found, terms, base.terms, strict=True):
+            bits.bitwise_or_(moved(term.rows, then.rows, probe.tolerance).long() << number)
+    return found
 
 
-def unit_weights(num: int, params: list[nn.Parameter]) -> Tensor:
-    """``(B,)`` of ones that require a gradient, in float64 for a float64 module and in float32 for all others."""
-    dtype = torch.float64 if params[0].dtype is torch.float64 else torch.float32
-    return torch.ones(num, dtype=dtype, device=params[0].device, requires_grad=True)
-
-
-def prove_split(
-    module: Any,
-    params: list[nn.Parameter],
-    variant: Callable[[Tensor], Any],
-    micro: MicroBatch,
-    surroundings: Surroundings,
-) -> None:
-    """:func:`check_split` on a batch of the user's training, leaving module and random state untouched.
+def check_same_calls(terms: list[Term], others: list[Term]) -> None:
+    """Check that two evaluations made the same loss calls over as many rows.
 
     Raises:
-        LossSplitError: As :func:`check_split`.
+        LossSplitError: If not.
     """
-    with (
-        untouched_randomness(surroundings.device),
-        untouched_module(module),
-        surroundings.as_stage("train"),
-        torch.enable_grad(),
-        widened(module, surroundings) as wide,
-    ):
+    one = [(term.call, term.rows.shape) for term in terms]
+    two = [(term.call, term.rows.shape) for term in others]
+    if one != two:
+        pairs = [(a, b) for a, b in zip(terms, others, strict=False) if a.rows.shape != b.rows.shape]
+        what = f"{len(terms)} loss calls on the batch, {len(others)} with samples replaced by others."
+        if pairs:
+            what = (
+                f"{pairs[0][0]}, and {tuple(pairs[0][1].rows.shape)} with some of them replaced by others. Rows picked "
+                "by a mask cannot be followed; ignore_index, or a weight of zero, can."
+            )
+        raise LossSplitError(f"Which losses are computed depends on the samples: {what} {ADVICE}")
 
-        def parts(batch: Any) -> tuple[Tensor, Tensor, list[str]]:
-            set_random_state(micro.random, surroundings.device)
-            weights = unit_weights(len(micro.ids), params)
-            content = batch if wide is surroundings else as_float32(batch)
-            evaluated = training_loss(module, content, micro.batch_idx, weights, wide, samples_apart=True)
-            return evaluated.loss.detach(), gradient([evaluated.loss], [weights])[0], evaluated.unsplit
 
-        module.eval()  # BatchNorm over the batch and dropout would tie the samples together
-        shake(params)
-        check_split(parts, variant, len(micro.ids))
+def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:
+    """Which entries differ by more than rounding, on the CPU."""
+    scale = float(before.nan_to_num(0, 0, 0).abs().max()) if before.numel() else 0.0
+    same = torch.isclose(rows, before, rtol=0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
+    return (~same).cpu()
+
+
+def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
+    if not bool(seen.any()):
+        return frozenset()
+    masks = replacement_masks(num)
+    codes = codes_of(masks)
+    foreign = (seen != 0) & ~torch.isin(seen, codes)
+    if bool(foreign.any()):
+        code = int(seen[foreign][0])
+        tied = [sample for sample in range(num) if int(codes[sample]) & ~code == 0]
+        raise LossSplitError(
+            f"A row of the loss depends on several samples of the batch (among them, by position, {tied[:3]}): "
+            f"{term}, and rows mix samples, as mixup or in-batch negatives do. A row can only count as the loss of one "
+            f"sample. If you mean it to, say which: {ADVICE}"
+        )
+    layouts = consistent_layouts(seen, codes)
+    if not layouts:
+        raise LossSplitError(_no_rule(term, seen, codes, num))
+    return layouts
+
+
+def _no_rule(term: Term, seen: Tensor, codes: Tensor, num: int) -> str:
+    if not candidate_layouts(seen.shape, num):
+        return f"{term}, which is no multiple of {num}: the rows' owners cannot be told on other batches. {ADVICE}"
+    index = tuple(int(i) for i in (seen != 0).nonzero()[0])
+    owner = int((codes == seen[index]).nonzero()[0])
+    return (
+        f"Row {index[0]} of the loss depends on another sample than its place says: {term}, and that row is sample "
+        f"{owner}'s; rows are swapped (sorted by length?). Keep the batch's order up to the loss, or: {ADVICE}"
+    )
+
+
+def check_ids(probe: Probe, plan: Plan) -> None:
+    """Check that each sample's rows move with the sample that was drawn in its place, and with no other.
+
+    Args:
+        probe: With samples replaced before they are collated; those of other batches, in a batch of one.
+        plan: Proved on the batch, after it was collated.
+
+    Raises:
+        LossSplitError: If not.
+    """
+    base = probe.ask(plan=plan)
+    for mask in replacement_masks(probe.num) if probe.num > 1 else torch.ones(1, 1, dtype=torch.bool):
+        terms = probe.ask(mask, plan).terms
+        check_same_calls(base.terms, terms)
+        for term, then in zip(terms, base.terms, strict=True):
+            moving = moved(term.sums(term.rows), then.sums(then.rows), probe.tolerance)
+            if bool((moving & ~mask).any()):
+                wrong = int((moving & ~mask).nonzero()[0])
+                raise LossSplitError(
+                    f"Row {wrong} of the loss depends on another sample than number {wrong} of those drawn: "
+                    "collating swapped samples (sorted by length?), or put one's data into another's row. Give "
+                    f"sample_ids=, a callable from a batch to the ids of its rows. Or: {ADVICE}"
+                )
+            if probe.num == 1 and not bool(moving.any()):
+                raise LossSplitError(
+                    f"{term}, which did not move with it: a penalty, it seems, which batches of one sample cannot tell "
+                    f"apart from the sample's loss. Train on batches of two or more. {ADVICE}"
+                )
+
+
+def calls_of(terms: list[Term]) -> tuple[Any, ...]:
+    """What was called, in order."""
+    return tuple(term.call for term in terms)
+
+
+def rest_of(evaluated: Evaluated) -> tuple[float, float]:
+    """What of a loss is left beside its samples' parts, and how much of it may be rounding."""
+    terms = [term for term in evaluated.terms if term.owners is not None and term.entering.requires_grad]
+    pulls = gradient([evaluated.loss], [term.entering for term in terms], retain_graph=True) if terms else []
+    products = [(pull * term.entering.detach()).double() for pull, term in zip(pulls, terms, strict=True)]
+    loss = float(evaluated.loss.detach())
+    size = abs(loss) + sum(float(product.abs().sum()) for product in products)
+    dtype = evaluated.loss.dtype if evaluated.loss.dtype.is_floating_point else torch.float32
+    return loss - sum(float(product.sum()) for product in products), 1e3 * torch.finfo(dtype).eps * size
+
+
+def _with_linearity(base: Evaluated, plan: Plan) -> Plan:
+    """Note which calls the loss is not linear in; their rows must not meet those of other samples."""
+    entering = [term.entering for term in base.terms]
+    pulls = _pulls(base.loss, entering)
+    source = torch.Generator().manual_seed(0)
+    anywhere = [torch.rand(rows.shape, generator=source).to(rows) for rows in entering]
+    bent = [bool((found != 0).any()) for found in _interactions(pulls, entering, anywhere)]
+    if not any(bent):
+        return plan
+    owners = [owners_by(call.layouts, term.rows.shape, term.num) for call, term in zip(plan, base.terms, strict=True)]
+    for mask in replacement_masks(base.terms[0].num):
+        inside = [
+            torch.zeros_like(rows, dtype=torch.bool) if own is None else mask[own].to(rows.device).expand(rows.shape)
+            for rows, own in zip(entering, owners, strict=True)
+        ]
+        found = _interactions(pulls, entering, [part * way for part, way in zip(inside, anywhere, strict=True)])
+        for reach, part, own, term in zip(found, inside, owners, base.terms, strict=True):
+            if own is not None and bool((reach[~part] != 0).any()):
+                raise LossSplitError(
+                    f"{term}, and they are reduced together other than by a sum, so that how much one sample's "
+                    f"loss counts depends on the others' (a root, a logarithm or a softmax over the batch). {ADVICE}"
+                )
+    return tuple(
+        CallPlan(call.call, call.layouts, call.is_linear and not is_bent)
+        for call, is_bent in zip(plan, bent, strict=True)
+    )
+
+
+def _pulls(loss: Tensor, entering: list[Tensor]) -> list[Tensor]:
+    """Derivatives of the loss by the rows that enter it, with their graph."""
+    reached = [rows for rows in entering if rows.requires_grad]
+    found = iter(gradient([loss], reached, create_graph=True, retain_graph=True) if reached else [])
+    return [next(found) if rows.requires_grad else torch.zeros_like(rows) for rows in entering]
+
+
+def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """Second derivatives of the loss by the rows, along ``directions``."""
+    reached = [rows for rows in entering if rows.requires_grad]
+    found = iter(gradient(pulls, reached, directions, retain_graph=True) if reached else [])
+    return [next(found) if rows.requires_grad else torch.zeros_like(rows) for rows in entering]
+
+
+def _prove_rest(probe: Probe, plan: Plan) -> None:
+    """What is left of the gradient without the samples' rows must not depend on the samples."""
+    whole = _length(gradient([probe.ask(plan=plan).loss], probe.params))
+    half = torch.arange(probe.num) % 2 == 0
+    rest = [gradient([probe.ask(plan=plan, weight=0.0).loss], probe.params)]
+    if probe.num > 1:
+        rest += [gradient([probe.ask(m, plan, weight=0.0).loss], probe.params) for m in (half, ~half)]
+    scale = probe.tolerance * max(whole, _length(rest[0]))
+    if probe.num == 1 and not _length(rest[0]) <= scale:
+        raise LossSplitError(
+            "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
+            f"sample cannot be told from one. Train on batches of two or more. {ADVICE}"
+        )
+    for other in rest[1:]:
+        if not _length([a - b for a, b in zip(rest[0], other, strict=True)]) <= scale:
+            calls = ", ".join(call.call[0] for call in plan if call.layouts) or "none"
+            raise LossSplitError(
+                f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
+                f"Terms written by hand, or compiled by torch.jit, are not seen. {ADVICE}"
+            )
+
+
+def _length(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.detach().double().pow(2).sum()) for tensor in tensors))

@@ -20,6 +20,7 @@ from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
 from lightning_sgdclean.trajectory import Step
 from lightning_sgdclean.updates import Update
+from lightning_sgdclean.verified_split import VerifiedSplit
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Walk:
         update: The optimizer's rule.
         fidelity: What the replay is held against.
         sample_losses: The user's own split of the loss.
+        split: The split that was found, where the user gives none.
         widens: Whether derivatives of a run in 16 bits are taken in float32.
     """
 
@@ -67,6 +69,7 @@ class Walk:
     update: Update
     fidelity: Fidelity
     sample_losses: SampleLosses | None = None
+    split: VerifiedSplit | None = None
     widens: bool = False
 
     def pulling(self) -> AbstractContextManager[Surroundings]:
@@ -100,6 +103,7 @@ def walk_of(
         update=update_of(optimizer),
         fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
         sample_losses=options.sample_losses,
+        split=None if options.sample_losses else VerifiedSplit(module, list(params.values()), surroundings),
         widens=_widens(options.retrace_precision, surroundings, module),
     )
 

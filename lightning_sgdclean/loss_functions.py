@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's loss functions taken apart: the losses before reduction, the value after it, and the divisor between."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CLASS_LOSSES = (functional.cross_entropy, functional.nll_loss)
+_LOSSES = (
+    *_CLASS_LOSSES,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.kl_div,
+    functional.gaussian_nll_loss,
+    functional.poisson_nll_loss,
+    functional.soft_margin_loss,
+    functional.multi_margin_loss,
+    functional.multilabel_margin_loss,
+    functional.multilabel_soft_margin_loss,
+    functional.hinge_embedding_loss,
+    functional.margin_ranking_loss,
+    functional.cosine_embedding_loss,
+    functional.triplet_margin_loss,
+    functional.triplet_margin_with_distance_loss,
+    functional.ctc_loss,
+)
+SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {loss: inspect.signature(loss) for loss in _LOSSES}
+
+
+def rows_of(func: Callable[..., Any], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    """A loss call, taken apart.
+
+    Args:
+        func: One of torch's losses.
+        options: Its arguments by name, without the long deprecated ones.
+
+    Returns:
+        The losses before reduction, with their graph; the call's own value without graph, None where it
+        does not reduce; and what the losses are divided by before they are summed.
+    """
+    divisor: Tensor | int = 1
+    if func is functional.cross_entropy and _is_plain(options):
+        # The log-probabilities are made once for rows and value: with large vocabularies they are what costs.
+        logits = options["input"]
+        if torch.is_autocast_enabled(logits.device.type):
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits  # as the loss would
+        log_probabilities = logits.log_softmax(min(1, logits.ndim - 1))
+        options = {k: v for k, v in options.items() if k != "label_smoothing"} | {"input": log_probabilities}
+        func = functional.nll_loss
+    reduction = options["reduction"]
+    if func is functional.l1_loss:
+        weight = options.pop("weight", None)
+        if weight is not None:
+            return _weighted_l1(options, weight)
+    rows = func(**{**options, "reduction": "none"})
+    if reduction == "none":
+        return rows, None, divisor
+    with torch.no_grad():
+        value = func(**options)
+    return rows, value, 1 if reduction == "sum" else _divisor(func, options, rows)
+
+
+def _weighted_l1(options: dict[str, Any], weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    rows = (options["input"] - options["target"]).abs() * weight
+    if options["reduction"] == "none":
+        return rows, None, 1
+    divisor = weight.sum() if options["reduction"] == "mean" else 1
+    return rows, rows.detach().sum() / divisor, divisor
+
+
+def lost_weight() -> Tensor | None:
+    """The ``weight=`` of the ``l1_loss`` being called, which torch (seen in 2.13) does not pass on to a mode."""
+    code = functional.l1_loss.__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("weight")
+
+
+def passed_on(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function from within a mode, with the argument that torch loses on the way there."""
+    weight = lost_weight() if func is functional.l1_loss else None
+    if weight is None:
+        return func(*args, **kwargs)
+    options = SIGNATURES[func].bind(*args, **kwargs)
+    options.apply_defaults()
+    rows, value, _ = _weighted_l1(options.arguments, weight)
+    if value is None:
+        return rows
+    return rows.sum() / weight.sum() if options.arguments["reduction"] == "mean" else rows.sum()
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    return not options["target"].is_floating_point() and options["label_smoothing"] == 0
+
+
+def _divisor(func: Callable[..., Any], options: dict[str, Any], rows: Tensor) -> Tensor | int:
+    if options["reduction"] == "batchmean":
+        return int(options["input"].shape[0]) if options["input"].ndim else 1
+    if func is functional.mse_loss and options.get("weight") is not None:
+        total: Tensor = options["weight"].sum()
+        return total
+    if func is functional.ctc_loss:
+        lengths = torch.as_tensor(options["target_lengths"], device=rows.device).clamp(min=1).to(rows.dtype)
+        return lengths * max(1, rows.numel())
+    target = options["target"] if func in _CLASS_LOSSES else None
+    if target is None or target.is_floating_point():
+        return rows.numel()
+    counted = target != options["ignore_index"]
+    if options["weight"] is None:
+        return int(counted.sum())
+    class_weights: Tensor = options["weight"]
+    return torch.where(counted, class_weights[target.clamp(min=0)], 0).sum()

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split of the loss over a whole run: proved on one batch, held against all others, proved anew at need."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.precision import as_float32, widened
+from lightning_sgdclean.randomness import set_random_state, untouched_randomness
+from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss, untouched_module
+from lightning_sgdclean.split import ADVICE, Probe, calls_of, check_ids, check_same_calls, moved, prove_split, rest_of
+from lightning_sgdclean.trajectory import MicroBatch
+from lightning_sgdclean.variants import Variant, neighbour_variant, tensor_shapes
+from lightning_sgdclean.weighting import CallPlan, Plan
+
+_RECHECK_EVERY = 8  # batches; those of a new shape, and all where a penalty stands beside the loss, besides
+
+
+class VerifiedSplit:
+    """Who owns which row of the loss, in every batch that is retraced.
+
+    A batch must make the loss calls of a proved one, over rows that the same rules give owners, and the
+    parts must add up to the loss. Beyond that, batches of a new shape and every eighth one have half of their
+    samples replaced, to see that only the rows of those move. What does not fit is proved anew, or refused.
+
+    Args:
+        module: The LightningModule.
+        params: The trained parameters.
+        surroundings: What stands for the Trainer.
+    """
+
+    def __init__(self, module: Any, params: list[nn.Parameter], surroundings: Surroundings) -> None:
+        self._module, self._params, self._surroundings = module, params, surroundings
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._with_rest: set[tuple[Any, ...]] = set()
+        self._latest: Plan | None = None
+        self._shapes: set[tuple[Any, ...]] = set()
+        self._num_batches = 0
+
+    def plan_for(
+        self, evaluate: Callable[[Plan | None], Evaluated], micro: MicroBatch, batch: Any
+    ) -> tuple[Plan, Evaluated]:
+        """Evaluate a batch with its samples' weights where they belong.
+
+        Args:
+            evaluate: The batch's loss, with its graph, under a plan.
+            micro: The batch's record; its random state is used.
+            batch: As ``training_step`` gets it.
+
+        Raises:
+            LossSplitError: If the loss of this batch cannot be split by sample.
+        """
+        if self._is_due(batch) and not self._recheck(micro, batch):
+            self._prove(micro, neighbour_variant(batch))
+        plan = self._latest
+        assert plan is not None
+        evaluated = evaluate(plan)
+        if self._fits(evaluated, plan):
+            return plan, evaluated
+        plan = self._prove(micro, neighbour_variant(batch))
+        evaluated = evaluate(plan)
+        if not self._fits(evaluated, plan):
+            raise LossSplitError(
+                f"The loss of batch {micro.batch_idx} of epoch {micro.epoch} does not add up: its samples' parts "
+                f"miss a part of it that was not there when they were proved. {ADVICE}"
+            )
+        return plan, evaluated
+
+    def prove(self, micro: MicroBatch, batch: Any) -> None:
+        """Prove the split on a batch, for the batches like it.
+
+        Raises:
+            LossSplitError: As :func:`lightning_sgdclean.split.prove_split`.
+        """
+        self._prove(micro, neighbour_variant(batch))
+
+    def prove_ids(self, micro: MicroBatch, batch: Any, variant: Variant) -> None:
+        """Prove on a batch that rows move with the ids whose samples are replaced before collating.
+
+        Raises:
+            LossSplitError: If they move with others, or the split itself cannot be proved.
+        """
+        plan = self._prove(micro, neighbour_variant(batch))
+        with self._probing(micro, variant) as probe:
+            check_ids(probe, plan)
+
+    def _is_due(self, batch: Any) -> bool:
+        shapes = tuple(tensor_shapes(batch))
+        is_new, self._num_batches = shapes not in self._shapes, self._num_batches + 1
+        self._shapes.add(shapes)
+        has_rest = self._latest is not None and _key(self._latest) in self._with_rest
+        return is_new or has_rest or self._num_batches % _RECHECK_EVERY == 0
+
+    def _recheck(self, micro: MicroBatch, batch: Any) -> bool:
+        """Replace half of the samples: do their rows move, and only theirs, and nothing else of the loss?"""
+        num, plan = len(micro.ids), self._latest
+        if plan is None:
+            return False
+        mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
+        with self._probing(micro, neighbour_variant(batch)) as probe:
+            base = probe.ask(plan=plan)
+            if not _is_planned(base, plan):
+                return False
+            if num == 1:
+                return True
+            other = probe.ask(mask, plan)
+            check_same_calls(base.terms, other.terms)
+            for term, then in zip(other.terms, base.terms, strict=True):
+                inside = torch.zeros(()) if then.owners is None else mask[then.owners.cpu()]
+                if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
+                    return False
+            if not all(call.is_linear for call in plan):
+                return _key(plan) not in self._with_rest
+            (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
+            return abs(rest - rest_then) <= slack
+
+    def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
+        if not _is_planned(evaluated, plan):
+            return False
+        if _key(plan) in self._with_rest or not all(call.is_linear for call in plan):
+            return True
+        rest, slack = rest_of(evaluated)
+        return abs(rest) <= slack
+
+    def _prove(self, micro: MicroBatch, variant: Variant) -> Plan:
+        with self._probing(micro, variant) as probe:
+            plan = self._keep(prove_split(probe), len(micro.ids))
+            if all(call.is_linear for call in plan):
+                rest, slack = rest_of(probe.ask(plan=plan))
+                has_rest = abs(rest) > slack
+            else:
+                has_rest = True
+            if has_rest:
+                self._with_rest.add(_key(plan))
+            self._latest = plan
+            return plan
+
+    def _keep(self, plan: Plan, num: int) -> Plan:
+        """Join what a batch shows with what those before it did; both must hold."""
+        key = _key(plan)
+        before = self._plans.get(key)
+        if before is not None and num > 1:
+            joined = [
+                replace(now, layouts=now.layouts & then.layouts, is_linear=now.is_linear and then.is_linear)
+                for now, then in zip(plan, before, strict=True)
+            ]
+            for now, then, both in zip(plan, before, joined, strict=True):
+                if (now.layouts or then.layouts) and not both.layouts:
+                    raise LossSplitError(
+                        f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule "
+                        f"that could be seen. {ADVICE}"
+                    )
+            plan = tuple(joined)
+        self._plans[key] = plan
+        return plan
+
+    @contextmanager
+    def _probing(self, micro: MicroBatch, variant: Variant) -> Iterator[Probe]:
+        module, surroundings = self._module, self._surroundings
+        with (
+            untouched_randomness(surroundings.device),
+            untouched_module(module) as restore,
+            surroundings.as_stage("train"),
+            torch.enable_grad(),
+            widened(module, surroundings) as wide,
+        ):
+            shake(self._params)
+            buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+            def evaluate(batch: Any, plan: Plan | None, weights: Tensor) -> Evaluated:
+                with torch.no_grad():
+                    for buffer, content in buffers:
+                        buffer.copy_(content)
+                set_random_state(micro.random, surroundings.device)
+                batch = batch if wide is surroundings else as_float32(batch)
+                evaluated = training_loss(module, batch, micro.batch_idx, weights, wide, samples_apart=True, plan=plan)
+                restore()
+                return evaluated
+
+            tolerance = 1e-11 if self._params[0].dtype is torch.float64 else 1e-5
+            yield Probe(evaluate, variant, len(micro.ids), self._params, tolerance)
+
+
+def _key(plan: Plan) -> tuple[Any, ...]:
+    return tuple(call.call for call in plan)
+
+
+def _is_planned(evaluated: Evaluated, plan: Plan) -> bool:
+    """Whether the calls are those of the plan, and have the owners that it promises."""
+    if calls_of(evaluated.terms) != _key(plan):
+        return False
+    pairs: list[tuple[CallPlan, Any]] = list(zip(plan, evaluated.terms, strict=True))
+    return all(term.owners is not None for call, term in pairs if call.layouts)
+
+
+def shake(params: list[nn.Parameter]) -> None:
+    """Move the parameters a little, so that samples differ even in a network that starts at zero."""
+    with torch.no_grad():
+        source = torch.Generator().manual_seed(0)
+        for param in params:
+            noise = torch.randn(param.shape, generator=source).to(param)
+            param.add_(noise, alpha=0.02 + 0.05 * float(param.detach().float().pow(2).mean().sqrt()))

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns which row: rules found by replacing samples, held against every batch, and refused where there are none."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from cases import TRAIN, Case, Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.ownership import Layout, codes_of, consistent_layouts, owners_by, replacement_masks
+from lightning_sgdclean.variants import of_one_shape, with_neighbours
+from reference import assert_influence_is_the_derivative
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 32, 64, 70, 71, 1000])
+def test_what_moves_with_several_samples_is_never_taken_for_another_samples(num):
+    codes = codes_of(replacement_masks(num)).tolist()
+    assert len(set(codes)) == num
+    pairs = codes[:40]
+    assert all(a | b not in codes for a in pairs for b in pairs if a != b)
+    assert len(replacement_masks(num)) <= 2 + 1.3 * num.bit_length()
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "owners"),
+    [
+        (Layout(0, outer=1), (4,), [0, 1, 2, 3]),
+        (Layout(0, outer=1), (8,), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (Layout(0, inner=1), (8,), [0, 1, 2, 3, 0, 1, 2, 3]),
+        (Layout(1, outer=1), (3, 4), [0, 1, 2, 3]),
+        (Layout(0, outer=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
+        (Layout(0, inner=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
+    ],
+)
+def test_rule_of_the_owners_is_found_and_holds_for_other_lengths(layout, shape, owners):
+    codes = codes_of(replacement_masks(4))
+    view = [-1 if dim == layout.dim else 1 for dim in range(len(shape))]
+    seen = codes[torch.tensor(owners)].view(view).expand(shape).clone()
+    found = consistent_layouts(seen, codes)
+    assert layout in found
+    assert owners_by(found, shape, 4).flatten().tolist() == owners
+    seen.view(-1)[0] = 0  # a row that did not move, as in padding, speaks for no one
+    assert layout in consistent_layouts(seen, codes)
+
+
+def test_rules_that_part_ways_on_another_length_give_no_owner():
+    codes = codes_of(replacement_masks(3))
+    found = consistent_layouts(codes.clone(), codes)
+    assert owners_by(found, (3,), 3).tolist() == [0, 1, 2]
+    assert owners_by(found, (6,), 3) is None
+    assert owners_by(found, (5,), 3) is None
+
+
+def test_neighbours_take_the_place_of_samples_in_nested_batches():
+    mask = torch.tensor([True, False, True])
+    batch = {
+        "x": torch.arange(6).view(3, 2),
+        "time first": torch.arange(6).view(2, 3),
+        "names": ["a", "b", "c"],
+        "sequences": [torch.arange(2), torch.arange(4), torch.arange(1)],
+        "other": torch.arange(4),
+        "pair": (torch.arange(3), 1.5),
+    }
+    changed = with_neighbours(batch, mask)
+    assert changed["x"].tolist() == [[4, 5], [2, 3], [2, 3]]
+    assert changed["time first"].tolist() == [[2, 1, 1], [5, 4, 4]]
+    assert changed["names"] == ["c", "b", "b"]
+    assert [len(sequence) for sequence in changed["sequences"]] == [1, 4, 4]
+    assert changed["other"].tolist() == [0, 1, 2, 3]
+    assert changed["pair"][0].tolist() == [2, 1, 1]
+    assert batch["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_variants_before_collating_keep_the_padded_length():
+    items = [torch.arange(length) for length in (2, 5, 3, 1)]
+
+    def variant(replaced):
+        chosen = [items[i - 1] if replaced[i] else items[i] for i in range(4)]
+        return nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1)
+
+    shaped = of_one_shape(variant, 4)
+    for mask in replacement_masks(4):
+        assert shaped(mask).shape == (4, 5)
+    assert shaped(torch.tensor([True, False, True, False]))[0].tolist() == [0, -1, -1, -1, -1]
+
+
+def refused(match, step, trainer=None, train=None, module=None, **options):
+    made = Plain() if module is None else module
+    made.training_step = step.__get__(made)
+    running = quiet_trainer([SGDInfluence("val_loss", epochs="all", **options)], **(trainer or {}))
+    with pytest.raises(LossSplitError, match=f"(?s){match}.*sample_losses="):
+        running.fit(made, loaders()[0] if train is None else train, loaders()[1])
+    return running
+
+
+def log_of_mean(self, batch, batch_idx):
+    return F.mse_loss(self.net(batch[0]), batch[0][:, :3]).sqrt()
+
+
+def soft_maximum(self, batch, batch_idx):
+    return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none").logsumexp(0)
+
+
+def scripted(self, batch, batch_idx):
+    return SCRIPTED(self.net(batch[0]), batch[1]) + 0.1 * F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def _scripted(logits: torch.Tensor, labels: torch.Tensor):
+    return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch means to part with it; users' old losses will not
+    SCRIPTED = torch.jit.script(_scripted)
+
+
+def mixup(self, batch, batch_idx):
+    part = 0.3
+    x = part * batch[0] + (1 - part) * batch[0].flip(0)
+    out = self.net(x)
+    return part * F.cross_entropy(out, batch[1]) + (1 - part) * F.cross_entropy(out, batch[1].flip(0))
+
+
+def mixup_in_training_only(self, batch, batch_idx):
+    return mixup(self, batch, batch_idx) if self.training else F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def contrastive(self, batch, batch_idx):
+    one, two = self.net(batch[0]), self.net(-batch[0])
+    return F.cross_entropy(one @ two.T, torch.arange(len(one)))
+
+
+def picked(self, batch, batch_idx):
+    kept = batch[0][:, 0] > -0.5
+    return F.cross_entropy(self.net(batch[0])[kept], batch[1][kept])
+
+
+def sorted_inside(self, batch, batch_idx):
+    order = batch[0][:, 0].argsort()
+    return F.cross_entropy(self.net(batch[0][order]), batch[1][order])
+
+
+def attended(self, batch, batch_idx):
+    h = batch[0]
+    h = h + (h @ h.T).softmax(1) @ h
+    return F.cross_entropy(self.net(h), batch[1])
+
+
+def activations(self, batch, batch_idx):
+    out = self.net(batch[0])
+    return F.cross_entropy(out, batch[1]) + 1e-3 * out.pow(2).mean()
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (log_of_mean, "reduced together other than by a sum"),
+        (soft_maximum, "reduced together other than by a sum"),
+        (scripted, "compiled by torch.jit"),
+        (mixup, "depends on several samples"),
+        (mixup_in_training_only, "depends on several samples"),
+        (contrastive, "depends on several samples.*in-batch negatives"),
+        (picked, "no multiple|Rows picked by a mask"),
+        (sorted_inside, "swapped|several"),
+        (attended, "depends on several samples"),
+        (activations, "depends on the samples but was not split"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_the_first_step(step, match):
+    assert refused(match, step).global_step == 0
+
+
+def later_by_hand(self, batch, batch_idx):
+    if self.global_step < 6:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+    return _scripted(self.net(batch[0]), batch[1])
+
+
+def later_more(self, batch, batch_idx):
+    loss = F.cross_entropy(self.net(batch[0]), batch[1])
+    return loss + 0.1 * self.net(batch[0]).pow(2).mean() if self.global_step >= 6 else loss
+
+
+def later_more_beside_a_penalty(self, batch, batch_idx):
+    return later_more(self, batch, batch_idx) + 0.01 * sum(p.pow(2).sum() for p in self.parameters())
+
+
+def later_filtered(self, batch, batch_idx):
+    num = len(batch[0]) - (self.global_step >= 6)
+    return F.cross_entropy(self.net(batch[0])[:num], batch[1][:num])
+
+
+def later_swapped(self, batch, batch_idx):
+    loss = F.cross_entropy(self.net(batch[0]), batch[1])
+    if self.global_step < 3:
+        return loss
+    order = torch.arange(len(batch[0])).flip(0)
+    return F.cross_entropy(self.net(batch[0][order]), batch[1][order])
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (later_by_hand, "was not split"),
+        (later_more, "was not split"),
+        (later_more_beside_a_penalty, "was not split"),
+        (later_filtered, "no multiple"),
+        (later_swapped, "swapped"),
+    ],
+)
+def test_later_batches_whose_loss_is_another_are_refused_rather_than_scored_by_halves(step, match):
+    assert refused(match, step).global_step == 15
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([TRAIN[i] for i in range(10)])
+
+
+def test_ids_of_another_number_than_the_rows_of_a_later_batch_are_refused():
+    def ids(batch):
+        return [0, 1, 2, 3] if 9 in batch[2] else batch[2].tolist()
+
+    refused("", Plain.training_step, train=DataLoader(Stream(), batch_size=5), sample_ids=ids)
+
+
+def test_penalty_by_a_loss_function_is_refused_in_batches_of_one_sample():
+    def step(self, batch, batch_idx):
+        bias = self.net[4].bias
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + F.mse_loss(bias, torch.zeros_like(bias))
+
+    refused("a penalty, it seems", step, train=DataLoader(TRAIN, batch_size=1))
+
+
+class Contrastive(Plain):
+    """Every sample is the others' negative, and stays it whatever its own weight."""
+
+    def anchors(self, batch):
+        one, two = self.net(batch[0]), self.net(-batch[0])
+        return F.cross_entropy(one @ two.T, torch.arange(len(one)), reduction="none")
+
+    def training_step(self, batch, batch_idx):
+        rows = self.anchors(batch)
+        return rows.mean() if self.sample_weights is None else (rows * self.sample_weights[batch[-1]]).mean()
+
+
+def test_contrastive_rows_count_as_their_anchors_where_sample_losses_say_so():
+    case = Case("contrastive", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, make=Contrastive)
+    assert_influence_is_the_derivative(case, sample_losses=Contrastive.anchors)
