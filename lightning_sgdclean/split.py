@@ -7,8 +7,6 @@ what is left of it must not depend on the samples.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,49 +22,9 @@ from lightning_sgdclean.ownership import (
     owners_by,
     replacement_masks,
 )
+from lightning_sgdclean.probe import ADVICE, Probe, moved
 from lightning_sgdclean.replay import Evaluated
-from lightning_sgdclean.variants import Variant
 from lightning_sgdclean.weighting import CallPlan, Plan, Term
-
-ADVICE = (
-    "Give sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss, "
-    'e.g. sample_losses=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none").'
-)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A training loss that can be asked again and again, at parameters where samples do differ.
-
-    Attributes:
-        evaluate: ``(batch, plan, weights)`` -> the loss with its graph; deterministic, samples not tied by BatchNorm.
-        variant: Mask ``(B,)`` -> the batch with the marked samples replaced by others.
-        num: ``B``.
-        params: The trained parameters.
-        tolerance: Relative difference that counts as none.
-    """
-
-    evaluate: Callable[[Any, Plan | None, Tensor], Evaluated]
-    variant: Variant
-    num: int
-    params: list[Any]
-    tolerance: float
-
-    def ask(self, replaced: Tensor | None = None, plan: Plan | None = None, weight: float = 1.0) -> Evaluated:
-        """Evaluate with these samples replaced and all weights alike."""
-        mask = torch.zeros(self.num, dtype=torch.bool) if replaced is None else replaced
-        batch = self.variant(mask)
-        weights = torch.full((self.num,), weight, device=self.params[0].device).requires_grad_()
-        weights = weights.double() if self.params[0].dtype is torch.float64 else weights
-        if replaced is None:
-            return self.evaluate(batch, plan, weights)
-        try:
-            return self.evaluate(batch, plan, weights)
-        except Exception as error:
-            raise LossSplitError(
-                f"training_step failed on a batch in which some samples were replaced by others, which was to show "
-                f"the owner of each row of the loss: {type(error).__name__}: {error}. {ADVICE}"
-            ) from error
 
 
 def prove_split(probe: Probe) -> Plan:
@@ -98,39 +56,15 @@ def prove_split(probe: Probe) -> Plan:
 
 def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
     """For every row of every call, the groups of samples that moved it, as bits."""
-    found = [torch.zeros(term.rows.shape, dtype=torch.long) for term in base.terms]
-    for number, mask in enumerate(replacement_masks(probe.num)):
-        terms = probe.ask(mask).terms
-        check_same_calls(base.terms, terms)
-        for bits, term, then in zip(found, terms, base.terms, strict=True):
-            bits.bitwise_or_(moved(term.rows, then.rows, probe.tolerance).long() << number)
+    fixed = None
+    while fixed is None or not torch.equal(fixed, probe.fixed):  # what is fixed must be so in all groups
+        fixed = probe.fixed.clone()
+        found = [torch.zeros(term.rows.shape, dtype=torch.long) for term in base.terms]
+        for number, mask in enumerate(replacement_masks(probe.num)):
+            _, other = probe.ask_alike(mask, base)
+            for bits, term, then in zip(found, other.terms, base.terms, strict=True):
+                bits.bitwise_or_(moved(term.rows, then.rows, probe.tolerance).long() << number)
     return found
-
-
-def check_same_calls(terms: list[Term], others: list[Term]) -> None:
-    """Check that two evaluations made the same loss calls over as many rows.
-
-    Raises:
-        LossSplitError: If not.
-    """
-    one = [(term.call, term.rows.shape) for term in terms]
-    two = [(term.call, term.rows.shape) for term in others]
-    if one != two:
-        pairs = [(a, b) for a, b in zip(terms, others, strict=False) if a.rows.shape != b.rows.shape]
-        what = f"{len(terms)} loss calls on the batch, {len(others)} with samples replaced by others."
-        if pairs:
-            what = (
-                f"{pairs[0][0]}, and {tuple(pairs[0][1].rows.shape)} with some of them replaced by others. Rows picked "
-                "by a mask cannot be followed; ignore_index, or a weight of zero, can."
-            )
-        raise LossSplitError(f"Which losses are computed depends on the samples: {what} {ADVICE}")
-
-
-def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:
-    """Which entries differ by more than rounding, on the CPU."""
-    scale = float(before.nan_to_num(0, 0, 0).abs().max()) if before.numel() else 0.0
-    same = torch.isclose(rows, before, rtol=0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
-    return (~same).cpu()
 
 
 def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
@@ -175,10 +109,12 @@ def check_ids(probe: Probe, plan: Plan) -> None:
         LossSplitError: If not.
     """
     base = probe.ask(plan=plan)
-    for mask in replacement_masks(probe.num) if probe.num > 1 else torch.ones(1, 1, dtype=torch.bool):
-        terms = probe.ask(mask, plan).terms
-        check_same_calls(base.terms, terms)
-        for term, then in zip(terms, base.terms, strict=True):
+    for group in replacement_masks(probe.num) if probe.num > 1 else torch.ones(1, 1, dtype=torch.bool):
+        if probe.num > 1:
+            mask, other = probe.ask_alike(group, base, plan)
+        else:
+            mask, other = group, probe.ask(group, plan)  # sums need not be of rows of one shape
+        for term, then in zip(other.terms, base.terms, strict=probe.num > 1):
             moving = moved(term.sums(term.rows), then.sums(then.rows), probe.tolerance)
             if bool((moving & ~mask).any()):
                 wrong = int((moving & ~mask).nonzero()[0])
@@ -192,11 +128,6 @@ def check_ids(probe: Probe, plan: Plan) -> None:
                     f"{term}, which did not move with it: a penalty, it seems, which batches of one sample cannot tell "
                     f"apart from the sample's loss. Train on batches of two or more. {ADVICE}"
                 )
-
-
-def calls_of(terms: list[Term]) -> tuple[Any, ...]:
-    """What was called, in order."""
-    return tuple(term.call for term in terms)
 
 
 def rest_of(evaluated: Evaluated) -> tuple[float, float]:
@@ -254,11 +185,11 @@ def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[
 
 def _prove_rest(probe: Probe, plan: Plan) -> None:
     """What is left of the gradient without the samples' rows must not depend on the samples."""
-    whole = _length(gradient([probe.ask(plan=plan).loss], probe.params))
-    half = torch.arange(probe.num) % 2 == 0
-    rest = [gradient([probe.ask(plan=plan, weight=0.0).loss], probe.params)]
-    if probe.num > 1:
-        rest += [gradient([probe.ask(m, plan, weight=0.0).loss], probe.params) for m in (half, ~half)]
+    base = probe.ask(plan=plan)
+    whole = _length(gradient([base.loss], probe.params))
+    some = torch.arange(probe.num) % 2 == 0
+    masks = [probe.ask_alike(mask, base, plan)[0] for mask in (some, ~some)] if probe.num > 1 else []
+    rest = [gradient([probe.ask(mask, plan, weight=0.0).loss], probe.params) for mask in [None, *masks]]
     scale = probe.tolerance * max(whole, _length(rest[0]))
     if probe.num == 1 and not _length(rest[0]) <= scale:
         raise LossSplitError(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.errors import LossSplitError
 from lightning_sgdclean.precision import as_float32, widened
+from lightning_sgdclean.probe import ADVICE, Probe, calls_of, moved
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss, untouched_module
-from lightning_sgdclean.split import ADVICE, Probe, calls_of, check_ids, check_same_calls, moved, prove_split, rest_of
+from lightning_sgdclean.split import check_ids, prove_split, rest_of
 from lightning_sgdclean.trajectory import MicroBatch
 from lightning_sgdclean.variants import Variant, neighbour_variant, tensor_shapes
 from lightning_sgdclean.weighting import CallPlan, Plan
@@ -108,8 +109,7 @@ class VerifiedSplit:
                 return False
             if num == 1:
                 return True
-            other = probe.ask(mask, plan)
-            check_same_calls(base.terms, other.terms)
+            mask, other = probe.ask_alike(mask, base, plan)
             for term, then in zip(other.terms, base.terms, strict=True):
                 inside = torch.zeros(()) if then.owners is None else mask[then.owners.cpu()]
                 if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
