@@ -124,7 +124,7 @@ class Slow(Plain):
 
 
 def test_training_that_ran_out_of_time_within_an_epoch_is_that_of_as_many_steps():
-    callback = ranked(Case("max_time", MOMENTUM, {"max_time": timedelta(seconds=0.25), "max_epochs": 99}, make=Slow))
+    callback = ranked(Case("max_time", MOMENTUM, {"max_time": timedelta(seconds=0.6), "max_epochs": 99}, make=Slow))
     num_steps = callback.summary["window"]["num_steps"]
     assert 1 < num_steps < 25
     same = ranked(Case("as many steps", MOMENTUM, {"max_steps": num_steps, "max_epochs": 99}))
