@@ -12,11 +12,6 @@ from lightning_sgdclean.replay import Evaluated
 from lightning_sgdclean.variants import Variant
 from lightning_sgdclean.weighting import Plan, Term
 
-ADVICE = (
-    "Give sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss, "
-    'e.g. sample_losses=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none").'
-)
-
 
 class Probe:
     """A training loss at parameters where samples do differ.
@@ -63,7 +58,7 @@ class Probe:
                 raise
             raise LossSplitError(
                 f"training_step failed on a batch in which some samples were replaced by others, which was to show "
-                f"the owner of each row of the loss: {type(error).__name__}: {error}. {ADVICE}"
+                f"the owner of each row of the loss: {type(error).__name__}: {error}."
             ) from error
 
     def ask_alike(self, replaced: Tensor, base: Evaluated, plan: Plan | None = None) -> tuple[Tensor, Evaluated]:
@@ -109,7 +104,7 @@ class Probe:
                 f"{unlike[0]}, and {tuple(unlike[1].rows.shape)} with some of them replaced by others. Rows picked "
                 "by a mask cannot be followed; ignore_index, or a weight of zero, can."
             )
-        return f"Which losses are computed depends on the samples: {what} {ADVICE}"
+        return f"Which losses are computed depends on the samples: {what}"
 
 
 def calls_of(terms: list[Term]) -> tuple[Any, ...]:

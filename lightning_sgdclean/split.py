@@ -22,7 +22,7 @@ from lightning_sgdclean.ownership import (
     owners_by,
     replacement_masks,
 )
-from lightning_sgdclean.probe import ADVICE, Probe, moved
+from lightning_sgdclean.probe import Probe, moved
 from lightning_sgdclean.replay import Evaluated
 from lightning_sgdclean.weighting import CallPlan, Plan, Term
 
@@ -49,7 +49,6 @@ def prove_split(probe: Probe) -> Plan:
         raise LossSplitError(
             "No part of the training loss was found to depend on a sample: nothing moved when samples were replaced "
             "by others of the batch, in tensors whose first or second dimension it is and in lists of as many entries. "
-            f"{ADVICE}"
         )
     return plan
 
@@ -79,7 +78,7 @@ def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
         raise LossSplitError(
             f"A row of the loss depends on several samples of the batch (among them, by position, {tied[:3]}): "
             f"{term}, and rows mix samples, as mixup or in-batch negatives do. A row can only count as the loss of one "
-            f"sample. If you mean it to, say which: {ADVICE}"
+            f"sample. If you mean it to, say which:"
         )
     layouts = consistent_layouts(seen, codes)
     if not layouts:
@@ -89,12 +88,12 @@ def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
 
 def _no_rule(term: Term, seen: Tensor, codes: Tensor, num: int) -> str:
     if not candidate_layouts(seen.shape, num):
-        return f"{term}, which is no multiple of {num}: the rows' owners cannot be told on other batches. {ADVICE}"
+        return f"{term}, which is no multiple of {num}: the rows' owners cannot be told on other batches."
     index = tuple(int(i) for i in (seen != 0).nonzero()[0])
     owner = int((codes == seen[index]).nonzero()[0])
     return (
         f"Row {index[0]} of the loss depends on another sample than its place says: {term}, and that row is sample "
-        f"{owner}'s; rows are swapped (sorted by length?). Keep the batch's order up to the loss, or: {ADVICE}"
+        f"{owner}'s; rows are swapped (sorted by length?). Keep the batch's order up to the loss."
     )
 
 
@@ -121,12 +120,12 @@ def check_ids(probe: Probe, plan: Plan) -> None:
                 raise LossSplitError(
                     f"Row {wrong} of the loss depends on another sample than number {wrong} of those drawn: "
                     "collating swapped samples (sorted by length?), or put one's data into another's row. Give "
-                    f"sample_ids=, a callable from a batch to the ids of its rows. Or: {ADVICE}"
+                    f"sample_ids=, a callable from a batch to the ids of its rows."
                 )
             if probe.num == 1 and not bool(moving.any()):
                 raise LossSplitError(
                     f"{term}, which did not move with it: a penalty, it seems, which batches of one sample cannot tell "
-                    f"apart from the sample's loss. Train on batches of two or more. {ADVICE}"
+                    f"apart from the sample's loss. Train on batches of two or more."
                 )
 
 
@@ -161,7 +160,7 @@ def _with_linearity(base: Evaluated, plan: Plan) -> Plan:
             if own is not None and bool((reach[~part] != 0).any()):
                 raise LossSplitError(
                     f"{term}, and they are reduced together other than by a sum, so that how much one sample's "
-                    f"loss counts depends on the others' (a root, a logarithm or a softmax over the batch). {ADVICE}"
+                    f"loss counts depends on the others' (a root, a logarithm or a softmax over the batch)."
                 )
     return tuple(
         CallPlan(call.call, call.layouts, call.is_linear and not is_bent)
@@ -185,24 +184,31 @@ def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[
 
 def _prove_rest(probe: Probe, plan: Plan) -> None:
     """What is left of the gradient without the samples' rows must not depend on the samples."""
-    base = probe.ask(plan=plan)
-    whole = _length(gradient([base.loss], probe.params))
     some = torch.arange(probe.num) % 2 == 0
+    base = probe.ask(plan=plan)
     masks = [probe.ask_alike(mask, base, plan)[0] for mask in (some, ~some)] if probe.num > 1 else []
-    rest = [gradient([probe.ask(mask, plan, weight=0.0).loss], probe.params) for mask in [None, *masks]]
-    scale = probe.tolerance * max(whole, _length(rest[0]))
-    if probe.num == 1 and not _length(rest[0]) <= scale:
+    if not rest_depends_on_samples(probe, plan, masks):
+        return
+    if probe.num == 1:
         raise LossSplitError(
             "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
-            f"sample cannot be told from one. Train on batches of two or more. {ADVICE}"
+            "sample cannot be told from one. Train on batches of two or more."
         )
-    for other in rest[1:]:
-        if not _length([a - b for a, b in zip(rest[0], other, strict=True)]) <= scale:
-            calls = ", ".join(call.call[0] for call in plan if call.layouts) or "none"
-            raise LossSplitError(
-                f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
-                f"Terms written by hand, or compiled by torch.jit, are not seen. {ADVICE}"
-            )
+    calls = ", ".join(call.call[0] for call in plan if call.layouts) or "none"
+    raise LossSplitError(
+        f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
+        "Terms written by hand, or compiled by torch.jit, are not seen."
+    )
+
+
+def rest_depends_on_samples(probe: Probe, plan: Plan, masks: list[Tensor]) -> bool:
+    """Whether the gradient without the samples' rows changes as these samples are replaced; in a batch of one, is."""
+    whole = _length(gradient([probe.ask(plan=plan).loss], probe.params))
+    rest, *others = (gradient([probe.ask(mask, plan, weight=0.0).loss], probe.params) for mask in [None, *masks])
+    scale = probe.tolerance * max(whole, _length(rest))
+    if probe.num == 1:
+        return not _length(rest) <= scale
+    return any(not _length([a - b for a, b in zip(rest, other, strict=True)]) <= scale for other in others)
 
 
 def _length(tensors: list[Tensor]) -> float:

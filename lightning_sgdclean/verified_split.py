@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sgdclean.advice import advice_for
 from lightning_sgdclean.errors import LossSplitError
 from lightning_sgdclean.precision import as_float32, widened
-from lightning_sgdclean.probe import ADVICE, Probe, calls_of, moved
+from lightning_sgdclean.probe import Probe, calls_of, moved
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss, untouched_module
-from lightning_sgdclean.split import check_ids, prove_split, rest_of
+from lightning_sgdclean.split import check_ids, prove_split, rest_depends_on_samples, rest_of
 from lightning_sgdclean.trajectory import MicroBatch
 from lightning_sgdclean.variants import Variant, neighbour_variant, tensor_shapes
 from lightning_sgdclean.weighting import CallPlan, Plan
@@ -56,21 +57,22 @@ class VerifiedSplit:
         Raises:
             LossSplitError: If the loss of this batch cannot be split by sample.
         """
-        if self._is_due(batch) and not self._recheck(micro, batch):
-            self._prove(micro, neighbour_variant(batch))
-        plan = self._latest
-        assert plan is not None
-        evaluated = evaluate(plan)
-        if self._fits(evaluated, plan):
+        with self._advised(batch, len(micro.ids)):
+            if self._is_due(batch) and not self._recheck(micro, batch):
+                self._prove(micro, batch)
+            plan = self._latest
+            assert plan is not None
+            evaluated = evaluate(plan)
+            if self._fits(evaluated, plan):
+                return plan, evaluated
+            plan = self._prove(micro, batch)
+            evaluated = evaluate(plan)
+            if not self._fits(evaluated, plan):
+                raise LossSplitError(
+                    f"The loss of batch {micro.batch_idx} of epoch {micro.epoch} does not add up: its samples' parts "
+                    "miss a part of it that was not there when they were proved."
+                )
             return plan, evaluated
-        plan = self._prove(micro, neighbour_variant(batch))
-        evaluated = evaluate(plan)
-        if not self._fits(evaluated, plan):
-            raise LossSplitError(
-                f"The loss of batch {micro.batch_idx} of epoch {micro.epoch} does not add up: its samples' parts "
-                f"miss a part of it that was not there when they were proved. {ADVICE}"
-            )
-        return plan, evaluated
 
     def prove(self, micro: MicroBatch, batch: Any) -> None:
         """Prove the split on a batch, for the batches like it.
@@ -78,7 +80,8 @@ class VerifiedSplit:
         Raises:
             LossSplitError: As :func:`lightning_sgdclean.split.prove_split`.
         """
-        self._prove(micro, neighbour_variant(batch))
+        with self._advised(batch, len(micro.ids)):
+            self._prove(micro, batch)
 
     def prove_ids(self, micro: MicroBatch, batch: Any, variant: Variant) -> None:
         """Prove on a batch that rows move with the ids whose samples are replaced before collating.
@@ -86,9 +89,10 @@ class VerifiedSplit:
         Raises:
             LossSplitError: If they move with others, or the split itself cannot be proved.
         """
-        plan = self._prove(micro, neighbour_variant(batch))
-        with self._probing(micro, variant) as probe:
-            check_ids(probe, plan)
+        with self._advised(batch, len(micro.ids)):
+            plan = self._prove(micro, batch)
+            with self._probing(micro, variant) as probe:
+                check_ids(probe, plan)
 
     def _is_due(self, batch: Any) -> bool:
         shapes = tuple(tensor_shapes(batch))
@@ -115,27 +119,24 @@ class VerifiedSplit:
                 if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
                     return False
             if not all(call.is_linear for call in plan):
-                return _key(plan) not in self._with_rest
+                return not rest_depends_on_samples(probe, plan, [mask])
             (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
             return abs(rest - rest_then) <= slack
 
     def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
         if not _is_planned(evaluated, plan):
             return False
-        if _key(plan) in self._with_rest or not all(call.is_linear for call in plan):
+        if _key(plan) in self._with_rest:
             return True
         rest, slack = rest_of(evaluated)
         return abs(rest) <= slack
 
-    def _prove(self, micro: MicroBatch, variant: Variant) -> Plan:
-        with self._probing(micro, variant) as probe:
+    def _prove(self, micro: MicroBatch, batch: Any) -> Plan:
+        with self._probing(micro, neighbour_variant(batch)) as probe:
             plan = self._keep(prove_split(probe), len(micro.ids))
-            if all(call.is_linear for call in plan):
-                rest, slack = rest_of(probe.ask(plan=plan))
-                has_rest = abs(rest) > slack
-            else:
-                has_rest = True
-            if has_rest:
+            rest, slack = rest_of(probe.ask(plan=plan))
+            # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
+            if abs(rest) > slack or not all(call.is_linear for call in plan):
                 self._with_rest.add(_key(plan))
             self._latest = plan
             return plan
@@ -153,11 +154,19 @@ class VerifiedSplit:
                 if (now.layouts or then.layouts) and not both.layouts:
                     raise LossSplitError(
                         f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule "
-                        f"that could be seen. {ADVICE}"
+                        f"that could be seen."
                     )
             plan = tuple(joined)
         self._plans[key] = plan
         return plan
+
+    @contextmanager
+    def _advised(self, batch: Any, num: int) -> Iterator[None]:
+        try:
+            yield
+        except LossSplitError as error:
+            text = f"{error} {advice_for(self._module, batch, num)}"
+            raise LossSplitError(text) from error
 
     @contextmanager
     def _probing(self, micro: MicroBatch, variant: Variant) -> Iterator[Probe]:

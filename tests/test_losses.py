@@ -340,3 +340,20 @@ def test_finite_agrees_with_exact_to_second_order_also_where_the_loss_bends_the_
     ]
     assert errors[1] < 0.05 * abs(exact).max()
     assert 3.0 < errors[0] / errors[1] < 5.0
+
+
+class ValidatedByL1(Plain):
+    """Torch drops the weight of ``l1_loss`` where functions are watched."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.l1(batch))
+
+    def l1(self, batch):
+        return F.l1_loss(self.net(batch[0]), target(batch[0]), weight=chance(batch[0]), reduction="sum")
+
+
+def test_an_objective_of_l1_with_weight_is_that_of_validation():
+    callback = ranked(Case("l1", {}, {"max_epochs": 1}, make=ValidatedByL1))
+    assert callback.summary["objective"]["recomputed"] == pytest.approx(
+        callback.summary["objective"]["logged"], rel=1e-9
+    )
