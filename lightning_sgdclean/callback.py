@@ -378,6 +378,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if not self._active or self._rehearsal is None or not self._rehearsal.is_due or self._failure is not None:
             return
         rehearsal, self._rehearsal = self._rehearsal, None
+        assert self._recorder is not None
+        self._recorder.check_constants()
         hooks = checks.gradient_hooks(trainer, pl_module)
         surroundings = surroundings_of(trainer, pl_module)
         assert self._writer is not None
@@ -455,6 +457,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             as_delivered=self._as_delivered,
         )
         try:
+            if self._recorder is not None:
+                self._recorder.check_constants()
             ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
         except SGDInfluenceError as error:
             error.add_note(f"The training is complete and untouched; its trajectory lies in {self.run_dir}.")

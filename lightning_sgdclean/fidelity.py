@@ -83,7 +83,8 @@ class Fidelity:
                     step,
                     f"loss {now!r} instead of {recorded!r}. Likely causes: parameters moved between the steps by "
                     "another callback, a batch changed in on_train_batch_start, a module that keeps state of its own "
-                    "(an attribute annealed in a hook), or randomness that was not torch's, NumPy's or Python's.",
+                    "(an attribute annealed in a hook), or randomness that was not torch's, NumPy's or Python's: a "
+                    "part compiled with dropout, unless torch._inductor.config.fallback_random is true.",
                 )
 
     def compare_buffers(self, step: Step, module: nn.Module, recorded: dict[str, Tensor]) -> None:

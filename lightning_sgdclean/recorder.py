@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sgdclean.constants import Constants
 from lightning_sgdclean.errors import UnsupportedTrainingError
 from lightning_sgdclean.store import TrajectoryWriter
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
@@ -77,6 +78,7 @@ class Recorder:
         self._module, self._optimizer, self._writer = module, optimizer, writer
         self._params = trained_parameters(module, optimizer)
         self._pending: list[MicroBatch] = []
+        self._constants: Constants | None = None
         self.num_steps = 0
         self.num_skipped = 0
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
@@ -94,7 +96,17 @@ class Recorder:
         """A batch is about to be trained on."""
         if self.num_steps == 0 and not self._pending:
             self._writer.begin(self.state())
+            self._constants = Constants(self._module, self._params)
         self._pending.append(micro)
+
+    def check_constants(self) -> None:
+        """Has nothing but the optimizer moved parameters?
+
+        Raises:
+            UnsupportedTrainingError: If one that is not trained moved since the first batch.
+        """
+        if self._constants is not None:
+            self._constants.check(self._module)
 
     def note_loss(self, loss: Tensor, scale: float) -> None:
         """The batch's loss, just before it is differentiated, and what a GradScaler had multiplied it by."""

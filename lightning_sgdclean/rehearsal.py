@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.curvature import gradient
+from lightning_sgdclean.errors import UnsupportedOperationError
 from lightning_sgdclean.forward import borrowed, live_state, load_all, repeat_step
-from lightning_sgdclean.precision import summable
-from lightning_sgdclean.randomness import untouched_randomness
-from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.retrace import retrace_step
+from lightning_sgdclean.precision import as_float32, summable, widened
+from lightning_sgdclean.randomness import set_random_state, untouched_randomness
+from lightning_sgdclean.replay import Surroundings, eagerly, plain_training_loss, untouched_module
+from lightning_sgdclean.retrace import load_state, retrace_step
 from lightning_sgdclean.states import compare
+from lightning_sgdclean.stop_gradients import dependence_on_stops
 from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
-from lightning_sgdclean.walk import Adjoint, RetraceOptions, walk_of
+from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, walk_of
 
 
 class Rehearsal:
@@ -91,12 +95,42 @@ class Rehearsal:
             )
             ones = {name: torch.ones_like(summable(param.detach())) for name, param in walk.params.items()}
             retrace_step(step, before, after, Adjoint(ones, {}, {}), walk, check_update=True)
+            _check_stops(step, before, walk)
             if forward:
                 with borrowed(optimizer) as own:
                     load_all(walk, own, before)
                     repeat_step(step, walk, own)
                     walk.fidelity.compare_segment([step], *compare(live_state(walk, own), after, before))
         return walk.fidelity.complaints
+
+
+def _check_stops(step: Step, before: State, walk: Walk) -> None:
+    """Does the gradient depend on values that the parameters move behind ``detach`` or ``no_grad``?"""
+    micro, content, params = step.micro[0], walk.batch_of(step, 0), list(walk.params.values())
+    with widened(walk.module, walk.surroundings) as surroundings:
+        if surroundings is not walk.surroundings:
+            content = as_float32(content)
+
+        def gradient_under(mode: TorchFunctionMode) -> list[Tensor]:
+            load_state(walk.module, walk.params, before)
+            set_random_state(walk.random_of(step, 0), surroundings.device)
+            surroundings.set_clock(micro.epoch, step.index)
+            with eagerly(), mode:
+                loss = plain_training_loss(walk.module, cloned(content), micro.batch_idx, surroundings)
+            walk.restore_attributes()
+            return gradient([loss], list(params))
+
+        moved = dependence_on_stops(gradient_under, params)
+    if moved:
+        text = (
+            "training_step stops gradients (detach, data, item or no_grad) at values that the parameters move, and the "
+            f"gradient depends on them: moved by a hundredth, they move it by {moved:.1e} of its length. How a "
+            "sample's effect travels through such values is not followed. Let the gradient through, or compute them "
+            "from what is not trained."
+        )
+        if walk.fidelity.on_mismatch == "raise":
+            raise UnsupportedOperationError(f'{text} on_mismatch="warn" leaves that part of the effect out.')
+        walk.fidelity.complaints.append(text)
 
 
 def _is_telling(step: Step) -> bool:

@@ -334,3 +334,24 @@ def test_buffer_that_moves_outside_of_the_window_and_a_counter_are_no_matter():
     callback = SGDInfluence("val_loss", epochs=1)
     quiet_trainer([callback]).fit(Codebook(99), *loaders())
     assert len(callback.ranking) == NUM_TRAIN
+
+
+class Averaged(Plain):
+    """Keeps an average of its weights as parameters of its own, from some step on."""
+
+    def __init__(self, from_step):
+        super().__init__()
+        self.average = nn.Linear(5, 8).requires_grad_(False)
+        self.from_step = from_step
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step > self.from_step:
+            self.average.weight.data.lerp_(self.net[0].weight.data, 0.1)
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.net.parameters())
+
+
+@pytest.mark.parametrize(("from_step", "num_steps"), [(0, 2), (5, 15)])
+def test_parameter_that_something_else_moves_is_refused_by_name(from_step, num_steps):
+    refused(UnsupportedTrainingError, "parameter 'average.weight' moved", Averaged(from_step), num_steps=num_steps)
