@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that people build of: central differences of whole fits, or a refusal that names what it cannot follow."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -355,3 +356,18 @@ class Averaged(Plain):
 @pytest.mark.parametrize(("from_step", "num_steps"), [(0, 2), (5, 15)])
 def test_parameter_that_something_else_moves_is_refused_by_name(from_step, num_steps):
     refused(UnsupportedTrainingError, "parameter 'average.weight' moved", Averaged(from_step), num_steps=num_steps)
+
+
+BY_NAME = {str(case): case for case in [*NORMS, *SEQUENCES]}
+
+
+@pytest.mark.parametrize(
+    "name", ["BatchNorm frozen from epoch 1", "InstanceNorm3d tracked", "LSTM", "attention causal"]
+)
+def test_finite_follows_it_to_second_order_in_its_radius(name):
+    assert_influence_is_the_derivative(BY_NAME[name], 1e-4, curvature="finite", finite_radius=3e-4)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm frozen from epoch 1", "InstanceNorm3d tracked", "BatchNorm cumulative"])
+def test_statistics_are_followed_over_accumulated_batches(name):
+    assert_influence_is_the_derivative(replace(BY_NAME[name], trainer={"accumulate_grad_batches": 2}))
