@@ -52,7 +52,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     A negative influence is harmful: the validation loss would be lower had training gone without
     the sample.
 
-    Followed: one of torch's SGD, Adam and AdamW with any options, groups and schedules, gradient
+    Followed: most of torch's optimizers with any options, groups and schedules, gradient
     accumulation and clipping, BatchNorm with its running statistics, dropout, any sampler. What
     cannot be followed is refused, before the first step where it can be known by then.
 

@@ -5,6 +5,7 @@ All are elementwise. The learning rate may be zero, the state absent (the first 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Adam(Update):
         """See the base class."""
         _, after = self._moments(param, grad, state, group)
         size, correction = _scales(state, group)
-        kept = 1 - group["lr"] * group["weight_decay"] if self._is_decoupled(group) else 1.0
+        kept = 1 - _rate(group) * group["weight_decay"] if self._is_decoupled(group) else 1.0
         second = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         moved = kept * param - size * after["exp_avg"] / (second.sqrt() / correction + group["eps"])
         return moved, {**state, **after, "step": next_step(state)}
@@ -91,7 +92,7 @@ class Adam(Update):
         before |= {"exp_avg": beta1 * first_bar, "exp_avg_sq": beta2 * second_bar}
         d_bar = (1 - beta1) * first_bar + 2 * (1 - beta2) * d * second_bar
         decay = group["weight_decay"]
-        lam = (1 - group["lr"] * decay) * adjoint if self._is_decoupled(group) else adjoint + decay * d_bar
+        lam = (1 - _rate(group) * decay) * adjoint if self._is_decoupled(group) else adjoint + decay * d_bar
         return uphill(d_bar, group), lam, {key: bar for key, bar in before.items() if key in state}
 
     def _is_decoupled(self, group: Group) -> bool:
@@ -112,8 +113,13 @@ class Adam(Update):
         return d, after
 
 
-def _scales(state: Entries, group: Group) -> tuple[float, float]:
+def _rate(group: Group) -> Any:
+    """The learning rate; where it is a tensor, torch rounds to its type, but in the fused kernels."""
+    return float(group["lr"]) if group.get("fused") else group["lr"]
+
+
+def _scales(state: Entries, group: Group) -> tuple[Any, float]:
     """Step size over the first correction, and the root of the second."""
     beta1, beta2 = group["betas"]
     number = float(next_step(state))
-    return group["lr"] / (1 - beta1**number), math.sqrt(1 - beta2**number)
+    return _rate(group) / (1 - beta1**number), math.sqrt(1 - beta2**number)

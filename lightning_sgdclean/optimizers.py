@@ -6,6 +6,8 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.closed_forms import SGD, Adam
 from lightning_sgdclean.errors import UnsupportedTrainingError
+from lightning_sgdclean.options import is_plain
+from lightning_sgdclean.registered import Forward, Function, Proved
 from lightning_sgdclean.torch_updates import ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop
 from lightning_sgdclean.updates import Update
 
@@ -21,6 +23,7 @@ _UPDATES: dict[type[Optimizer], Update] = {
     torch.optim.RAdam: RAdam(),
     torch.optim.RMSprop: RMSprop(),
 }
+_REGISTERED: dict[type[Optimizer], Update] = {}
 _REASONS = {
     "Rprop": "its step knows only the gradient's sign, so that no sample has an influence to first order",
     "LBFGS": "its step evaluates the loss as often as it needs to",
@@ -30,21 +33,36 @@ _REASONS = {
 }
 
 
+def register_update(optimizer_class: type[Optimizer], update: Update | Forward) -> None:
+    """Follow a class of optimizers that is not followed by itself; docs/optimizers.md has examples.
+
+    Every retrace holds the forward against the recorded steps, and the transpose against differences.
+
+    Args:
+        optimizer_class: The class; its subclasses are not meant.
+        update: Its step on one parameter: a function as :meth:`Update.forward` is one, or an :class:`Update` where the
+            step rounds, where more than the counter ``step`` is no function of gradients, or with a transpose of your
+            own.
+
+    Raises:
+        TypeError: If either is something else.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(f"optimizer_class must be a class derived from torch.optim.Optimizer, got {optimizer_class!r}.")
+    if not isinstance(update, Update) and (isinstance(update, type) or not callable(update)):
+        raise TypeError(f"update must be an Update or a function (param, grad, state, group), got {update!r}.")
+    _REGISTERED[optimizer_class] = update if isinstance(update, Update) else Function(update)
+
+
 def update_of(optimizer: Optimizer) -> Update:
     """The update of an optimizer.
 
     Raises:
-        UnsupportedTrainingError: If there is none for its class (a subclass may step differently), or if a parameter
-            is complex.
+        UnsupportedTrainingError: If there is none for its class (a subclass may step differently), if a parameter is
+            complex, or if a registered update might need an option that is not recorded.
     """
     kind = type(optimizer)
-    if kind not in _UPDATES:
-        reason = f": {_REASONS[kind.__name__]}" if _is_torchs(kind) and kind.__name__ in _REASONS else ""
-        known = ", ".join(known.__name__ for known in _UPDATES)
-        raise UnsupportedTrainingError(
-            f"The optimizer {kind.__module__}.{kind.__qualname__} cannot be followed backwards{reason}. Train with one "
-            f"of torch.optim's {known}."
-        )
+    name = f"{kind.__module__}.{kind.__qualname__}"
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             if param.is_complex():
@@ -52,6 +70,21 @@ def update_of(optimizer: Optimizer) -> Update:
                     f"Group {number} of the optimizer holds a complex parameter of shape {tuple(param.shape)}; only "
                     "real ones can be followed. Keep a real one and look at it through torch.view_as_complex."
                 )
+        strange = [key for key, value in group.items() if key != "params" and not is_plain(value)]
+        if strange and kind in _REGISTERED:
+            raise UnsupportedTrainingError(
+                f"The option {strange[0]!r} of {name} is a {type(group[strange[0]]).__name__}, which is not recorded: "
+                "only numbers, strings and tensors of one element are. Keep it outside param_groups."
+            )
+    if kind in _REGISTERED:
+        return Proved(_REGISTERED[kind], name)
+    if kind not in _UPDATES:
+        reason = f": {_REASONS[kind.__name__]}" if _is_torchs(kind) and kind.__name__ in _REASONS else ""
+        known = ", ".join(known.__name__ for known in _UPDATES)
+        raise UnsupportedTrainingError(
+            f"The optimizer {name} cannot be followed backwards{reason}. Train with one of torch.optim's {known}, or "
+            "write its step as a function and pass it to lightning_sgdclean.register_update."
+        )
     return _UPDATES[kind]
 
 

@@ -9,10 +9,9 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.constants import Constants
 from lightning_sgdclean.errors import UnsupportedTrainingError
+from lightning_sgdclean.options import is_plain, noted
 from lightning_sgdclean.store import TrajectoryWriter
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -39,22 +38,10 @@ def hyper_parameters(module: nn.Module, optimizer: Optimizer) -> list[dict[str, 
     """All plain options of all parameter groups as they stand now, with the names of the parameters."""
     names = {id(param): name for name, param in module.named_parameters()}
     return [
-        {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(value)}
+        {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
         | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
         for group in optimizer.param_groups
     ]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(_is_plain(v) for v in value))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer) -> State:

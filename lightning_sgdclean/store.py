@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Size, Tensor
 
 from lightning_sgdclean.errors import RunDirectoryError
+from lightning_sgdclean.options import packed, unpacked
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.schedule import is_snapshot
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
@@ -203,7 +204,7 @@ class TrajectoryWriter:
             "index": step.index,
             "epoch": step.epoch,
             "ends_epoch": step.ends_epoch,
-            "groups": step.groups,
+            "groups": packed(step.groups),
             "clip": step.clip,
             "divisor": step.divisor,
             "unused": step.unused,
@@ -274,6 +275,7 @@ class Trajectory:
         for row in json.loads(handle.metadata()["steps"]):
             index = row["index"]
             row["micro"] = [self._micro(handle, f"{index}/{i}", micro) for i, micro in enumerate(row["micro"])]
+            row["groups"] = unpacked(row["groups"])
             row["clip"] = tuple(row["clip"]) if row["clip"] else None
             self._files.append(segment["file"])
             self.steps.append(Step(**row))

@@ -62,14 +62,15 @@ class ASGD(Update):
     def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
         """See the base class."""
         step, lr, lambd = next_step(state), group["lr"], group["lambd"]
-        eta, mu = state.get("eta", torch.tensor(float(lr))), state.get("mu", torch.tensor(1.0))
+        one = torch.tensor(1.0)
+        eta, mu = state.get("eta", one * float(lr)), state.get("mu", one)
         d = uphill(grad, group) + group["weight_decay"] * param
         param = param * (1 - lambd * float(eta)) - float(eta) * d
         mean = state.get("ax", torch.zeros_like(param))
         mean = mean + float(mu) * (param - mean) if float(mu) != 1 else param
         return param, {
             "ax": mean,
-            "eta": torch.tensor(lr / (1 + lambd * lr * float(step)) ** group["alpha"], dtype=eta.dtype),
+            "eta": torch.as_tensor(lr / (1 + lambd * lr * float(step)) ** group["alpha"], dtype=eta.dtype),
             "mu": torch.tensor(1 / max(1, float(step) - group["t0"]), dtype=mu.dtype),
             "step": step,
         }
@@ -89,8 +90,8 @@ class NAdam(Update):
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((number + 1) * decay))
         product = state.get("mu_product", torch.tensor(1.0)) * mu
         so_far = float(product)
-        direction = (1 - mu) / (1 - so_far) * d + mu_next / (1 - so_far * mu_next) * first
-        moved = kept - lr * direction / (root(second / (1 - group["betas"][1] ** number)) + group["eps"])
+        direction = lr * (1 - mu) / (1 - so_far) * d + lr * mu_next / (1 - so_far * mu_next) * first
+        moved = kept - direction / (root(second / (1 - group["betas"][1] ** number)) + group["eps"])
         return moved, {"exp_avg": first, "exp_avg_sq": second, "mu_product": product, "step": step}
 
 

@@ -36,6 +36,10 @@ def adamw(params, **options):
     return torch.optim.AdamW(params, **{"lr": 0.02, "eps": 1e-4, "weight_decay": 0.1, **options})
 
 
+def warm_up(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 3, 1.0))  # starts at zero
+
+
 def perceptron(norm=False, dropout=0.0):
     return nn.Sequential(
         nn.Linear(5, 8, bias=not norm),
@@ -50,13 +54,21 @@ class Plain(pl.LightningModule):
     """An ordinary classifier. With ``sample_weights`` set it is its own weighted twin."""
 
     def __init__(
-        self, make_optimizer=sgd, options=None, norm=False, dropout=0.0, two_groups=False, warmup=False, net=None
+        self,
+        make_optimizer=sgd,
+        options=None,
+        norm=False,
+        dropout=0.0,
+        two_groups=False,
+        warmup=False,
+        net=None,
+        schedule=None,
     ):
         super().__init__()
         torch.manual_seed(3)
         self.net = perceptron(norm, dropout) if net is None else net()
         self.make_optimizer, self.options = make_optimizer, options or {}
-        self.two_groups, self.warmup = two_groups, warmup
+        self.two_groups, self.make_scheduler = two_groups, warm_up if warmup else schedule
         self.sample_weights = None
 
     def loss(self, batch, reduction="mean"):
@@ -82,10 +94,12 @@ class Plain(pl.LightningModule):
                 {"params": [p for part in self.net[1:] for p in part.parameters()], "weight_decay": 0.05},
             ]
         optimizer = self.make_optimizer(groups, **self.options)
-        if not self.warmup:
+        if self.make_scheduler is None:
             return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 3, 1.0))  # starts at zero
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
 
 
 @dataclass

@@ -95,7 +95,7 @@ def test_forward_is_the_step_that_torch_makes_and_returns_all_of_its_state(kind,
         torch.testing.assert_close(value, entries[key], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"lr": torch.full((), 0.1).double()}], ids=str)
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"lr": torch.tensor(0.1)}], ids=str)
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in OPTIONS}, key=str), ids=str)
 def test_forward_is_also_the_step_of_foreach_of_fused_and_of_a_tensor_learning_rate(kind, flags):
     if "fused" in flags and kind not in (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad):
@@ -105,7 +105,6 @@ def test_forward_is_also_the_step_of_foreach_of_fused_and_of_a_tensor_learning_r
     for num_before in (0, 3):
         update, param, grad, state, group = situation(kind, flags, num_before)
         truth, entries, _ = real_step(kind, flags, param, grad, state or None)
-        group = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
         now, after = update.forward(param, grad, state, group)
         torch.testing.assert_close(now, truth, rtol=1e-13, atol=1e-13)
         for key, value in after.items():
