@@ -233,6 +233,11 @@ def _prove_ids(
     Returns:
         Why that could not be found out, if it could not.
     """
+    assert walk.split is not None
+    several = ((step, i) for step in steps for i, micro in enumerate(step.micro) if len(micro.ids) > 1)
+    step, number = next(several, (steps[0], 0))  # a batch of one sample shows no order
+    micro = replace(step.micro[number], random=trajectory.random(step, number))
+    walk.split.prove(micro, walk.batch_of(step, number))
     before = replace(steps[0].micro[0], random=trajectory.random(steps[0], 0))
     if not isinstance(before.positions, list):  # a stream, or samples that are not batched
         return []
@@ -253,7 +258,6 @@ def _prove_ids(
     none = torch.zeros(len(before.ids), dtype=torch.bool)
     if not torch.equal(*(batch_digest(variant(none), len(none)) for _ in range(2))):
         return [f"{_NOT_PROVED} Collated twice from the same random state, the same samples give different batches."]
-    assert walk.split is not None
     walk.split.prove_ids(before, variant(none), of_one_shape(variant, len(none)))
     return []
 

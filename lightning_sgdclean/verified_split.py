@@ -40,6 +40,7 @@ class VerifiedSplit:
         self._module, self._params, self._surroundings = module, params, surroundings
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._with_rest: set[tuple[Any, ...]] = set()
+        self._of_one: set[tuple[Any, ...]] = set()  # proved on batches of one sample only, which have no order
         self._latest: Plan | None = None
         self._shapes: set[tuple[Any, ...]] = set()
         self._num_batches = 0
@@ -63,6 +64,10 @@ class VerifiedSplit:
             plan = self._latest
             assert plan is not None
             evaluated = evaluate(plan)
+            known = self._known(evaluated, len(micro.ids))
+            if known is not None and known is not plan:
+                self._latest = plan = known
+                evaluated = evaluate(plan)
             if self._fits(evaluated, plan):
                 return plan, evaluated
             plan = self._prove(micro, batch)
@@ -90,7 +95,10 @@ class VerifiedSplit:
             LossSplitError: If they move with others, or the split itself cannot be proved.
         """
         with self._advised(batch, len(micro.ids)):
-            plan = self._prove(micro, batch)
+            if not self._recheck(micro, batch):
+                self._prove(micro, batch)
+            plan = self._latest
+            assert plan is not None
             with self._probing(micro, variant) as probe:
                 check_ids(probe, plan)
 
@@ -109,6 +117,10 @@ class VerifiedSplit:
         mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
         with self._probing(micro, neighbour_variant(batch)) as probe:
             base = probe.ask(plan=plan)
+            plan = self._known(base, num)
+            if plan is None:
+                return False
+            self._latest, base = plan, probe.ask(plan=plan)
             if not _is_planned(base, plan):
                 return False
             if num == 1:
@@ -122,6 +134,11 @@ class VerifiedSplit:
                 return not rest_depends_on_samples(probe, plan, [mask])
             (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
             return abs(rest - rest_then) <= slack
+
+    def _known(self, evaluated: Evaluated, num: int) -> Plan | None:
+        """What was proved of batches that make the same loss calls."""
+        key = calls_of(evaluated.terms)
+        return None if num > 1 and key in self._of_one else self._plans.get(key)
 
     def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
         if not _is_planned(evaluated, plan):
@@ -145,18 +162,16 @@ class VerifiedSplit:
         """Join what a batch shows with what those before it did; both must hold."""
         key = _key(plan)
         before = self._plans.get(key)
-        if before is not None and num > 1:
-            joined = [
-                replace(now, layouts=now.layouts & then.layouts, is_linear=now.is_linear and then.is_linear)
-                for now, then in zip(plan, before, strict=True)
-            ]
-            for now, then, both in zip(plan, before, joined, strict=True):
-                if (now.layouts or then.layouts) and not both.layouts:
-                    raise LossSplitError(
-                        f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule "
-                        f"that could be seen."
-                    )
-            plan = tuple(joined)
+        if num == 1:
+            self._of_one |= set() if before else {key}
+            return self._plans.setdefault(key, plan)
+        if key in self._of_one and not all(call.layouts for call in plan):
+            raise LossSplitError(
+                "A loss call that depends on no sample, a penalty, it seems, counted as the sample's in a batch of one."
+            )
+        if before is not None and key not in self._of_one:
+            plan = tuple(_joined(now, then) for now, then in zip(plan, before, strict=True))
+        self._of_one.discard(key)
         self._plans[key] = plan
         return plan
 
@@ -197,6 +212,15 @@ class VerifiedSplit:
 
 def _key(plan: Plan) -> tuple[Any, ...]:
     return tuple(call.call for call in plan)
+
+
+def _joined(now: CallPlan, then: CallPlan) -> CallPlan:
+    layouts = now.layouts & then.layouts
+    if (now.layouts or then.layouts) and not layouts:
+        raise LossSplitError(
+            f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule that was seen."
+        )
+    return replace(now, layouts=layouts, is_linear=now.is_linear and then.is_linear)
 
 
 def _is_planned(evaluated: Evaluated, plan: Plan) -> bool:

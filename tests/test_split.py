@@ -252,3 +252,33 @@ class Contrastive(Plain):
 def test_contrastive_rows_count_as_their_anchors_where_sample_losses_say_so():
     case = Case("contrastive", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, make=Contrastive)
     assert_influence_is_the_derivative(case, sample_losses=Contrastive.anchors)
+
+
+class Counted(Plain):
+    calls = 0
+
+    def training_step(self, batch, batch_idx):
+        Counted.calls += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_verifying_every_batch_costs_less_than_half_an_evaluation_a_step():
+    counts = []
+    for num_epochs in (4, 24):
+        Counted.calls = 0
+        callback = SGDInfluence("val_loss", epochs="all")
+        train = DataLoader(TRAIN, batch_size=4, shuffle=True, drop_last=True)
+        quiet_trainer([callback], max_epochs=num_epochs).fit(Counted(), train, loaders()[1])
+        counts.append((Counted.calls, callback.summary["window"]["num_steps"]))
+    (few, short), (many, long) = counts
+    assert (many - few) / (long - short) < 2.5  # a step is run once to train and once to retrace
+
+
+def by_first_feature(items):
+    return torch.utils.data.default_collate(sorted(items, key=lambda item: float(item[0][0])))
+
+
+@pytest.mark.filterwarnings("ignore:Training batches are kept")  # by position a row holds now this sample, now that
+def test_batches_sorted_by_the_collate_function_are_followed_by_ids_read_from_them():
+    case = Case("sorted", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, {"collate_fn": by_first_feature})
+    assert_influence_is_the_derivative(case, sample_ids=lambda batch: batch[2].tolist())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from cases import Case, Plain, fit
+from cases import Case, Plain, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.errors import LossSplitError
 from reference import assert_influence_is_the_derivative, influences, ranked
@@ -214,3 +214,31 @@ def test_tokens_in_another_order_or_picked_by_a_mask_are_refused(plain, match):
     callback = SGDInfluence("val_loss")
     with pytest.raises(LossSplitError, match=f"({match}).*sample_losses="):
         fit(case("refused", plain), callback)
+
+
+class Stream(IterableDataset):
+    """Sequences that end in a batch of one, which is the first that is retraced."""
+
+    def __iter__(self):
+        return iter([TRAIN[i] for i in range(9)])
+
+
+@pytest.mark.parametrize("net", [Reader, Recurrent])
+def test_a_stream_that_ends_in_a_batch_of_one_is_followed_in_the_order_of_the_others(net):
+    def influence_of(plain, options):
+        callback = SGDInfluence("val_loss", epochs="all", **options)
+        torch.manual_seed(1)
+        module = Tokens(plain, net=net)
+        train = DataLoader(Stream(), batch_size=4)
+        quiet_trainer([callback], max_epochs=2).fit(module, train, DataLoader(VAL, batch_size=4))
+        return callback.ranking.influence[callback.ranking.sample_id.argsort()]
+
+    def ids(batch):
+        return batch[1].tolist()
+
+    def losses(module, batch):
+        tokens = module.trim(batch[0])
+        return module.rows(tokens).sum(1) * len(tokens)
+
+    found = influence_of(time_first if net is Reader else flattened, {"sample_ids": ids})
+    assert found == pytest.approx(influence_of(flattened, {"sample_ids": ids, "sample_losses": losses}), rel=1e-7)

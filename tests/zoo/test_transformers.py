@@ -107,3 +107,18 @@ def test_resnet_ranks_samples_as_leaving_each_out_in_place_does():
         found = influences(ranked(RESNET, curvature=curvature))
         assert kendalltau(found, truth).statistic > 0.65  # kinks of ReLU and max-pooling, 23 samples: .78 and .87
         assert spearmanr(found, truth).statistic > 0.8
+
+
+class OwnLoss(NextToken):
+    """Trains by what the model computes from ``labels=``, which it shifts and flattens itself."""
+
+    def training_step(self, batch, batch_idx):
+        if self.sample_weights is None:
+            return self.net.model(batch[0], labels=batch[0]).loss
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_loss_that_a_language_model_computes_itself_is_followed():
+    assert_influence_is_the_derivative(
+        Case("GPT-2", {"net": partial(Logits, gpt2), "make_optimizer": adam}, make=OwnLoss, **SENTENCES)
+    )
