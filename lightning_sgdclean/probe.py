@@ -2,6 +2,7 @@
 """A training loss that can be asked again and again, with some samples of its batch replaced by others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,6 +115,12 @@ def calls_of(terms: list[Term]) -> tuple[Any, ...]:
 
 def _shapes(evaluated: Evaluated) -> list[tuple[Any, ...]]:
     return [(term.call, term.rows.shape) for term in evaluated.terms]
+
+
+def without_graph(evaluated: Evaluated) -> Evaluated:
+    """The same, for comparison only; its graph can go."""
+    terms = [replace(term, entering=term.entering.detach()) for term in evaluated.terms]
+    return Evaluated(evaluated.loss.detach(), [], terms)
 
 
 def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:

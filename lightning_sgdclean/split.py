@@ -22,7 +22,7 @@ from lightning_sgdclean.ownership import (
     owners_by,
     replacement_masks,
 )
-from lightning_sgdclean.probe import Probe, moved
+from lightning_sgdclean.probe import Probe, moved, without_graph
 from lightning_sgdclean.replay import Evaluated
 from lightning_sgdclean.weighting import CallPlan, Plan, Term
 
@@ -35,7 +35,7 @@ def prove_split(probe: Probe) -> Plan:
             different samples are reduced together other than by a sum, or if what is left of the
             gradient besides the rows depends on the samples.
     """
-    base = probe.ask()
+    base = without_graph(probe.ask())
     if probe.num == 1:  # there is no other sample to tell a penalty by
         layouts = [frozenset([Layout(0, outer=1)])] * len(base.terms)
     else:
@@ -43,7 +43,7 @@ def prove_split(probe: Probe) -> Plan:
             _layouts_of(term, seen, probe.num) for term, seen in zip(base.terms, _seen(probe, base), strict=True)
         ]
     plan = tuple(CallPlan(term.call, found) for term, found in zip(base.terms, layouts, strict=True))
-    plan = _with_linearity(base, plan)
+    plan = _with_linearity(probe.ask(), plan)
     _prove_rest(probe, plan)
     if not any(call.layouts for call in plan):
         raise LossSplitError(
@@ -63,6 +63,7 @@ def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
             _, other = probe.ask_alike(mask, base)
             for bits, term, then in zip(found, other.terms, base.terms, strict=True):
                 bits.bitwise_or_(moved(term.rows, then.rows, probe.tolerance).long() << number)
+            del other  # its graph is as large as a training step's; one at a time
     return found
 
 
