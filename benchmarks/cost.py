@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgdclean import SGDInfluence, after_fit
-from lightning_sgdclean.store import Trajectory, TrajectoryWriter
+from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.writer import TrajectoryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cost_cpu.json"

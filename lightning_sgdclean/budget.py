@@ -1,14 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many steps a window will have, how many bytes a state, and what policy of snapshots that suggests."""
+"""Before the first step: what the trajectory will take, and the policy of snapshots that fits."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from lightning_sgdclean.schedule import interval_of
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
-_SMALL = 1 << 30  # bytes; snapshots of every step are kept where they are no more than that
+from lightning_sgdclean.errors import BudgetError
+from lightning_sgdclean.keeping import in_bytes
+from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_steps
+from lightning_sgdclean.trajectory import State
+
+_SMALL = 1 << 30  # bytes; "auto" keeps the state of every step where that takes no more
+_RECORD_BYTES = 16 << 10  # of a micro-batch besides kept batches: its random states, above all
+# One step of the walk backwards, in training steps; see docs/cost.md.
+_WALK_COST = {"exact": 2.7, "finite": 2.7, "none": 2.3}
 
 SnapshotPolicy = Literal["auto", "every", "sqrt"] | int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is known of a run before its first step.
+
+    Attributes:
+        num_steps: Optimizer steps that the window can have, or None if that cannot be known.
+        batches_a_step: Micro-batches of one.
+        state_bytes: Bytes of one state.
+        slots: States that fit in memory while retracing.
+        max_bytes: Bytes that the trajectory may take on disk.
+        curvature: The engine.
+    """
+
+    num_steps: int | None
+    batches_a_step: int
+    state_bytes: int
+    slots: int
+    max_bytes: float
+    curvature: str = "exact"
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all steps without their states."""
+        return (self.num_steps or 0) * self.batches_a_step * _RECORD_BYTES
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a policy takes.
+
+    Attributes:
+        interval: Steps from one snapshot to the next, or None for one that grows.
+        nbytes: Expected size of the trajectory, or None if that cannot be known.
+        text: The same in words, for people.
+    """
+
+    interval: int | None
+    nbytes: int | None
+    text: str
 
 
 def window_length(
@@ -31,11 +83,76 @@ def window_length(
     return int(num_steps) if math.isfinite(num_steps) else None
 
 
-def snapshot_interval(policy: SnapshotPolicy, num_steps: int | None, state_bytes: int) -> int | None:
-    """Steps from one snapshot to the next, or None for an interval that grows.
+def expected_state_bytes(state: State, optimizer: Optimizer) -> int:
+    """Bytes of a state once the optimizer has its own, found by one step of its class on small parameters."""
+    if state.optimizer:
+        return state.nbytes
+    copies = sum(tensor.nbytes for tensor in state.params.values()) * _entries_a_parameter(optimizer)
+    return state.nbytes + copies
 
-    ``"auto"`` keeps every state where all of them are small, since that saves repeating steps.
+
+def _entries_a_parameter(optimizer: Optimizer) -> int:
+    twin = nn.Parameter(torch.ones(2, 3))
+    twin.grad = torch.ones_like(twin)
+    group: dict[str, Any] = optimizer.param_groups[0] | {"params": [twin], "capturable": False, "fused": None}
+    model = type(optimizer)([group])  # type: ignore[call-arg]
+    model.step()
+    entries = model.state.get(twin, {}).values()
+    return sum(isinstance(entry, torch.Tensor) and entry.shape == twin.shape for entry in entries)
+
+
+def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
+    """Plan the snapshots.
+
+    ``"auto"`` keeps every state where that takes 1 GiB at most, since then no step is repeated; else one in the
+    square root of their number, or as many as fit.
+
+    Raises:
+        BudgetError: If the policy, or for ``"auto"`` any, takes more than there may be taken.
     """
-    if policy == "auto":
-        policy = "every" if num_steps is not None and num_steps * state_bytes <= _SMALL else "sqrt"
-    return interval_of(policy, num_steps)
+    if needs.num_steps is None:
+        return Budget(interval_of("sqrt" if policy == "auto" else policy, None), None, _unknown(needs))
+    candidates = _auto_intervals(needs.num_steps, needs) if policy == "auto" else [interval_of(policy, needs.num_steps)]
+    for interval in candidates:
+        nbytes = _nbytes(interval, needs)
+        if nbytes <= needs.max_bytes:
+            return Budget(interval, nbytes, _in_words(interval, nbytes, needs))
+    raise BudgetError(
+        f"The trajectory would take about {in_bytes(nbytes)} ({_counts(interval, needs)}), of "
+        f"{in_bytes(needs.max_bytes)} that it may take. Choose {'' if policy == 'auto' else 'fewer snapshots, '}"
+        "a shorter window (epochs=), another disk (dirpath=) or more bytes (max_bytes=)."
+    )
+
+
+def _auto_intervals(num_steps: int, needs: Needs) -> list[int | None]:
+    """From most snapshots to fewest."""
+    num_fitting = int(min(num_steps, (needs.max_bytes - needs.record_bytes) // max(1, needs.state_bytes)))
+    sparse = -(-num_steps // (num_fitting - 1)) if num_fitting >= 2 else max(1, num_steps)
+    dense: list[int | None] = [1] if num_steps * needs.state_bytes <= _SMALL else []
+    return [*dense, interval_of("sqrt", num_steps), sparse]
+
+
+def _nbytes(interval: int | None, needs: Needs) -> int:
+    return num_snapshots(needs.num_steps or 1, interval) * needs.state_bytes + needs.record_bytes
+
+
+def _counts(interval: int | None, needs: Needs) -> str:
+    count = num_snapshots(needs.num_steps or 1, interval)
+    return f"{count} snapshots of {in_bytes(needs.state_bytes)} and {in_bytes(needs.record_bytes)} of records"
+
+
+def _in_words(interval: int | None, nbytes: int, needs: Needs) -> str:
+    cost = _WALK_COST[needs.curvature]
+    if interval is not None and interval > 1:
+        cost += (repeated_steps(interval, needs.slots) + 1) / interval
+    return (
+        f"Trajectory: about {in_bytes(nbytes)} ({_counts(interval, needs)}). "
+        f"Retrace: about {cost:.1f} times the training of at most {needs.num_steps} steps."
+    )
+
+
+def _unknown(needs: Needs) -> str:
+    return (
+        f"Trajectory: snapshots of {in_bytes(needs.state_bytes)}, as many as the run turns out to need. "
+        f"Retrace: about {_WALK_COST[needs.curvature] + 1:.1f} times the training of the window."
+    )

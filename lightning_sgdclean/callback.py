@@ -21,14 +21,16 @@ from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.artifacts import publish
 from lightning_sgdclean.batches import cloned, fingerprint
 from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.budget import snapshot_interval, window_length
+from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.errors import (
     NonFiniteError,
     SampleIdError,
     SGDInfluenceError,
     SGDInfluenceWarning,
 )
+from lightning_sgdclean.files import write_json
 from lightning_sgdclean.keeping import BatchKeeper, Plan
+from lightning_sgdclean.memory import slots_for
 from lightning_sgdclean.objective import logged_value, no_such_value
 from lightning_sgdclean.randomness import random_state, untouched_randomness
 from lightning_sgdclean.ranking import Ranking
@@ -37,11 +39,11 @@ from lightning_sgdclean.rehearsal import Rehearsal
 from lightning_sgdclean.replay import untouched_module
 from lightning_sgdclean.run_directory import check_free, fresh_directory
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
-from lightning_sgdclean.store import TrajectoryWriter, write_json
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, Positions, SampleId, first_epoch_kept
 from lightning_sgdclean.verified_split import VerifiedSplit
 from lightning_sgdclean.walk import RetraceOptions
+from lightning_sgdclean.writer import TrajectoryWriter
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
@@ -86,7 +88,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             loss, for losses that cannot be split by themselves.
         snapshots: Which steps' states are kept on disk: ``"every"``, one in ``k``, or ``"sqrt"`` (a number and a
             distance that grow with the square root of the window); those between are recomputed for the retrace.
-            ``"auto"`` keeps every one where that takes 1 GiB at most, else ``"sqrt"``.
+            ``"auto"`` keeps every one where that takes 1 GiB at most, else ``"sqrt"``, else as many as fit.
+        max_bytes: Disk that the trajectory may take, kept batches included; by default what is free.
         on_mismatch: Whether a replay that differs from the record is an error or a warning.
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
@@ -119,6 +122,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         keep_batches: bool | Literal["auto"] = "auto",
         sample_losses: Callable[[Any, Any], Tensor] | None = None,
         snapshots: Literal["auto", "every", "sqrt"] | int = "auto",
+        max_bytes: int | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
@@ -136,6 +140,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
         if snapshots not in ("auto", "every", "sqrt") and not (type(snapshots) is int and snapshots >= 1):
             raise ValueError(f'snapshots must be "auto", "every", "sqrt" or a positive int, got {snapshots!r}.')
+        if max_bytes is not None and not max_bytes > 0:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes!r}.")
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
         if objective is not None and not callable(objective):
@@ -146,7 +152,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
-        self.snapshots, self.on_mismatch, self.tolerance = snapshots, on_mismatch, tolerance
+        self.snapshots, self.max_bytes = snapshots, max_bytes
+        self.on_mismatch, self.tolerance = on_mismatch, tolerance
         self.retrace_precision = retrace_precision
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
@@ -229,15 +236,26 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
             )
         self._as_delivered = checks.one_loader(trainer)
-        assert self._writer is not None and self._recorder is not None  # noqa: PT018 - made with _active
-        num_steps = window_length(
-            trainer.num_training_batches,
-            trainer.accumulate_grad_batches,
-            trainer.max_epochs,
-            trainer.max_steps,
-            self.epochs,
+        self._plan_snapshots(trainer)
+
+    def _plan_snapshots(self, trainer: Any) -> None:
+        """Say what the trajectory will take, or refuse if that is too much."""
+        assert self._writer is not None and self._recorder is not None and self.run_dir is not None  # noqa: PT018
+        accumulated = trainer.accumulate_grad_batches
+        num_batches, max_steps = trainer.num_training_batches, trainer.max_steps
+        state_bytes = expected_state_bytes(self._recorder.state(), trainer.optimizers[0])
+        needs = Needs(
+            num_steps=window_length(num_batches, accumulated, trainer.max_epochs, max_steps, self.epochs),
+            batches_a_step=accumulated,
+            state_bytes=state_bytes,
+            slots=slots_for(state_bytes),
+            max_bytes=min(self.max_bytes or math.inf, shutil.disk_usage(self.run_dir).free),
+            curvature=self.curvature,
         )
-        self._writer.interval = snapshot_interval(self.snapshots, num_steps, self._recorder.state().nbytes)
+        budget = budget_for(self.snapshots, needs)
+        self._writer.interval, self._writer.max_bytes = budget.interval, self.max_bytes or math.inf
+        if not is_quiet(trainer):
+            tqdm.write(budget.text)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -414,7 +432,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""
         if self._active and self._writer is not None and self._failure is None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except (SGDInfluenceError, OSError) as error:  # what ended the fit is what is to be raised
+                self._stop_recording(trainer, error)
         self._unhook(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -38,5 +38,9 @@ class RunDirectoryError(SGDInfluenceError):
     """The run directory holds another run, or not what a run directory should hold."""
 
 
+class BudgetError(SGDInfluenceError):
+    """The trajectory would take, or takes, more disk than it may."""
+
+
 class SGDInfluenceWarning(UserWarning):
     """Something worth knowing that does not make the influences wrong."""

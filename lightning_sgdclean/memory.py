@@ -4,7 +4,13 @@
 import os
 from pathlib import Path
 
+_SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def slots_for(state_bytes: int) -> int:
+    """How many states may be held: as many as half of the free memory takes."""
+    return int(_SHARE * free_memory()) // max(1, state_bytes)
 
 
 def free_memory() -> int:

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from lightning_sgdclean.constants import Constants
 from lightning_sgdclean.errors import UnsupportedTrainingError
 from lightning_sgdclean.options import is_plain, noted
-from lightning_sgdclean.store import TrajectoryWriter
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
+from lightning_sgdclean.writer import TrajectoryWriter
 
 
 def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:

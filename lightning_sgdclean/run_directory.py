@@ -25,7 +25,11 @@ def holds_run(folder: Path) -> bool:
 
 
 def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path:
-    """The wanted directory, emptied of a run if it may be, or the next free name in ``log_dir``."""
+    """The wanted directory, emptied of a run if it may be, or the next free name in ``log_dir``.
+
+    Raises:
+        RunDirectoryError: If another run took the wanted directory at the same moment.
+    """
     if wanted is not None:
         folder = Path(wanted)
         if overwrite and holds_run(folder):
@@ -37,5 +41,10 @@ def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -
         while folder.exists():
             number += 1
             folder = log_dir / f"sgd_influence-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "trajectory").mkdir(parents=True)
+    except FileExistsError as error:
+        raise RunDirectoryError(
+            f"{folder} was just taken by another run. Give each run a dirpath= of its own."
+        ) from error
     return folder

@@ -10,13 +10,11 @@ from torch.optim import Optimizer
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.fidelity import Changes
 from lightning_sgdclean.forward import Borrowed, borrowed, live_state, load_all, repeat_step
-from lightning_sgdclean.memory import free_memory
+from lightning_sgdclean.memory import slots_for
 from lightning_sgdclean.schedule import Move, reversal, revolve
 from lightning_sgdclean.store import Trajectory, flatten, unflatten
 from lightning_sgdclean.trajectory import State
 from lightning_sgdclean.walk import Walk
-
-_SHARE_OF_MEMORY = 0.5
 
 
 class RecomputedStates:
@@ -61,7 +59,7 @@ class RecomputedStates:
         if not kept or kept[0] > position:
             raise RunDirectoryError("The trajectory keeps no state from which the window could be recomputed.")
         if self._slots is None:
-            self._slots = int(_SHARE_OF_MEMORY * free_memory()) // max(1, self._trajectory.state_bytes)
+            self._slots = slots_for(self._trajectory.state_bytes)
         self._held.clear()
         self._moves = reversal(kept, kept[0], position, revolve(self._slots))
 

@@ -11,7 +11,6 @@ from pytorch_lightning.plugins import MixedPrecision
 
 from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.budget import snapshot_interval, window_length
 from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
@@ -264,24 +263,6 @@ def test_window_that_no_snapshot_reaches_is_refused(tmp_path):
     states = RecomputedStates(trajectory, None, None)
     with pytest.raises(RunDirectoryError, match="no state from which the window could be recomputed"):
         states.state(3)
-
-
-def test_interval_of_auto_follows_from_bytes_and_steps():
-    assert snapshot_interval("auto", 1000, 1 << 20) == 1
-    assert snapshot_interval("auto", 1000, 2 << 20) == 32
-    assert snapshot_interval("auto", None, 8) is None
-    assert snapshot_interval("every", 1000, 1 << 40) == 1
-    assert snapshot_interval(7, 1000, 1 << 40) == 7
-
-
-def test_length_of_the_window_before_training():
-    assert window_length(100, 3, 10, -1, "all") == 340
-    assert window_length(100, 1, 10, -1, 1) == 200  # the last whole epoch, and one that was started
-    assert window_length(100, 1, 1, -1, 1) == 100
-    assert window_length(100, 1, None, 50, "all") == 50
-    assert window_length(100, 1, None, -1, "all") is None
-    assert window_length(float("inf"), 1, 10, -1, "all") is None
-    assert window_length(float("inf"), 1, 10, 70, 1) == 70
 
 
 @pytest.mark.parametrize("given", [0, -3, "often", 2.0, True])

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a run to disk as it goes on: its steps, snapshots of its states, and a manifest of what belongs to what."""
+
+import json
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_sgdclean.errors import BudgetError, RunDirectoryError
+from lightning_sgdclean.files import appearing_whole, checksum_of, write_sealed
+from lightning_sgdclean.keeping import in_bytes
+from lightning_sgdclean.options import packed
+from lightning_sgdclean.packing import PackedBatch
+from lightning_sgdclean.schedule import is_snapshot
+from lightning_sgdclean.store import FORMAT, Layout, flatten
+from lightning_sgdclean.trajectory import MicroBatch, State, Step
+
+_SEGMENT_BYTES = 32 << 20
+_SEGMENT_STEPS = 256
+
+
+class TrajectoryWriter:
+    """Appends steps; keeps a few in memory and writes them a segment at a time.
+
+    Of the states between the steps only snapshots are written, each with the step that it lies before,
+    and at the end the last one. Older segments can go while those that a window reaches stay.
+
+    Args:
+        folder: Where the files go; made if need be.
+        interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
+        max_bytes: As many may lie there at once.
+    """
+
+    def __init__(self, folder: Path, interval: int | None = 1, max_bytes: float = math.inf) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.interval, self.max_bytes = interval, max_bytes
+        self.run = uuid.uuid4().hex  # not from a random state of the user's
+        self.bytes_written = 0
+        self._layouts: list[Layout] = []
+        self._segments: list[dict[str, Any]] = []
+        self._num_segments = 0
+        self._num_steps = 0
+        self._current: tuple[int, dict[str, Tensor]] | None = None  # the state after the last step, where it is wanted
+        self._forget()
+
+    def _forget(self) -> None:
+        """Hold nothing in memory."""
+        self._tensors: dict[str, Tensor] = {}
+        self._steps: list[dict[str, Any]] = []
+        self._states: list[tuple[int, int]] = []
+        self._held = 0
+
+    def begin(self, state: State) -> None:
+        """Take the state before the first step."""
+        self._current = self._flat(state)
+        self._write_manifest()
+
+    def append(self, step: Step, after: State, is_last: bool = False) -> None:
+        """Add one step and the state after it, which is copied where it is a snapshot or may be the last one."""
+        if not self._num_steps and self._current is None:
+            raise RunDirectoryError("A step came before the first state; begin() must be called first.")
+        if self._steps and (self._is_full() or self._steps[-1]["ends_epoch"]):
+            self.flush()
+        if is_snapshot(self._num_steps, self.interval):
+            self._keep_current(step.index)
+        self._steps.append(self._keep_step(step))
+        self._num_steps += 1
+        wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
+        self._current = self._flat(after) if wanted else None
+
+    def close(self) -> None:
+        """Write what is held in memory, and the state after the last step if it is known."""
+        if self._current is not None and self._num_steps:
+            self._keep_current(self._next_index())
+            self._current = None
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is held in memory as one segment."""
+        if not self._steps and not self._states:
+            return
+        name = f"segment-{self._num_segments:06d}.safetensors"
+        self._num_segments += 1
+        with appearing_whole(self._folder / name) as temporary:
+            save_file(self._tensors, temporary, metadata={"steps": json.dumps(self._steps)})
+            size, checksum = temporary.stat().st_size, checksum_of(temporary)
+            self._check_fits(size)
+        self.bytes_written += size
+        following = self._next_index()
+        self._segments.append(
+            {
+                "file": name,
+                "first": self._steps[0]["index"] if self._steps else following,
+                "last": following - 1,
+                "epoch": self._steps[-1]["epoch"] if self._steps else self._segments[-1]["epoch"],
+                "states": self._states,
+                "bytes": size,
+                "checksum": checksum,
+            }
+        )
+        self._forget()
+        self._write_manifest()
+
+    def drop_before(self, epoch: int) -> None:
+        """Forget what no window will reach any more: all before the last snapshot at or before this epoch."""
+        firsts = [segment["first"] for segment in self._segments if segment["epoch"] >= epoch]
+        firsts += [step["index"] for step in self._steps if step["epoch"] >= epoch]
+        states = [index for segment in self._segments for index, _ in segment["states"]]
+        states += [index for index, _ in self._states]
+        needed = max((index for index in states if firsts and index <= firsts[0]), default=0)
+        gone = [segment for segment in self._segments if segment["last"] < needed]
+        if gone:
+            self._segments = [segment for segment in self._segments if segment["last"] >= needed]
+            self._write_manifest()
+            for segment in gone:
+                (self._folder / segment["file"]).unlink(missing_ok=True)
+
+    def _check_fits(self, size: int) -> None:
+        total = size + sum(segment["bytes"] for segment in self._segments)
+        if total > self.max_bytes:
+            raise BudgetError(
+                f"The trajectory would now take {in_bytes(total)}, of {in_bytes(self.max_bytes)} that it may take "
+                "(max_bytes=)."
+            )
+
+    def _is_full(self) -> bool:
+        return self._held >= _SEGMENT_BYTES or len(self._steps) >= _SEGMENT_STEPS
+
+    def _next_index(self) -> int:
+        last: int = self._steps[-1]["index"] if self._steps else self._segments[-1]["last"]
+        return last + 1
+
+    def _hold(self, key: str, tensor: Tensor) -> None:
+        self._tensors[key] = tensor
+        self._held += tensor.nbytes
+
+    def _flat(self, state: State) -> tuple[int, dict[str, Tensor]]:
+        layout, flat = flatten(state)
+        if not self._layouts or self._layouts[-1] != layout:
+            self._layouts.append(layout)
+        return len(self._layouts) - 1, flat
+
+    def _keep_current(self, index: int) -> None:
+        assert self._current is not None
+        layout, flat = self._current
+        self._states.append((index, layout))
+        for dtype, tensor in flat.items():
+            self._hold(f"state/{index}/{dtype}", tensor)
+
+    def _keep_step(self, step: Step) -> dict[str, Any]:
+        return {
+            "index": step.index,
+            "epoch": step.epoch,
+            "ends_epoch": step.ends_epoch,
+            "groups": packed(step.groups),
+            "clip": step.clip,
+            "divisor": step.divisor,
+            "unused": step.unused,
+            "micro": [self._keep_micro(f"{step.index}/{i}", micro) for i, micro in enumerate(step.micro)],
+        }
+
+    def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
+        for name, tensor in micro.random.items():
+            self._hold(f"random/{key}/{name}", tensor)
+        self._hold(f"digest/{key}", micro.digest)
+        assert micro.loss is not None
+        self._hold(f"loss/{key}", micro.loss.detach().cpu().clone())
+        kept = micro.batch or PackedBatch(None, [])
+        for i, tensor in enumerate(kept.tensors):
+            self._hold(f"batch/{key}/{i}", tensor)
+        return {
+            "ids": micro.ids,
+            "positions": micro.positions,
+            "epoch": micro.epoch,
+            "batch_idx": micro.batch_idx,
+            "scale": micro.scale,
+            "loader": micro.loader,
+            "random": list(micro.random),
+            "batch": kept.skeleton,
+            "num_tensors": len(kept.tensors),
+        }
+
+    def _write_manifest(self) -> None:
+        manifest = {"format": FORMAT, "run": self.run, "layouts": self._layouts, "segments": self._segments}
+        write_sealed(self._folder / "manifest.json", manifest)

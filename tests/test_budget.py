@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trajectory will take is said before the first step, and is what it takes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
+from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning
+from lightning_sgdclean.recorder import current_state, trained_parameters
+from lightning_sgdclean.schedule import reversal, revolve
+from lightning_sgdclean.store import Trajectory
+
+MB = 10**6
+NEEDS = Needs(num_steps=1000, batches_a_step=1, state_bytes=MB, slots=10**6, max_bytes=math.inf)
+
+
+def test_auto_keeps_every_state_of_a_small_model_and_few_of_a_large_one():
+    assert budget_for("auto", NEEDS).interval == 1
+    assert budget_for("auto", replace(NEEDS, state_bytes=2 * MB)).interval == 32
+    assert budget_for("auto", replace(NEEDS, num_steps=None)).interval is None
+    assert budget_for("every", replace(NEEDS, state_bytes=1000 * MB)).interval == 1
+    assert budget_for(7, replace(NEEDS, state_bytes=1000 * MB)).interval == 7
+
+
+def test_auto_keeps_as_many_as_fit():
+    large = replace(NEEDS, state_bytes=100 * MB)
+    records = 1000 * 16384
+    assert budget_for("auto", replace(large, max_bytes=33 * 100 * MB + records)).interval == 32
+    assert budget_for("auto", replace(large, max_bytes=11 * 100 * MB + records)).interval == 100
+    assert budget_for("auto", replace(large, max_bytes=2 * 100 * MB + records)).interval == 1000
+    for allowed in range(2, 40):
+        budget = budget_for("auto", replace(large, max_bytes=allowed * 100 * MB + records))
+        assert budget.nbytes <= allowed * 100 * MB + records
+
+
+@pytest.mark.parametrize("policy", ["auto", "every", "sqrt", 5])
+def test_what_does_not_fit_is_refused_with_the_numbers(policy):
+    with pytest.raises(BudgetError, match=r"would take about .* snapshots of 100 MB .* of 150 MB that it may take"):
+        budget_for(policy, replace(NEEDS, state_bytes=100 * MB, max_bytes=150 * MB))
+
+
+def test_estimate_in_words_counts_snapshots_and_repeated_steps():
+    text = budget_for("sqrt", replace(NEEDS, num_steps=100, slots=3)).text
+    assert text.startswith("Trajectory: about 12.6 MB (11 snapshots of 1 MB and 1.64 MB of records).")
+    steps = sum(word in ("step", "check") for word, _ in reversal(range(0, 101, 10), 0, 100, revolve(3)))
+    assert f"Retrace: about {2.7 + steps / 100:.1f} times the training of at most 100 steps." in text
+
+
+def test_length_of_the_window_before_training():
+    assert window_length(100, 3, 10, -1, "all") == 340
+    assert window_length(100, 1, 10, -1, 1) == 200  # the last whole epoch, and one that was started
+    assert window_length(100, 1, 1, -1, 1) == 100
+    assert window_length(100, 1, None, 50, "all") == 50
+    assert window_length(100, 1, None, -1, "all") is None
+    assert window_length(math.inf, 1, 10, -1, "all") is None
+    assert window_length(math.inf, 1, 10, 70, 1) == 70
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "momentum": lambda params: sgd(params, momentum=0.9),
+    "adam": adam,
+    "adamw amsgrad fused": lambda params: adamw(params, amsgrad=True, fused=True),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_expected_bytes_of_a_state_are_those_after_a_step(name):
+    module = Plain(norm=True)
+    optimizer = OPTIMIZERS[name](module.parameters())
+    params = trained_parameters(module, optimizer)
+    expected = expected_state_bytes(current_state(module, params, optimizer), optimizer)
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    found = current_state(module, params, optimizer).nbytes
+    assert abs(found - expected) <= 16 * len(params)  # the counters
+
+
+class Wide(Plain):
+    """States of 1.7 MB, beside which the records are small."""
+
+    def __init__(self):
+        super().__init__(adam)
+        self.net[0], self.net[4] = torch.nn.Linear(5, 8000), torch.nn.Linear(8000, 3)
+
+
+@pytest.mark.parametrize("snapshots", ["every", "sqrt"])
+def test_bytes_announced_are_about_those_written(snapshots, capsys):
+    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
+    trainer = quiet_trainer([callback], enable_progress_bar=True)
+    trainer.fit(Wide(), *loaders())
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Trajectory: about"))
+    value, unit = said.split()[2:4]
+    assert float(value) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(callback.summary["trajectory_bytes"], rel=0.15)
+
+
+def test_max_bytes_chooses_the_policy(tmp_path):
+    for max_bytes, kept in ((None, 16), (12 * MB, 5), (8 * MB, 4)):
+        callback = SGDInfluence("val_loss", epochs="all", max_bytes=max_bytes, dirpath=tmp_path / str(max_bytes))
+        quiet_trainer([callback]).fit(Wide(), *loaders())
+        assert len(Trajectory(callback.run_dir / "trajectory").kept) == kept
+        assert callback.summary["trajectory_bytes"] <= (max_bytes or math.inf)
+
+
+def test_run_that_would_not_fit_is_refused_before_its_first_step():
+    class Count(pl.Callback):
+        steps = 0
+
+        def on_train_batch_start(self, *_):
+            self.steps += 1
+
+    count = Count()
+    trainer = quiet_trainer([SGDInfluence("val_loss", epochs="all", max_bytes=1000), count])
+    with pytest.raises(BudgetError, match="of 1 kB that it may take"):
+        trainer.fit(Plain(), *loaders())
+    assert count.steps == 0
+
+
+def test_run_that_outgrows_its_bytes_stops_recording_and_goes_on_training():
+    """A loader without a length: nothing could be planned."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([train.dataset[i] for i in range(len(train.dataset))])
+
+    train, val = loaders()
+    callback = SGDInfluence("val_loss", epochs="all", max_bytes=150_000, sample_ids=lambda batch: batch[2])
+    trainer = quiet_trainer([callback], max_epochs=4)
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=5)
+    with (
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped at step .*would now take"),
+        pytest.raises(BudgetError, match=r"of 150 kB that it may take"),
+    ):
+        trainer.fit(Plain(), stream, val)
+    assert trainer.global_step == 20
