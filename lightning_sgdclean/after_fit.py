@@ -105,6 +105,7 @@ def _rank(
         random_of=trajectory.random,
         restore_attributes=restore,
     )
+    walk.fidelity.joints = trajectory.joints
     states = RecomputedStates(trajectory, walk, run.optimizer)
     end = states.state(last.index + 1)
     load_state(module, walk.params, end)

@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from lightning_sgdclean.errors import (
     SGDInfluenceWarning,
 )
 from lightning_sgdclean.files import write_json
+from lightning_sgdclean.joining import Mark, join
 from lightning_sgdclean.keeping import BatchKeeper, Plan
 from lightning_sgdclean.memory import slots_for
 from lightning_sgdclean.objective import logged_value, no_such_value
@@ -163,6 +165,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _forget(self) -> None:
         """Be as before any fit."""
         self._active = False
+        self._mark: Mark | None = None
         self._loaders: list[Any] = []
         self._noting: NotingSampler | None = None
         self._as_delivered: Callable[[Any], Any] = lambda batch: batch
@@ -187,7 +190,6 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if stage != "fit" or trainer.fast_dev_run:
             return
         checks.check_module(trainer, pl_module, self.objective is not None)
-        check_free(self.dirpath, self.overwrite)
         process = trainer.strategy.process_dataloader
 
         def process_dataloader(loader: Any) -> Any:
@@ -213,7 +215,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._averaging = checks.check_callbacks(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self._best = BestModel(checks.best_model_checkpoint(trainer)) if self.at == "best" else None
-        self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
+        self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
+        if self.run_dir is None:
+            check_free(self.dirpath, self.overwrite)
+            self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         self._writer = TrajectoryWriter(self.run_dir / "trajectory")
         self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
         self._keeper = BatchKeeper(
@@ -428,6 +433,32 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._best_epoch is not None:
             kept = min(kept, first_epoch_kept(*self._best_epoch, self.epochs))
         self._writer.drop_before(kept)
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several of these callbacks in a checkpoint apart."""
+        key: str = self._generate_state_key(monitor=self.monitor, curvature=self.curvature, dirpath=str(self.dirpath))
+        return key
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which trajectory led to the checkpoint, and how far."""
+        if not self._active or self._failure is not None:
+            return {}
+        assert self._writer is not None and self._recorder is not None and self.run_dir is not None  # noqa: PT018
+        folder, between = str(self.run_dir.resolve()), not self._recorder.has_pending
+        return asdict(Mark(self._writer.run, self._writer.next_index, folder, between))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what to join."""
+        self._mark = Mark(**state_dict)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """What leads to the checkpoint has to be on disk before it is."""
+        if self._active and self._writer is not None and self._failure is None:
+            try:
+                self._writer.flush()
+            except (SGDInfluenceError, OSError) as error:
+                self._stop_recording(trainer, error)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""

@@ -67,6 +67,7 @@ class Trajectory:
         steps: In order; their positions in this list are those that states are asked for by.
         kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
             state ``len(steps)`` after the last.
+        joints: Steps after which a fit went on from a checkpoint.
 
     Raises:
         RunDirectoryError: If the folder holds no trajectory, one of another format, or one of which a bit has changed.
@@ -86,6 +87,7 @@ class Trajectory:
             _check_segment(folder, segment)
             self._read_steps(segment)
         self.kept = sorted(self._states)
+        self.joints = {self.steps[self.position(i) - 1].index for i in manifest["joints"] if self.position(i) > 0}
 
     def _read_steps(self, segment: dict[str, Any]) -> None:
         handle = self._handle(segment["file"])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
-from lightning_sgdclean.files import appearing_whole, checksum_of, write_sealed
+from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.keeping import in_bytes
 from lightning_sgdclean.options import packed
 from lightning_sgdclean.packing import PackedBatch
@@ -30,7 +30,7 @@ class TrajectoryWriter:
     and at the end the last one. Older segments can go while those that a window reaches stay.
 
     Args:
-        folder: Where the files go; made if need be.
+        folder: Where the files go; made if need be. A trajectory in it is continued.
         interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
         max_bytes: As many may lie there at once.
     """
@@ -43,10 +43,21 @@ class TrajectoryWriter:
         self.bytes_written = 0
         self._layouts: list[Layout] = []
         self._segments: list[dict[str, Any]] = []
+        self._joints: list[int] = []
         self._num_segments = 0
         self._num_steps = 0
         self._current: tuple[int, dict[str, Tensor]] | None = None  # the state after the last step, where it is wanted
+        self._is_start = False  # whether that state is what a fit began with
         self._forget()
+        if (folder / "manifest.json").exists():
+            self._continue()
+
+    def _continue(self) -> None:
+        manifest = read_sealed(self._folder / "manifest.json")
+        self.run, self._layouts, self._segments = manifest["run"], manifest["layouts"], manifest["segments"]
+        self._joints = [*manifest["joints"], self.next_index]
+        self.bytes_written = sum(segment["bytes"] for segment in self._segments)
+        self._num_segments = 1 + max((int(s["file"][8:14]) for s in self._segments), default=-1)
 
     def _forget(self) -> None:
         """Hold nothing in memory."""
@@ -56,8 +67,8 @@ class TrajectoryWriter:
         self._held = 0
 
     def begin(self, state: State) -> None:
-        """Take the state before the first step."""
-        self._current = self._flat(state)
+        """Take the state before the first step of a fit, which is kept in any case."""
+        self._current, self._is_start = self._flat(state), True
         self._write_manifest()
 
     def append(self, step: Step, after: State, is_last: bool = False) -> None:
@@ -66,8 +77,9 @@ class TrajectoryWriter:
             raise RunDirectoryError("A step came before the first state; begin() must be called first.")
         if self._steps and (self._is_full() or self._steps[-1]["ends_epoch"]):
             self.flush()
-        if is_snapshot(self._num_steps, self.interval):
+        if self._is_start or is_snapshot(self._num_steps, self.interval):
             self._keep_current(step.index)
+        self._is_start = False
         self._steps.append(self._keep_step(step))
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
@@ -76,7 +88,7 @@ class TrajectoryWriter:
     def close(self) -> None:
         """Write what is held in memory, and the state after the last step if it is known."""
         if self._current is not None and self._num_steps:
-            self._keep_current(self._next_index())
+            self._keep_current(self.next_index)
             self._current = None
         self.flush()
 
@@ -91,7 +103,7 @@ class TrajectoryWriter:
             size, checksum = temporary.stat().st_size, checksum_of(temporary)
             self._check_fits(size)
         self.bytes_written += size
-        following = self._next_index()
+        following = self.next_index
         self._segments.append(
             {
                 "file": name,
@@ -131,8 +143,10 @@ class TrajectoryWriter:
     def _is_full(self) -> bool:
         return self._held >= _SEGMENT_BYTES or len(self._steps) >= _SEGMENT_STEPS
 
-    def _next_index(self) -> int:
-        last: int = self._steps[-1]["index"] if self._steps else self._segments[-1]["last"]
+    @property
+    def next_index(self) -> int:
+        """One more than the number of the last step."""
+        last: int = (self._steps or [{"index": self._segments[-1]["last"] if self._segments else -1}])[-1]["index"]
         return last + 1
 
     def _hold(self, key: str, tensor: Tensor) -> None:
@@ -186,5 +200,11 @@ class TrajectoryWriter:
         }
 
     def _write_manifest(self) -> None:
-        manifest = {"format": FORMAT, "run": self.run, "layouts": self._layouts, "segments": self._segments}
+        manifest = {
+            "format": FORMAT,
+            "run": self.run,
+            "joints": self._joints,
+            "layouts": self._layouts,
+            "segments": self._segments,
+        }
         write_sealed(self._folder / "manifest.json", manifest)

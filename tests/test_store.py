@@ -89,10 +89,10 @@ def test_last_state_gets_a_segment_of_its_own_where_all_steps_were_written(tmp_p
 
 
 def test_dropped_epochs_leave_the_snapshot_that_later_ones_are_recomputed_from(tmp_path):
-    written(tmp_path, interval=3).drop_before(1)
-    assert Trajectory(tmp_path).kept == [0, 3, 4]
-    written(tmp_path, interval=2).drop_before(1)
-    assert Trajectory(tmp_path).kept == [0, 2]
+    written(tmp_path / "three", interval=3).drop_before(1)
+    assert Trajectory(tmp_path / "three").kept == [0, 3, 4]
+    written(tmp_path / "two", interval=2).drop_before(1)
+    assert Trajectory(tmp_path / "two").kept == [0, 2]
 
 
 def test_steps_with_gaps_between_their_numbers_have_their_states(tmp_path):

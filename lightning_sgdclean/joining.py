@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fit that goes on from a checkpoint joins the trajectory of the fit that wrote it.
+
+What was recorded after the checkpoint is cut off. A run that was killed is continued where it lies; one
+that came to its end is left alone, and its segments are linked into a new run's directory.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.run_directory import fresh_directory
+from lightning_sgdclean.store import Trajectory
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a checkpoint says of the trajectory that led to it; plain values, as checkpoints want them.
+
+    Attributes:
+        run: The run's name in its manifest.
+        step: Number that the next step would have had.
+        folder: The run directory.
+        is_between_steps: Whether no batch waited for its step.
+    """
+
+    run: str
+    step: int
+    folder: str
+    is_between_steps: bool
+
+
+def join(mark: Mark, wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
+    """The run directory in which the fit goes on, its trajectory ending at the checkpoint.
+
+    Args:
+        mark: What the checkpoint says.
+        wanted: The user's directory, if any.
+        log_dir: Where directories go otherwise.
+        overwrite: Whether a finished run in the wanted one may be lost.
+
+    Returns:
+        The directory, or None after a warning where there is nothing to join.
+    """
+    try:
+        return _join(mark, None if wanted is None else Path(wanted), log_dir, overwrite)
+    except (RunDirectoryError, OSError) as error:
+        warnings.warn(
+            f"What was recorded before this checkpoint cannot be joined, so only steps from here on are: {error}",
+            SGDInfluenceWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
+    source = next((f for f in (Path(mark.folder), wanted) if f is not None and _run_in(f) == mark.run), None)
+    if source is None:
+        raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
+    if not mark.is_between_steps:
+        raise RunDirectoryError("the checkpoint was written while batches waited for their step.")
+    is_finished = (source / "summary.json").exists()
+    if is_finished and not (overwrite and wanted == source):
+        target = fresh_directory(wanted, log_dir, overwrite)
+        try:
+            shutil.copytree(source / "trajectory", target / "trajectory", copy_function=_link, dirs_exist_ok=True)
+            cut_off(target / "trajectory", mark)
+        except BaseException:
+            shutil.rmtree(target / "trajectory")
+            raise
+        return target
+    cut_off(source / "trajectory", mark)
+    for name in ("influence.csv", "summary.json"):
+        (source / name).unlink(missing_ok=True)
+    return source
+
+
+def _run_in(folder: Path) -> str | None:
+    try:
+        return str(read_sealed(folder / "trajectory" / "manifest.json")["run"])
+    except (RunDirectoryError, KeyError):
+        return None
+
+
+def _link(source: str, target: str) -> None:
+    """Have a file in two places, without taking the disk twice where that works."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def cut_off(folder: Path, mark: Mark) -> None:
+    """Remove from a trajectory what was recorded after a checkpoint, and what a kill left behind.
+
+    Raises:
+        RunDirectoryError: If it does not reach the checkpoint, or is not what was recorded.
+    """
+    trajectory = Trajectory(folder)
+    reached = trajectory.steps[-1].index + 1 if trajectory.steps else 0
+    if reached < mark.step:
+        raise RunDirectoryError(f"{folder} ends before step {reached}, the checkpoint was written before {mark.step}.")
+    manifest = read_sealed(folder / "manifest.json")
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("segment-*.safetensors")]
+    kept = []
+    for segment in manifest["segments"]:
+        if segment["last"] < mark.step and all(index < mark.step for index, _ in segment["states"]):
+            kept.append(segment)
+        elif segment["first"] < mark.step:
+            kept.append(_shortened(folder, segment, mark.step, max(numbers) + 1))
+    manifest["segments"] = kept
+    manifest["joints"] = [index for index in manifest["joints"] if index < mark.step]
+    write_sealed(folder / "manifest.json", manifest)
+    names = {segment["file"] for segment in kept}
+    for path in (*folder.glob("segment-*.safetensors"), *folder.glob(".*.tmp")):
+        if path.name not in names:
+            path.unlink()
+
+
+def _shortened(folder: Path, segment: dict[str, Any], step: int, number: int) -> dict[str, Any]:
+    """A new file with the part of a segment that lies before a step; the old one stays until no manifest names it."""
+    with safe_open(folder / segment["file"], "pt") as file:
+        rows = [row for row in json.loads(file.metadata()["steps"]) if row["index"] < step]
+        tensors = {
+            key: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118 - no mapping
+            if int(key.split("/")[1]) < step
+        }
+    name = f"segment-{number:06d}.safetensors"
+    with appearing_whole(folder / name) as temporary:
+        save_file(tensors, temporary, metadata={"steps": json.dumps(rows)})
+        return segment | {
+            "file": name,
+            "last": rows[-1]["index"],
+            "epoch": rows[-1]["epoch"],
+            "states": [[index, layout] for index, layout in segment["states"] if index < step],
+            "bytes": temporary.stat().st_size,
+            "checksum": checksum_of(temporary),
+        }
