@@ -15,7 +15,7 @@ from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_ste
 from lightning_sgdclean.trajectory import State
 
 _SMALL = 1 << 30  # bytes; "auto" keeps the state of every step where that takes no more
-_RECORD_BYTES = 16 << 10  # of a micro-batch besides kept batches: its random states, above all
+_RECORD_BYTES = 8 << 10  # of a micro-batch besides kept batches: torch's random state, above all
 # One step of the walk backwards, in training steps; see docs/cost.md.
 _WALK_COST = {"exact": 2.7, "finite": 2.7, "none": 2.3}
 

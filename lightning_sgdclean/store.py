@@ -3,6 +3,7 @@
 
 import json
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 
 FORMAT = 1
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )}  # fmt: skip
@@ -25,8 +26,13 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 
 
-def flatten(state: State) -> tuple[Layout, dict[str, Tensor]]:
-    """Copy a state into one flat tensor a dtype, and say what lies where."""
+def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None) -> tuple[Layout, dict[str, Tensor]]:
+    """Copy a state into one flat tensor a dtype, and say what lies where.
+
+    Args:
+        state: Live or not.
+        buffer_for: Gives a tensor of that dtype and length to copy into; by default new ones are made.
+    """
     rows: Layout = []
     by_dtype: dict[str, list[Tensor]] = {}
 
@@ -42,7 +48,16 @@ def flatten(state: State) -> tuple[Layout, dict[str, Tensor]]:
     for name, entries in state.optimizer.items():
         for key, tensor in entries.items():
             add("optimizer", name, key, tensor.to(state.params[name].device))
-    return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
+    if buffer_for is None:
+        return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
+    flat = {}
+    for dtype, tensors in by_dtype.items():
+        flat[dtype] = buffer_for(dtype, sum(tensor.numel() for tensor in tensors))
+        if tensors[0].device == flat[dtype].device:
+            torch.cat(tensors, out=flat[dtype])
+        else:
+            flat[dtype].copy_(torch.cat(tensors))
+    return rows, flat
 
 
 def unflatten(layout: Layout, flat: dict[str, Tensor]) -> State:
@@ -83,6 +98,7 @@ class Trajectory:
         self._states: dict[int, tuple[str, int, int]] = {}  # file, index, layout of each state kept
         self.steps: list[Step] = []
         self._num_tensors: dict[str, int] = {}
+        self._random_keys: dict[str, dict[str, str]] = {}
         for segment in manifest["segments"]:
             _check_segment(folder, segment)
             self._read_steps(segment)
@@ -106,6 +122,7 @@ class Trajectory:
         kept, num = row.pop("batch"), row.pop("num_tensors")
         self._num_tensors[key] = num
         kept = None if kept is None else PackedBatch(kept, [])
+        self._random_keys[key] = row["random"]
         row["random"] = dict.fromkeys(row["random"], torch.empty(0))
         digest, loss = handle.get_tensor(f"digest/{key}"), handle.get_tensor(f"loss/{key}")
         return MicroBatch(**row, digest=digest, loss=loss, batch=kept)
@@ -113,7 +130,7 @@ class Trajectory:
     @property
     def state_bytes(self) -> int:
         """Bytes of the largest state."""
-        sizes = (sum(_DTYPES[row[3]].itemsize * Size(row[4]).numel() for row in layout) for layout in self._layouts)
+        sizes = (sum(DTYPES[row[3]].itemsize * Size(row[4]).numel() for row in layout) for layout in self._layouts)
         return max(sizes, default=0)
 
     def position(self, index: int) -> int:
@@ -123,8 +140,8 @@ class Trajectory:
     def random(self, step: Step, micro: int) -> dict[str, Tensor]:
         """Random state before micro-batch ``micro`` of a step."""
         handle = self._handle(self._files[self.position(step.index)])
-        names = step.micro[micro].random
-        return {name: handle.get_tensor(f"random/{step.index}/{micro}/{name}") for name in names}
+        keys = self._random_keys[f"{step.index}/{micro}"]
+        return {name: handle.get_tensor(f"random/{key}/{name}") for name, key in keys.items()}
 
     def batch(self, step: Step, micro: int) -> PackedBatch | None:
         """Micro-batch ``micro`` of a step, if it was kept."""

@@ -4,19 +4,23 @@
 import json
 import math
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.keeping import in_bytes
 from lightning_sgdclean.options import packed
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.schedule import is_snapshot
-from lightning_sgdclean.store import FORMAT, Layout, flatten
+from lightning_sgdclean.store import DTYPES, FORMAT, Layout, flatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 
 _SEGMENT_BYTES = 32 << 20
@@ -27,7 +31,8 @@ class TrajectoryWriter:
     """Appends steps; keeps a few in memory and writes them a segment at a time.
 
     Of the states between the steps only snapshots are written, each with the step that it lies before,
-    and at the end the last one. Older segments can go while those that a window reaches stay.
+    and at the end the last one. Older segments can go while those that a window reaches stay. The files are
+    written on a thread of their own; an error of its is raised by the method that is called next.
 
     Args:
         folder: Where the files go; made if need be. A trajectory in it is continued.
@@ -48,6 +53,8 @@ class TrajectoryWriter:
         self._num_steps = 0
         self._current: tuple[int, dict[str, Tensor]] | None = None  # the state after the last step, where it is wanted
         self._is_start = False  # whether that state is what a fit began with
+        self._background = Background()
+        self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
         self._forget()
         if (folder / "manifest.json").exists():
             self._continue()
@@ -64,21 +71,25 @@ class TrajectoryWriter:
         self._tensors: dict[str, Tensor] = {}
         self._steps: list[dict[str, Any]] = []
         self._states: list[tuple[int, int]] = []
+        self._random: dict[str, tuple[str, Tensor]] = {}  # the last ones held, and where
         self._held = 0
 
     def begin(self, state: State) -> None:
         """Take the state before the first step of a fit, which is kept in any case."""
         self._current, self._is_start = self._flat(state), True
-        self._write_manifest()
+        self._background.submit(partial(self._write_manifest, list(self._segments)))
 
     def append(self, step: Step, after: State, is_last: bool = False) -> None:
         """Add one step and the state after it, which is copied where it is a snapshot or may be the last one."""
         if not self._num_steps and self._current is None:
             raise RunDirectoryError("A step came before the first state; begin() must be called first.")
+        self._background.check()
         if self._steps and (self._is_full() or self._steps[-1]["ends_epoch"]):
-            self.flush()
+            self._hand_over()
         if self._is_start or is_snapshot(self._num_steps, self.interval):
             self._keep_current(step.index)
+        elif self._current is not None:
+            self._give_back(self._current[1])
         self._is_start = False
         self._steps.append(self._keep_step(step))
         self._num_steps += 1
@@ -93,30 +104,42 @@ class TrajectoryWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is held in memory as one segment."""
+        """Write what is held in memory as one segment; it is on disk afterwards."""
+        self._hand_over()
+        self._background.wait()
+
+    def _hand_over(self) -> None:
+        """Have what is held in memory written as one segment, by and by."""
         if not self._steps and not self._states:
             return
-        name = f"segment-{self._num_segments:06d}.safetensors"
-        self._num_segments += 1
-        with appearing_whole(self._folder / name) as temporary:
-            save_file(self._tensors, temporary, metadata={"steps": json.dumps(self._steps)})
-            size, checksum = temporary.stat().st_size, checksum_of(temporary)
-            self._check_fits(size)
-        self.bytes_written += size
         following = self.next_index
-        self._segments.append(
-            {
-                "file": name,
-                "first": self._steps[0]["index"] if self._steps else following,
-                "last": following - 1,
-                "epoch": self._steps[-1]["epoch"] if self._steps else self._segments[-1]["epoch"],
-                "states": self._states,
-                "bytes": size,
-                "checksum": checksum,
-            }
-        )
+        segment = {
+            "file": f"segment-{self._num_segments:06d}.safetensors",
+            "first": self._steps[0]["index"] if self._steps else following,
+            "last": following - 1,
+            "epoch": self._steps[-1]["epoch"] if self._steps else self._segments[-1]["epoch"],
+            "states": self._states,
+        }
+        self._num_segments += 1
+        self._segments.append(segment)
+        self._background.submit(partial(self._write, list(self._segments), self._tensors, self._steps))
         self._forget()
-        self._write_manifest()
+
+    def _write(self, segments: list[dict[str, Any]], tensors: dict[str, Tensor], steps: list[dict[str, Any]]) -> None:
+        """Write the last of these segments, and the manifest."""
+        *others, segment = segments
+        path = self._folder / segment["file"]
+        with appearing_whole(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"steps": json.dumps(steps)})
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written: {error}") from error
+            size = temporary.stat().st_size
+            self._check_fits(size + sum(other["bytes"] for other in others))
+            segment |= {"bytes": size, "checksum": checksum_of(temporary)}
+        self.bytes_written += size
+        self._write_manifest(segments)
+        self._give_back({key: tensor for key, tensor in tensors.items() if key.startswith("state/")})
 
     def drop_before(self, epoch: int) -> None:
         """Forget what no window will reach any more: all before the last snapshot at or before this epoch."""
@@ -128,12 +151,14 @@ class TrajectoryWriter:
         gone = [segment for segment in self._segments if segment["last"] < needed]
         if gone:
             self._segments = [segment for segment in self._segments if segment["last"] >= needed]
-            self._write_manifest()
-            for segment in gone:
-                (self._folder / segment["file"]).unlink(missing_ok=True)
+            self._background.submit(partial(self._drop, list(self._segments), gone))
 
-    def _check_fits(self, size: int) -> None:
-        total = size + sum(segment["bytes"] for segment in self._segments)
+    def _drop(self, segments: list[dict[str, Any]], gone: list[dict[str, Any]]) -> None:
+        self._write_manifest(segments)
+        for segment in gone:
+            (self._folder / segment["file"]).unlink(missing_ok=True)
+
+    def _check_fits(self, total: int) -> None:
         if total > self.max_bytes:
             raise BudgetError(
                 f"The trajectory would now take {in_bytes(total)}, of {in_bytes(self.max_bytes)} that it may take "
@@ -154,10 +179,18 @@ class TrajectoryWriter:
         self._held += tensor.nbytes
 
     def _flat(self, state: State) -> tuple[int, dict[str, Tensor]]:
-        layout, flat = flatten(state)
+        layout, flat = flatten(state, self._buffer)
         if not self._layouts or self._layouts[-1] != layout:
             self._layouts.append(layout)
         return len(self._layouts) - 1, flat
+
+    def _buffer(self, dtype: str, length: int) -> Tensor:
+        free = self._buffers.setdefault((dtype, length), [])
+        return free.pop() if free else torch.empty(length, dtype=DTYPES[dtype])
+
+    def _give_back(self, flat: dict[str, Tensor]) -> None:
+        for tensor in flat.values():
+            self._buffers[str(tensor.dtype).removeprefix("torch."), tensor.numel()].append(tensor)
 
     def _keep_current(self, index: int) -> None:
         assert self._current is not None
@@ -180,7 +213,9 @@ class TrajectoryWriter:
 
     def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
         for name, tensor in micro.random.items():
-            self._hold(f"random/{key}/{name}", tensor)
+            if name not in self._random or not torch.equal(self._random[name][1], tensor):
+                self._hold(f"random/{key}/{name}", tensor)
+                self._random[name] = key, tensor
         self._hold(f"digest/{key}", micro.digest)
         assert micro.loss is not None
         self._hold(f"loss/{key}", micro.loss.detach().cpu().clone())
@@ -194,17 +229,17 @@ class TrajectoryWriter:
             "batch_idx": micro.batch_idx,
             "scale": micro.scale,
             "loader": micro.loader,
-            "random": list(micro.random),
+            "random": {name: self._random[name][0] for name in micro.random},
             "batch": kept.skeleton,
             "num_tensors": len(kept.tensors),
         }
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, segments: list[dict[str, Any]]) -> None:
         manifest = {
             "format": FORMAT,
             "run": self.run,
             "joints": self._joints,
-            "layouts": self._layouts,
-            "segments": self._segments,
+            "layouts": list(self._layouts),
+            "segments": segments,
         }
         write_sealed(self._folder / "manifest.json", manifest)

@@ -30,7 +30,7 @@ def test_auto_keeps_every_state_of_a_small_model_and_few_of_a_large_one():
 
 def test_auto_keeps_as_many_as_fit():
     large = replace(NEEDS, state_bytes=100 * MB)
-    records = 1000 * 16384
+    records = 1000 * 8192
     assert budget_for("auto", replace(large, max_bytes=33 * 100 * MB + records)).interval == 32
     assert budget_for("auto", replace(large, max_bytes=11 * 100 * MB + records)).interval == 100
     assert budget_for("auto", replace(large, max_bytes=2 * 100 * MB + records)).interval == 1000
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(policy):
 
 def test_estimate_in_words_counts_snapshots_and_repeated_steps():
     text = budget_for("sqrt", replace(NEEDS, num_steps=100, slots=3)).text
-    assert text.startswith("Trajectory: about 12.6 MB (11 snapshots of 1 MB and 1.64 MB of records).")
+    assert text.startswith("Trajectory: about 11.8 MB (11 snapshots of 1 MB and 819 kB of records).")
     steps = sum(word in ("step", "check") for word, _ in reversal(range(0, 101, 10), 0, 100, revolve(3)))
     assert f"Retrace: about {2.7 + steps / 100:.1f} times the training of at most 100 steps." in text
 
@@ -96,7 +96,7 @@ class Wide(Plain):
 @pytest.mark.parametrize("snapshots", ["every", "sqrt"])
 def test_bytes_announced_are_about_those_written(snapshots, capsys):
     callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
-    trainer = quiet_trainer([callback], enable_progress_bar=True)
+    trainer = quiet_trainer([callback], enable_progress_bar=True, max_epochs=8)
     trainer.fit(Wide(), *loaders())
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Trajectory: about"))
     value, unit = said.split()[2:4]
@@ -133,12 +133,12 @@ def test_run_that_outgrows_its_bytes_stops_recording_and_goes_on_training():
             return iter([train.dataset[i] for i in range(len(train.dataset))])
 
     train, val = loaders()
-    callback = SGDInfluence("val_loss", epochs="all", max_bytes=150_000, sample_ids=lambda batch: batch[2])
+    callback = SGDInfluence("val_loss", epochs="all", max_bytes=15_000, sample_ids=lambda batch: batch[2])
     trainer = quiet_trainer([callback], max_epochs=4)
     stream = torch.utils.data.DataLoader(Stream(), batch_size=5)
     with (
         pytest.warns(SGDInfluenceWarning, match="Recording stopped at step .*would now take"),
-        pytest.raises(BudgetError, match=r"of 150 kB that it may take"),
+        pytest.raises(BudgetError, match=r"of 15 kB that it may take"),
     ):
         trainer.fit(Plain(), stream, val)
     assert trainer.global_step == 20

@@ -43,6 +43,11 @@ def written(folder, interval=1, close=True):
     return writer
 
 
+def dropped(writer, epoch):
+    writer.drop_before(epoch)
+    writer.flush()
+
+
 def test_states_and_steps_come_back_as_they_went(tmp_path):
     written(tmp_path)
     trajectory = Trajectory(tmp_path)
@@ -84,14 +89,14 @@ def test_last_state_gets_a_segment_of_its_own_where_all_steps_were_written(tmp_p
     trajectory = Trajectory(tmp_path)
     assert trajectory.kept == [0, 1, 2, 3, 4]
     assert torch.equal(trajectory.state(4).params["b"], torch.tensor(4.0))
-    writer.drop_before(1)
+    dropped(writer, 1)
     assert Trajectory(tmp_path).kept == [0, 1, 2]  # positions: the first two steps are gone
 
 
 def test_dropped_epochs_leave_the_snapshot_that_later_ones_are_recomputed_from(tmp_path):
-    written(tmp_path / "three", interval=3).drop_before(1)
+    dropped(written(tmp_path / "three", interval=3), 1)
     assert Trajectory(tmp_path / "three").kept == [0, 3, 4]
-    written(tmp_path / "two", interval=2).drop_before(1)
+    dropped(written(tmp_path / "two", interval=2), 1)
     assert Trajectory(tmp_path / "two").kept == [0, 2]
 
 
@@ -110,7 +115,7 @@ def test_steps_with_gaps_between_their_numbers_have_their_states(tmp_path):
 
 def test_dropped_epochs_go_and_the_first_kept_step_still_has_its_state(tmp_path):
     writer = written(tmp_path)
-    writer.drop_before(1)
+    dropped(writer, 1)
     trajectory = Trajectory(tmp_path)
     assert [s.index for s in trajectory.steps] == [2, 3]
     assert torch.equal(trajectory.state(2).params["b"], torch.tensor(2.0))

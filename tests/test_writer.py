@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing happens beside the training: in order, from few buffers, and its errors cost the recording only."""
+
+import resource
+import shutil
+import threading
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from cases import Case, Plain, fit, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.background import Background
+from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.writer import TrajectoryWriter
+from reference import influences
+
+
+def test_jobs_run_in_order_on_another_thread_and_stop_at_the_first_error():
+    background, done = Background(), []
+
+    def fail():
+        raise OSError("no")
+
+    background.submit(lambda: done.append(threading.current_thread()))
+    background.submit(fail)
+    background.submit(lambda: done.append("after an error"))
+    with pytest.raises(OSError, match="no"):
+        background.wait()
+    background.wait()
+    assert len(done) == 1
+    assert done[0] is not threading.main_thread()
+
+
+def test_jobs_do_not_pile_up():
+    background, gate, begun = Background(), threading.Event(), []
+
+    def wait():
+        begun.append(1)
+        gate.wait(10)
+
+    for _ in range(2):
+        background.submit(wait)
+    hand_over = threading.Thread(target=background.submit, args=[wait])
+    hand_over.start()
+    hand_over.join(0.2)
+    assert hand_over.is_alive()  # two are waiting: the third has to
+    gate.set()
+    hand_over.join(10)
+    background.wait()
+    assert len(begun) == 3
+
+
+class Harm(pl.Callback):
+    """Before the second epoch the files can no longer be written."""
+
+    def __init__(self, harm):
+        self.harm = harm
+
+    def on_train_epoch_start(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            self.harm()
+
+
+@pytest.fixture
+def full_disk():
+    """No file grows beyond 4,000 bytes: writing fails as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("what", ["disk full", "directory gone", "directory a file"])
+def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path, full_disk, what):
+    def harm():
+        if what == "disk full":
+            full_disk()
+        else:
+            shutil.rmtree(tmp_path / "run")
+            if what == "directory a file":
+                (tmp_path / "run").touch()
+
+    module, plain = Plain(norm=True), Plain(norm=True)
+    callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run")
+    pl.seed_everything(0, verbose=False)
+    trainer = quiet_trainer([callback, Harm(harm)], max_epochs=4)
+    with (
+        pytest.warns(SGDInfluenceWarning, match=r"Recording stopped at step \d+, training goes on") as caught,
+        pytest.raises(OSError, match=r"cannot be written|No such file|Not a directory"),
+    ):
+        trainer.fit(module, *loaders())
+    said = next(str(warning.message) for warning in caught if warning.category is SGDInfluenceWarning)
+    assert int(said.split("step ")[1].split(",")[0]) < 15  # of 20: not only at the end
+    pl.seed_everything(0, verbose=False)
+    quiet_trainer(max_epochs=4).fit(plain, *loaders())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+def test_buffers_are_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_sgdclean.writer._SEGMENT_STEPS", 4)
+    callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
+    fit(Case("long", {}, {"max_epochs": 20}), callback)
+    assert len(Trajectory(tmp_path / "run" / "trajectory").kept) == 101
+    assert sum(len(free) for free in callback._writer._buffers.values()) < 30
+
+
+def test_random_states_that_did_not_change_are_written_once(tmp_path):
+    sizes = {}
+    for dropout in (0.0, 0.5):
+        callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / str(dropout), snapshots=100)
+        fit(Case("random", {"dropout": dropout}, {"max_epochs": 8}), callback)
+        sizes[dropout] = callback.summary["trajectory_bytes"] / 40
+        assert callback.summary["replay"]["batches"] == callback.summary["replay"]["batches_bit_for_bit"] == 40
+    assert sizes[0.0] < 5000 < sizes[0.5] < 9000  # torch's state is 5 kB, and three of them are 15 kB
+
+
+def test_influences_do_not_depend_on_when_segments_are_written(tmp_path, monkeypatch):
+    whole = SGDInfluence("val_loss", epochs="all", snapshots=3)
+    fit(Case("one segment", {"norm": True}), whole)
+    monkeypatch.setattr("lightning_sgdclean.writer._SEGMENT_STEPS", 2)
+    pieces = SGDInfluence("val_loss", epochs="all", snapshots=3, dirpath=tmp_path / "run")
+    fit(Case("many segments", {"norm": True}), pieces)
+    assert (influences(whole) == influences(pieces)).all()
+    assert len(list((tmp_path / "run" / "trajectory").glob("segment-*"))) > 7
+
+
+def test_what_waits_is_written_before_a_trajectory_is_closed(tmp_path, monkeypatch):
+    slow, original = threading.Event(), TrajectoryWriter._write
+
+    def write(self, *args):
+        slow.wait(0.1)
+        original(self, *args)
+
+    monkeypatch.setattr(TrajectoryWriter, "_write", write)
+    fit(Case("slow"), SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run"))
+    assert len(Trajectory(tmp_path / "run" / "trajectory").steps) == 15
