@@ -33,7 +33,7 @@ _REASONS = {
 }
 
 
-def register_update(optimizer_class: type[Optimizer], update: Update | Forward) -> None:
+def register_update(optimizer_class: type[Optimizer], update: Update | Forward | type[Optimizer]) -> None:
     """Follow a class of optimizers that is not followed by itself; docs/optimizers.md has examples.
 
     Every retrace holds the forward against the recorded steps, and the transpose against differences.
@@ -42,15 +42,19 @@ def register_update(optimizer_class: type[Optimizer], update: Update | Forward) 
         optimizer_class: The class; its subclasses are not meant.
         update: Its step on one parameter: a function as :meth:`Update.forward` is one, or an :class:`Update` where the
             step rounds, where more than the counter ``step`` is no function of gradients, or with a transpose of your
-            own.
+            own; or one of torch's classes that are followed, if the step is that of this class.
 
     Raises:
         TypeError: If either is something else.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"optimizer_class must be a class derived from torch.optim.Optimizer, got {optimizer_class!r}.")
-    if not isinstance(update, Update) and (isinstance(update, type) or not callable(update)):
-        raise TypeError(f"update must be an Update or a function (param, grad, state, group), got {update!r}.")
+    if isinstance(update, type) and update in _UPDATES:
+        update = _UPDATES[update]
+    if isinstance(update, type) or not (isinstance(update, Update) or callable(update)):
+        raise TypeError(
+            f"update must be an Update, a function (param, grad, state, group) or a followed class, got {update!r}."
+        )
     _REGISTERED[optimizer_class] = update if isinstance(update, Update) else Function(update)
 
 

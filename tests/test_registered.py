@@ -75,6 +75,15 @@ def test_registered_update_with_a_counter_of_its_own_is_followed_exactly():
     assert_influence_is_the_derivative(Case("counting", {"make_optimizer": Counting, "net": WithTable}))
 
 
+class Logged(torch.optim.AdamW):
+    """A subclass that steps as its base does."""
+
+
+def test_subclass_registered_to_step_as_its_base_is_followed_exactly():
+    register_update(Logged, torch.optim.AdamW)
+    assert_influence_is_the_derivative(Case("logged", {"make_optimizer": Logged, "options": {"eps": 1e-3}}))
+
+
 class UnroundedMuon(torch.optim.Muon):
     """Muon's iteration on singular values, in the type of the parameters."""
 
@@ -219,7 +228,7 @@ def test_only_optimizer_classes_can_be_registered(kind, update):
         register_update(kind, update)
 
 
-@pytest.mark.parametrize("update", [None, Counted])
+@pytest.mark.parametrize("update", [None, Counted, torch.optim.LBFGS])
 def test_only_updates_and_functions_can_be_registered(update):
-    with pytest.raises(TypeError, match="update must be an Update or a function"):
+    with pytest.raises(TypeError, match="update must be an Update, a function"):
         register_update(Counting, update)
