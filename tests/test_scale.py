@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/scale.md is what its formulas make of its measured constants."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_sgdclean.schedule import reversal, revolve
+from test_schedule import Machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def scale():
+    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_that_of_the_measured_constants(scale):
+    constants = json.loads(scale.RESULT.read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == scale.markdown(constants)
+
+
+@pytest.mark.parametrize(("num_steps", "interval", "slots"), [(10**4, 100, 99), (10**5, 317, 80), (10**5, 317, 2)])
+def test_rows_of_the_page_count_what_a_simulation_makes(scale, num_steps, interval, slots):
+    kept = [*range(0, num_steps, interval), num_steps]
+    machine = Machine(kept).run(reversal(kept, 0, num_steps, revolve(slots)))
+    cells = scale.policy_row("", num_steps, interval, 1.0, slots).split("|")[2:]
+    assert cells[0].strip() == f"{len(kept):,}"
+    assert int(cells[2]) == machine.most_held
+    cost = scale.WALK + (machine.steps + machine.checks) / num_steps
+    assert float(cells[4]) == pytest.approx(cost, abs=0.06)  # the last segment may be shorter
+
+
+def test_constants_are_those_of_a_recording(scale, tmp_path):
+    constants = json.loads(scale.RESULT.read_text(encoding="utf-8"))
+    disk, _ = scale.recorded(32, tmp_path, num_steps=32)
+    assert disk == pytest.approx(constants["disk_step"] + 32 * constants["disk_sample"], rel=0.1)
