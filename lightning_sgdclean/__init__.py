@@ -2,10 +2,11 @@
 """Rank the training samples of a Lightning run by the harm they did to the validation loss."""
 
 from lightning_sgdclean.callback import SGDInfluence
+from lightning_sgdclean.later import retrace
 from lightning_sgdclean.optimizers import register_update
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.updates import Update
 
 __version__ = "0.1.0"
 
-__all__ = ["Ranking", "SGDInfluence", "Update", "__version__", "register_update"]
+__all__ = ["Ranking", "SGDInfluence", "Update", "__version__", "register_update", "retrace"]

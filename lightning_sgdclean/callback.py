@@ -219,7 +219,13 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self.run_dir is None:
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
-        self._writer = TrajectoryWriter(self.run_dir / "trajectory")
+        optimizer = trainer.optimizers[0]
+        trained = {
+            "precision": str(trainer.precision),
+            "device": trainer.strategy.root_device.type,
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        }
+        self._writer = TrajectoryWriter(self.run_dir / "trajectory", trained=trained)
         self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
         self._keeper = BatchKeeper(
             self.keep_batches,
@@ -513,7 +519,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 self._recorder.check_constants()
             ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
         except SGDInfluenceError as error:
-            error.add_note(f"The training is complete and untouched; its trajectory lies in {self.run_dir}.")
+            error.add_note(
+                f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
+                f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
+                "val_dataloaders=...)."
+            )
             raise
         self._seconds["retrace"] = time.perf_counter() - began
         for text in complaints:

@@ -79,6 +79,7 @@ class Trajectory:
 
     Attributes:
         run: What tells the run from others.
+        trained: The ``precision``, ``device`` and ``optimizer`` of the run.
         steps: In order; their positions in this list are those that states are asked for by.
         kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
             state ``len(steps)`` after the last.
@@ -92,6 +93,7 @@ class Trajectory:
         self._folder = folder
         manifest = _manifest(folder)
         self.run: str = manifest["run"]
+        self.trained: dict[str, str] = manifest["trained"]
         self._layouts: list[Layout] = manifest["layouts"]
         self._open: tuple[str, Any] | None = None
         self._files: list[str] = []  # of each step
@@ -132,6 +134,10 @@ class Trajectory:
         """Bytes of the largest state."""
         sizes = (sum(DTYPES[row[3]].itemsize * Size(row[4]).numel() for row in layout) for layout in self._layouts)
         return max(sizes, default=0)
+
+    def shapes(self, kind: str) -> dict[str, list[int]]:
+        """Shapes of the states' entries of a kind, by name."""
+        return {name: shape for layout in self._layouts for row, name, _, _, shape in layout if row == kind}
 
     def position(self, index: int) -> int:
         """Where in ``steps`` the step ``index`` stands, or would stand."""

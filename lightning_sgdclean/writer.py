@@ -38,10 +38,17 @@ class TrajectoryWriter:
         folder: Where the files go; made if need be. A trajectory in it is continued.
         interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
         max_bytes: As many may lie there at once.
+        trained: What a retrace in another process has to know: ``precision``, ``device`` and ``optimizer``.
     """
 
-    def __init__(self, folder: Path, interval: int | None = 1, max_bytes: float = math.inf) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        interval: int | None = 1,
+        max_bytes: float = math.inf,
+        trained: dict[str, str] | None = None,
+    ) -> None:
+        self._folder, self._trained = folder, trained or {}
         folder.mkdir(parents=True, exist_ok=True)
         self.interval, self.max_bytes = interval, max_bytes
         self.run = uuid.uuid4().hex  # not from a random state of the user's
@@ -238,6 +245,7 @@ class TrajectoryWriter:
         manifest = {
             "format": FORMAT,
             "run": self.run,
+            "trained": self._trained,
             "joints": self._joints,
             "layouts": list(self._layouts),
             "segments": segments,
