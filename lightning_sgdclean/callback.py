@@ -5,7 +5,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.errors import (
     NonFiniteError,
+    RunDirectoryError,
     SampleIdError,
     SGDInfluenceError,
     SGDInfluenceWarning,
@@ -321,6 +323,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             random=random_state(trainer.strategy.root_device),
             digest=seen.digest,
             loader=len(self._loaders) - 1,
+            global_step=trainer.global_step,
             batch=kept,
         )
         self._recorder.begin_batch(micro)
@@ -366,7 +369,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if bool(getattr(trainer.optimizers[0], "found_inf", False)):
             return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
         clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        try:
+        with self._never_breaking_the_training(trainer):
             step = self._recorder.commit(
                 index=trainer.global_step,
                 ends_epoch=_is_at_end_of_epoch(trainer),
@@ -376,17 +379,24 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             )
             if self._rehearsal is not None:
                 self._rehearsal.commit(step, self._recorder.state())
-        except (SGDInfluenceError, OSError) as error:
-            self._stop_recording(trainer, error)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         assert self._recorder is not None
-        try:
+        with self._never_breaking_the_training(trainer):
             self._recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
+
+    @contextmanager
+    def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
+        """An error of ours in this block ends the recording; it is raised when training is over."""
+        try:
+            yield
         except (SGDInfluenceError, OSError) as error:
             self._stop_recording(trainer, error)
 
     def _stop_recording(self, trainer: Any, error: Exception) -> None:
+        if not isinstance(error, SGDInfluenceError):
+            cause, error = error, RunDirectoryError(f"The trajectory could not be written any more: {error}")
+            error.__cause__ = cause
         self._failure = error
         warnings.warn(
             f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
@@ -438,7 +448,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         kept = first_epoch_kept(trainer.current_epoch, True, self.epochs)
         if self._best_epoch is not None:
             kept = min(kept, first_epoch_kept(*self._best_epoch, self.epochs))
-        self._writer.drop_before(kept)
+        with self._never_breaking_the_training(trainer):
+            self._writer.drop_before(kept)
 
     @property
     def state_key(self) -> str:
@@ -461,18 +472,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What leads to the checkpoint has to be on disk before it is."""
         if self._active and self._writer is not None and self._failure is None:
-            try:
+            with self._never_breaking_the_training(trainer):
                 self._writer.flush()
-            except (SGDInfluenceError, OSError) as error:
-                self._stop_recording(trainer, error)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""
         if self._active and self._writer is not None and self._failure is None:
-            try:
+            with self._never_breaking_the_training(trainer):
                 self._writer.close()
-            except (SGDInfluenceError, OSError) as error:  # what ended the fit is what is to be raised
-                self._stop_recording(trainer, error)
         self._unhook(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -497,11 +504,12 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return
         assert self._writer is not None and self._keeper is not None and self.run_dir is not None  # noqa: PT018
         self._seconds["fit"] += time.perf_counter()
-        if self._failure is not None:
-            self._unhook(trainer)
-            raise self._failure
-        self._writer.close()
+        if self._failure is None:
+            with self._never_breaking_the_training(trainer):
+                self._writer.close()
         self._unhook(trainer)
+        if self._failure is not None:
+            raise self._failure
         began = time.perf_counter()
         run = RecordedRun(
             self.run_dir,

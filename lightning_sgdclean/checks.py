@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sgdclean.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.optimizers import update_of
 
+_LIGHTNING = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
+
 
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
@@ -33,7 +35,7 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         raise UnsupportedTrainingError(
             f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
         )
-    if not has_objective and not callable(getattr(type(module), "validation_step", None)):
+    if not has_objective and type(module).validation_step.__module__.startswith(_LIGHTNING):
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
 
 
@@ -89,7 +91,6 @@ _MODULE_HOOKS = (
     "optimizer_step",
     "optimizer_zero_grad",
 )
-_LIGHTNING = ("lightning.", "pytorch_lightning.")
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
 

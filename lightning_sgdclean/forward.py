@@ -147,7 +147,7 @@ def _repeat_batch(step: Step, number: int, walk: Walk, scaler: torch.amp.GradSca
     batch = walk.batch_of(step, number)
     walk.fidelity.compare_batch(step, number, batch_digest(batch, len(micro.ids)))
     set_random_state(walk.random_of(step, number), walk.surroundings.device)
-    walk.surroundings.set_clock(micro.epoch, step.index)
+    walk.surroundings.set_clock(micro.epoch, micro.global_step)
     loss = plain_training_loss(walk.module, batch, micro.batch_idx, walk.surroundings) / step.divisor
     if scaler is not None:
         loss = scaler.scale(loss)

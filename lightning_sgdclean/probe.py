@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training loss that can be asked again and again, with some samples of its batch replaced by others."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.errors import LossSplitError, ReplayMismatchError
 from lightning_sgdclean.replay import Evaluated
 from lightning_sgdclean.variants import Variant
 from lightning_sgdclean.weighting import Plan, Term
@@ -61,6 +62,21 @@ class Probe:
                 f"training_step failed on a batch in which some samples were replaced by others, which was to show "
                 f"the owner of each row of the loss: {type(error).__name__}: {error}."
             ) from error
+
+    def check_repeatable(self) -> None:
+        """The same batch, from the same random state: the same loss?
+
+        Raises:
+            ReplayMismatchError: If not, since then no step can be run again.
+        """
+        first, second = (float(self.ask().loss.detach()) for _ in range(2))
+        if math.isfinite(first) and not math.isclose(first, second, rel_tol=10 * self.tolerance):
+            raise ReplayMismatchError(
+                f"The training loss of a batch, computed twice from one random state, is {first!r} and {second!r}. "
+                "Likely causes: randomness that is not torch's, NumPy's or Python's, such as a torch.Generator of the "
+                "module's own, or state that training_step keeps outside the module. Use the global generators, or "
+                "keep the state in attributes of the module."
+            )
 
     def ask_alike(self, replaced: Tensor, base: Evaluated, plan: Plan | None = None) -> tuple[Tensor, Evaluated]:
         """Evaluate with as many of these samples replaced as leave the losses' shapes what they are in ``base``.

@@ -2,7 +2,6 @@
 """Run the user's own ``training_step`` again, outside the training loop, and leave no trace of it."""
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.apart import SamplesApart
+from lightning_sgdclean.attributes import Attributes
 from lightning_sgdclean.errors import LossSplitError
 from lightning_sgdclean.lookups import RefusedLookups
 from lightning_sgdclean.running_stats import BatchStatistic, RunningStatistics
@@ -43,34 +43,6 @@ class Surroundings:
     as_stage: Callable[[str], AbstractContextManager[Any]]
 
 
-_TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
-
-
-class _Attributes:
-    """What the plain attributes of a module and its submodules held; lists and tensors by content."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._saved = [
-            (part, {k: v for k, v in part.__dict__.items() if k not in _TORCH_OWN}) for part in module.modules()
-        ]
-        values = [value for _, attributes in self._saved for value in attributes.values()]
-        self._contents = [(value, value.copy()) for value in values if type(value) in (list, dict, set, deque)]
-        self._tensors = [(value, value.detach().clone()) for value in values if isinstance(value, Tensor)]
-
-    def restore(self) -> None:
-        for part, attributes in self._saved:
-            for name in [name for name in part.__dict__ if name not in attributes and name not in _TORCH_OWN]:
-                del part.__dict__[name]
-            part.__dict__.update(attributes)
-        for live, content in self._contents:
-            if live != content if type(live) is set else len(live) != len(content) or isinstance(live, dict):
-                live.clear()
-                live.extend(content) if isinstance(live, list | deque) else live.update(content)
-        with torch.no_grad():
-            for tensor, content in self._tensors:
-                tensor.copy_(content)
-
-
 @contextmanager
 def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Leave the module as it was found: parameters, buffers, modes, metric states, its lists.
@@ -79,7 +51,7 @@ def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
         A callable that restores all but parameters and buffers already now, so that a module that
         collects its losses in a list does not collect those of every replayed step.
     """
-    attributes = _Attributes(module)
+    attributes = Attributes(module)
     owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     tensors = [*module.parameters(), *(buffer for *_, buffer in owners if buffer is not None)]
     contents = [tensor.detach().clone() for tensor in tensors]

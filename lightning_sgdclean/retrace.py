@@ -238,7 +238,7 @@ class _MicroStep:
         for name, buffer in live.items():
             buffer.copy_(self._buffers[name])
         set_random_state(self._random, surroundings.device)
-        surroundings.set_clock(self.micro.epoch, self._step.index)
+        surroundings.set_clock(self.micro.epoch, self.micro.global_step)
         batch = cloned(self._batch)  # training_step may write to it
         evaluated = training_loss(
             walk.module,

@@ -26,6 +26,7 @@ class MicroBatch:
         digest: Fingerprint of the batch, ``(B,)``.
         loss: The loss that was differentiated (already divided by the accumulation, and multiplied by
             ``scale``), or None before it is known.
+        global_step: Optimizer steps made before it, as the module sees it.
         scale: What a GradScaler multiplied the loss by.
         loader: Which of the run's training loaders it came from, where they were made anew on the way.
         batch: The batch itself, packed, where it was kept; read back without its tensors.
@@ -38,6 +39,7 @@ class MicroBatch:
     random: RandomState
     digest: Tensor
     loss: Tensor | None = None
+    global_step: int = 0
     scale: float = 1.0
     loader: int = 0
     batch: PackedBatch | None = None

@@ -150,6 +150,7 @@ class VerifiedSplit:
 
     def _prove(self, micro: MicroBatch, batch: Any) -> Plan:
         with self._probing(micro, neighbour_variant(batch)) as probe:
+            probe.check_repeatable()
             plan = self._keep(prove_split(probe), len(micro.ids))
             rest, slack = rest_of(probe.ask(plan=plan))
             # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
@@ -201,6 +202,7 @@ class VerifiedSplit:
                     for buffer, content in buffers:
                         buffer.copy_(content)
                 set_random_state(micro.random, surroundings.device)
+                surroundings.set_clock(micro.epoch, micro.global_step)
                 batch = batch if wide is surroundings else as_float32(batch)
                 evaluated = training_loss(module, batch, micro.batch_idx, weights, wide, samples_apart=True, plan=plan)
                 restore()

@@ -234,6 +234,7 @@ class TrajectoryWriter:
             "positions": micro.positions,
             "epoch": micro.epoch,
             "batch_idx": micro.batch_idx,
+            "global_step": micro.global_step,
             "scale": micro.scale,
             "loader": micro.loader,
             "random": {name: self._random[name][0] for name in micro.random},

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: a typed error with its remedy, as early as it can be known."""
 
+import shutil
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -357,3 +359,51 @@ def test_batch_that_cannot_be_kept_is_refused_at_the_first_batch():
 def _with_iterator(items):
     collated = torch.utils.data.default_collate(items)
     return [*collated, iter("nothing that can be written down")]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork", "ignore:.*does not have many workers")
+def test_several_processes_are_refused_before_training():
+    trainer = quiet_trainer([SGDInfluence("val_loss")], devices=2, strategy="ddp_fork", max_epochs=1)
+    with pytest.raises(Exception, match=r"Training runs in 2 processes.*devices=1"):
+        trainer.fit(Plain(), *loaders())
+    assert trainer.global_step == 0
+
+
+def test_an_optimized_tensor_outside_the_module_is_refused_before_training():
+    class Stray(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), torch.zeros(2, requires_grad=True)], lr=0.1)
+
+    match = r"holds a tensor of shape \(2,\) that is no parameter.*nn.Parameter"
+    assert refuse(UnsupportedTrainingError, match, Stray()).global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*validation")
+def test_a_module_without_validation_step_needs_an_objective():
+    class Unvalidated(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(5, 3)
+
+        training_step, loss, sample_weights = Plain.training_step, Plain.loss, None
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = quiet_trainer([SGDInfluence("val_loss")])
+    with pytest.raises(ObjectiveError, match=r"has no validation_step.*give objective="):
+        trainer.fit(Unvalidated(), loaders()[0])
+    assert trainer.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:Recording stopped at step")
+def test_a_trajectory_that_cannot_be_written_any_more_leaves_the_training_alone(tmp_path):
+    class Remove(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                shutil.rmtree(tmp_path / "run")
+
+    trainer = quiet_trainer([SGDInfluence("val_loss", dirpath=tmp_path / "run"), Remove()])
+    with pytest.raises(RunDirectoryError, match=r"could not be written any more.*No such file"):
+        trainer.fit(Plain(), *loaders())
+    assert trainer.global_step == 15

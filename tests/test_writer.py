@@ -12,7 +12,7 @@ import torch
 from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.background import Background
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.writer import TrajectoryWriter
 from reference import influences
@@ -88,7 +88,7 @@ def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path,
     trainer = quiet_trainer([callback, Harm(harm)], max_epochs=4)
     with (
         pytest.warns(SGDInfluenceWarning, match=r"Recording stopped at step \d+, training goes on") as caught,
-        pytest.raises(OSError, match=r"cannot be written|No such file|Not a directory"),
+        pytest.raises(RunDirectoryError, match=r"cannot be written|No such file|Not a directory"),
     ):
         trainer.fit(module, *loaders())
     said = next(str(warning.message) for warning in caught if warning.category is SGDInfluenceWarning)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a module keeps in plain attributes: counters, lists, metric states, objects of its own. Noted, and put back."""
+
+import operator
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+_TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+_CONTAINERS = (list, dict, set, deque)
+_NOT_THE_USERS = frozenset(
+    {"torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "builtins", "functools"}
+)
+
+
+class Attributes:
+    """The plain attributes of a module and its submodules, as they were when this was made.
+
+    Noted are which object each attribute is, the members of lists, dicts, sets and deques (nested, too), the
+    attributes of the user's own objects, and the content of tensors and arrays that are attributes themselves.
+    Tensors within containers are noted by identity alone: a list of all losses so far would be slow to copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        for part in module.modules():
+            self._note_namespace(vars(part))
+
+    def _note_namespace(self, live: dict[str, Any]) -> None:
+        saved = {name: value for name, value in live.items() if name not in _TORCH_OWN}
+        self._namespaces.append((live, saved))
+        for value in saved.values():
+            if isinstance(value, Tensor):
+                self._arrays.append((value, value.detach().clone()))
+            elif isinstance(value, np.ndarray):
+                self._arrays.append((value, value.copy()))
+            else:
+                self._note(value)
+
+    def _note(self, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        if type(value) in _CONTAINERS:
+            self._seen.add(id(value))
+            self._containers.append((value, value.copy()))
+            for member in _members(value):
+                self._note(member)
+        elif type(value) is tuple:
+            for member in value:
+                self._note(member)
+        elif _is_own_object(value):
+            self._seen.add(id(value))
+            self._note_namespace(vars(value))
+
+    def restore(self) -> None:
+        """Put everything back, the very objects."""
+        for live, saved in self._namespaces:
+            for name in [name for name in live if name not in saved and name not in _TORCH_OWN]:
+                del live[name]
+            live.update(saved)
+        for live, content in self._containers:
+            if not _holds(live, content):
+                live.clear()
+                live.extend(content) if isinstance(live, list | deque) else live.update(content)
+        with torch.no_grad():
+            for array, content in self._arrays:
+                array.copy_(content) if isinstance(array, Tensor) else np.copyto(array, content)
+
+
+def _members(container: Any) -> Iterator[Any]:
+    return iter(container.values() if isinstance(container, dict) else container)
+
+
+def _holds(live: Any, content: Any) -> bool:
+    """Whether a container has these very members, in this order."""
+    if len(live) != len(content):
+        return False
+    if isinstance(live, dict) and not all(map(operator.is_, live, content)):
+        return False
+    return live == content if isinstance(live, set) else all(map(operator.is_, _members(live), _members(content)))
+
+
+def _is_own_object(value: Any) -> bool:
+    """Whether this is an object of the user's that may keep state: no module, data set, class or function."""
+    return (
+        hasattr(value, "__dict__")
+        and not callable(getattr(value, "forward", None))
+        and not isinstance(value, type | nn.Module | Dataset | DataLoader | torch.Generator)
+        and type(value).__module__.partition(".")[0] not in _NOT_THE_USERS
+    )

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in 16 bits: replayed bit for bit, compared with float32, warned about when they are noise."""
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from torch import nn
+
+from cases import NUM_TRAIN, TRAIN, Case, Plain, adam, fit
+from lightning_sgdclean import SGDInfluence
+from reference import influences, ranked
+
+NET = {"norm": True, "dropout": 0.2}
+MODULE = {**NET, "options": {"momentum": 0.9}}
+
+
+def cosine(a, b):
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def half():
+    """float16 with a GradScaler, on the CPU."""
+    return {
+        "precision": None,
+        "plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))],
+    }
+
+
+@pytest.mark.parametrize("optimizer", [{"options": {"momentum": 0.9}}, {"make_optimizer": adam}], ids=["sgd", "adam"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "float16"])
+def test_losses_replay_bit_for_bit_and_influences_are_those_of_float32(precision, optimizer):
+    trainer = half() if precision == "float16" else {"precision": precision}
+    callback = ranked(Case(precision, {**NET, **optimizer}, trainer))
+    replay = callback.summary["replay"]
+    assert replay["batches_bit_for_bit"] == replay["batches"] > 0
+    assert replay["complaints"] == []
+    reference = influences(ranked(Case("reference", {**NET, **optimizer}, {"precision": "64-true"})))
+    # The trained weights differ, too: 16 bits took another path.
+    assert cosine(influences(callback), reference) > {"32-true": 0.99999, "64-true": 0.99999}.get(precision, 0.97)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_agreement_with_float32_stands_in_the_summary(precision):
+    case = Case(precision, MODULE, {"precision": precision})
+    callback = ranked(case)
+    agreement = callback.summary["float32_agreement"]
+    assert agreement["num_steps"] == 15
+    wide = ranked(case, retrace_precision="float32")
+    assert wide.summary["float32_agreement"] is None
+    # All steps of the window were compared, so the agreement is that of the whole rankings.
+    assert agreement["cosine"] == pytest.approx(cosine(influences(callback), influences(wide)), abs=1e-6)
+    assert wide.summary["replay"]["batches_bit_for_bit"] == 15
+
+
+def test_a_full_precision_run_is_not_compared():
+    assert ranked(Case("32", MODULE, {"precision": "32-true"})).summary["float32_agreement"] is None
+
+
+class Converged(Plain):
+    """Softmax regression, judged by what it was trained on: the objective's gradient is what rounding leaves of it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net = nn.Linear(5, 3)
+
+
+def test_influences_that_are_noise_are_loudly_warned_about():
+    trainer = {"precision": "bf16-mixed", "max_epochs": 300}
+    case = Case("converged", {"options": {"lr": 0.5}}, trainer, {"batch_size": 23}, make=Converged, val=TRAIN)
+    callback = SGDInfluence("val_loss", epochs="all")
+    with pytest.warns(UserWarning, match=r'rounding noise.*Do not trust.*retrace_precision="float32"'):
+        fit(case, callback)
+    assert callback.summary["float32_agreement"]["cosine"] < 0.9
+
+
+def test_parameters_are_left_in_their_own_type():
+    module = fit(
+        Case("bf16", MODULE, {"precision": "bf16-true"}), SGDInfluence("val_loss", retrace_precision="float32")
+    )
+    plain = fit(Case("bf16", MODULE, {"precision": "bf16-true"}))
+    for name, tensor in plain.state_dict().items():
+        assert module.state_dict()[name].dtype is tensor.dtype
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+def test_visits_of_a_run_in_16_bits_are_all_counted():
+    assert ranked(Case("bf16", MODULE, {"precision": "bf16-mixed"})).ranking.visits.sum() == 3 * NUM_TRAIN
