@@ -1,53 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callback: Lightning's hooks wired to the stages. No arithmetic here."""
 
-import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.artifacts import publish
-from lightning_sgdclean.batches import cloned, fingerprint
-from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
-from lightning_sgdclean.errors import (
-    NonFiniteError,
-    RunDirectoryError,
-    SampleIdError,
-    SGDInfluenceError,
-    SGDInfluenceWarning,
-)
+from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
-from lightning_sgdclean.keeping import BatchKeeper, Plan
-from lightning_sgdclean.memory import slots_for
-from lightning_sgdclean.objective import logged_value, no_such_value
-from lightning_sgdclean.randomness import random_state, untouched_randomness
+from lightning_sgdclean.objective import logs_value
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.recorder import Recorder, trained_parameters
-from lightning_sgdclean.rehearsal import Rehearsal
-from lightning_sgdclean.replay import untouched_module
+from lightning_sgdclean.recording import Recording, RecordingOptions
 from lightning_sgdclean.run_directory import check_free, fresh_directory
-from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import MicroBatch, Positions, SampleId, first_epoch_kept
-from lightning_sgdclean.verified_split import VerifiedSplit
+from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.walk import RetraceOptions
-from lightning_sgdclean.writer import TrajectoryWriter
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
@@ -168,107 +147,44 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Be as before any fit."""
         self._active = False
         self._mark: Mark | None = None
-        self._loaders: list[Any] = []
-        self._noting: NotingSampler | None = None
-        self._as_delivered: Callable[[Any], Any] = lambda batch: batch
-        self._keeper: BatchKeeper | None = None
-        self._recorder: Recorder | None = None
-        self._rehearsal: Rehearsal | None = None
-        self._best: BestModel | None = None
-        self._averaging: list[str] = []
-        self._writer: TrajectoryWriter | None = None
-        self._hook: Any = None
-        self._failure: Exception | None = None
-        self._best_epoch: tuple[int, bool] | None = None
+        self._loaders: TrainLoaders | None = None
+        self._recording: Recording | None = None
         self._checked_validation = False
-        self._logged: dict[int, float] = {}
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
     # Recording -------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check what is known by now, and shadow the strategy's hook that sees the training loader."""
+        """Check what is known by now, and watch for the training loader."""
         self._forget()
         if stage != "fit" or trainer.fast_dev_run:
             return
         checks.check_module(trainer, pl_module, self.objective is not None)
-        process = trainer.strategy.process_dataloader
-
-        def process_dataloader(loader: Any) -> Any:
-            if trainer.training:
-                self._see_train_loader(loader)
-            return process(loader)
-
-        trainer.strategy.process_dataloader = process_dataloader
-
-    def _see_train_loader(self, loader: Any) -> None:
-        checks.check_train_loader(loader, self.sample_ids is not None, self.keep_batches is not False)
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            self._noting = note_samples(loader)
-        if not self._loaders or loader is not self._loaders[-1]:
-            self._loaders.append(loader)
+        self._loaders = TrainLoaders(self.sample_ids, may_keep=self.keep_batches is not False)
+        self._loaders.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizer, choose the run directory, and listen to the optimizer's steps."""
         log_dir = trainer.log_dir or trainer.default_root_dir  # on every rank: it broadcasts
-        if trainer.fast_dev_run:
+        if self._loaders is None:
             return
         checks.check_optimizers(trainer)
-        self._averaging = checks.check_callbacks(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
-        self._best = BestModel(checks.best_model_checkpoint(trainer)) if self.at == "best" else None
         self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
         if self.run_dir is None:
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
-        optimizer = trainer.optimizers[0]
-        trained = {
-            "precision": str(trainer.precision),
-            "device": trainer.strategy.root_device.type,
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        }
-        self._writer = TrajectoryWriter(self.run_dir / "trajectory", trained=trained)
-        self._recorder = Recorder(pl_module, trainer.optimizers[0], self._writer)
-        self._keeper = BatchKeeper(
-            self.keep_batches,
-            plan=partial(self._plan, trainer),
-            say=(lambda text: None) if is_quiet(trainer) else tqdm.write,
-        )
-        self._rehearsal = Rehearsal()
-        self._hook = trainer.optimizers[0].register_step_post_hook(partial(self._after_optimizer_step, trainer))
+        options = RecordingOptions(self.at, self.keep_batches, self.snapshots, self.max_bytes)
+        say = (lambda text: None) if is_quiet(trainer) else tqdm.write
+        self._recording = Recording(trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say)
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the training loader, which exists by now."""
-        if not self._active:
-            return
-        if not self._loaders:
-            raise SampleIdError(
-                "The training loader was made before this callback was set up, so its samples were not seen. "
-                "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
-            )
-        self._as_delivered = checks.one_loader(trainer)
-        self._plan_snapshots(trainer)
-
-    def _plan_snapshots(self, trainer: Any) -> None:
-        """Say what the trajectory will take, or refuse if that is too much."""
-        assert self._writer is not None and self._recorder is not None and self.run_dir is not None  # noqa: PT018
-        accumulated = trainer.accumulate_grad_batches
-        num_batches, max_steps = trainer.num_training_batches, trainer.max_steps
-        state_bytes = expected_state_bytes(self._recorder.state(), trainer.optimizers[0])
-        needs = Needs(
-            num_steps=window_length(num_batches, accumulated, trainer.max_epochs, max_steps, self.epochs),
-            batches_a_step=accumulated,
-            state_bytes=state_bytes,
-            slots=slots_for(state_bytes),
-            max_bytes=min(self.max_bytes or math.inf, shutil.disk_usage(self.run_dir).free),
-            curvature=self.curvature,
-        )
-        budget = budget_for(self.snapshots, needs)
-        self._writer.interval, self._writer.max_bytes = budget.interval, self.max_bytes or math.inf
-        if not is_quiet(trainer):
-            tqdm.write(budget.text)
+        """Check the training loader, which exists by now, and say what recording takes."""
+        if self._active and self._recording is not None and self._loaders is not None:
+            self._loaders.check(trainer)
+            self._recording.plan_snapshots(trainer)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -278,178 +194,37 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if not self._active or self._checked_validation or not wanted:
             return
         num_loaders = len(trainer.num_sanity_val_batches)
-        surroundings = surroundings_of(trainer, pl_module)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            untouched_randomness(surroundings.device),
-            untouched_module(pl_module),
-            surroundings.as_stage("validate"),
-            surroundings.val_context(),
-        ):
-            value, _, names = logged_value(
-                pl_module, (cloned(batch), batch_idx, dataloader_idx), self.monitor, num_loaders
-            )
-        if value is None and num_loaders == 1:
-            raise no_such_value(self.monitor, names)
-        self._checked_validation = value is not None
+        batch = cloned(batch), batch_idx, dataloader_idx
+        self._checked_validation = logs_value(
+            pl_module, batch, self.monitor, num_loaders, surroundings_of(trainer, pl_module)
+        )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
-        if not self._active:
-            return
-        positions = self._noting.next_positions() if self._noting is not None else None
-        if self._failure is not None:
-            return
-        assert self._recorder is not None and self._keeper is not None  # noqa: PT018 - made with _active
-        self._look_for_best(trainer)
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._recorder.has_pending:
-            self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
-        names = self._names(batch, positions)
-        seen = fingerprint(batch, len(names))
-        is_first = self._recorder.num_steps == 0 and not self._recorder.has_pending
-        try:
-            kept = self._keeper.packed(batch, positions, seen, trainer.current_epoch)
-        except SGDInfluenceError as error:
-            if is_first:
-                raise
-            self._stop_recording(trainer, error)
-            return
-        micro = MicroBatch(
-            ids=names,
-            positions=positions,
-            epoch=trainer.current_epoch,
-            batch_idx=batch_idx,
-            random=random_state(trainer.strategy.root_device),
-            digest=seen.digest,
-            loader=len(self._loaders) - 1,
-            global_step=trainer.global_step,
-            batch=kept,
-        )
-        self._recorder.begin_batch(micro)
-        if self._rehearsal is not None:
-            self._rehearsal.begin_batch(micro, batch, self._recorder.state())
-        if is_first and self.sample_losses is None:
-            params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
-            surroundings = surroundings_of(trainer, pl_module)
-            VerifiedSplit(pl_module, params, surroundings).prove(micro, batch)
-
-    def _names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
-        positions = positions if isinstance(positions, list | None) else [positions]
-        if self.sample_ids is None:
-            assert positions is not None
-            return list(positions)
-        given = self.sample_ids(batch)
-        names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
-        if positions is not None and len(names) != len(positions):
-            raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
-        return names
-
-    def _plan(self, trainer: Any) -> Plan:
-        """What is known of the run when batches are first to be kept."""
-        assert self.run_dir is not None
-        num_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        num_kept = num_epochs if self.epochs == "all" else min(num_epochs, self.epochs + 1)
-        num_batches = min(num_kept, num_epochs - trainer.current_epoch) * trainer.num_training_batches
-        if trainer.max_steps != -1:
-            num_batches = min(num_batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        first_epoch = 0 if self.epochs == "all" else num_epochs - self.epochs
-        return Plan(num_batches, first_epoch, shutil.disk_usage(self.run_dir).free)
+        if self._active and self._recording is not None:
+            self._recording.begin_batch(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss, as it is differentiated."""
-        if self._active and self._recorder is not None and self._failure is None:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
-
-    def _after_optimizer_step(self, trainer: Any, *_: Any) -> None:
-        """Write the step; an error of ours ends the recording, never the training."""
-        if not self._active or self._recorder is None or self._failure is not None:
-            return
-        if bool(getattr(trainer.optimizers[0], "found_inf", False)):
-            return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
-        clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        with self._never_breaking_the_training(trainer):
-            step = self._recorder.commit(
-                index=trainer.global_step,
-                ends_epoch=_is_at_end_of_epoch(trainer),
-                clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
-                divisor=trainer.accumulate_grad_batches,
-                is_last=trainer.global_step + 1 == trainer.max_steps,
-            )
-            if self._rehearsal is not None:
-                self._rehearsal.commit(step, self._recorder.state())
-
-    def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
-        assert self._recorder is not None
-        with self._never_breaking_the_training(trainer):
-            self._recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
-
-    @contextmanager
-    def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
-        """An error of ours in this block ends the recording; it is raised when training is over."""
-        try:
-            yield
-        except (SGDInfluenceError, OSError) as error:
-            self._stop_recording(trainer, error)
-
-    def _stop_recording(self, trainer: Any, error: Exception) -> None:
-        if not isinstance(error, SGDInfluenceError):
-            cause, error = error, RunDirectoryError(f"The trajectory could not be written any more: {error}")
-            error.__cause__ = cause
-        self._failure = error
-        warnings.warn(
-            f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
-            SGDInfluenceWarning,
-            stacklevel=2,
-        )
-
-    def _look_for_best(self, trainer: Any) -> None:
-        if self._best is not None and self._recorder is not None and self._best.look(trainer.global_step):
-            self._best_epoch = self._recorder.last_epoch
+        if self._active and self._recording is not None:
+            self._recording.note_loss(trainer, loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Rehearse a step of the retrace, once; a batch that is None never started, but was drawn all the same."""
-        if self._active and batch is None and self._noting is not None:
-            self._noting.next_positions()
-        if self._active and self._keeper is not None:
-            self._keeper.watch.batch_ends()
-        if not self._active or self._rehearsal is None or not self._rehearsal.is_due or self._failure is not None:
-            return
-        rehearsal, self._rehearsal = self._rehearsal, None
-        assert self._recorder is not None
-        self._recorder.check_constants()
-        hooks = checks.gradient_hooks(trainer, pl_module)
-        surroundings = surroundings_of(trainer, pl_module)
-        assert self._writer is not None
-        forward = self._writer.interval != 1
-        optimizer, options = trainer.optimizers[0], self._options()
-        for text in rehearsal.run(pl_module, optimizer, surroundings, options, hooks, forward=forward):
-            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+        """Rehearse a step of the retrace, once."""
+        if self._active and self._recording is not None:
+            if batch is None:
+                self._recording.skip_batch()
+            self._recording.end_batch(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
-        if self._keeper is not None:
-            self._keeper.watch.is_interrupted()
-        value = trainer.callback_metrics.get(self.monitor)
-        if self._active and not trainer.sanity_checking and value is not None:
-            self._logged[trainer.global_step] = float(value)
+        if self._active and self._recording is not None:
+            self._recording.note_validation(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""
-        if self._keeper is not None:
-            self._keeper.watch.is_interrupted()
-        if not self._active or self._writer is None or self._recorder is None or self._failure is not None:
-            return
-        self._look_for_best(trainer)
-        if self._recorder.has_pending:
-            ends_epoch = _is_at_end_of_epoch(trainer)
-            self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
-        kept = first_epoch_kept(trainer.current_epoch, True, self.epochs)
-        if self._best_epoch is not None:
-            kept = min(kept, first_epoch_kept(*self._best_epoch, self.epochs))
-        with self._never_breaking_the_training(trainer):
-            self._writer.drop_before(kept)
+        if self._active and self._recording is not None:
+            self._recording.end_epoch(trainer)
 
     @property
     def state_key(self) -> str:
@@ -459,11 +234,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Which trajectory led to the checkpoint, and how far."""
-        if not self._active or self._failure is not None:
-            return {}
-        assert self._writer is not None and self._recorder is not None and self.run_dir is not None  # noqa: PT018
-        folder, between = str(self.run_dir.resolve()), not self._recorder.has_pending
-        return asdict(Mark(self._writer.run, self._writer.next_index, folder, between))
+        mark = self._recording.mark() if self._active and self._recording is not None else None
+        return {} if mark is None else asdict(mark)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what to join."""
@@ -471,29 +243,22 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What leads to the checkpoint has to be on disk before it is."""
-        if self._active and self._writer is not None and self._failure is None:
-            with self._never_breaking_the_training(trainer):
-                self._writer.flush()
+        if self._active and self._recording is not None:
+            self._recording.flush(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a whole trajectory and a Trainer without our hooks."""
-        if self._active and self._writer is not None and self._failure is None:
-            with self._never_breaking_the_training(trainer):
-                self._writer.close()
-        self._unhook(trainer)
+        self._stop(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove the hooks of a fit that ended early."""
-        self._unhook(trainer)
+        self._stop(trainer)
 
-    def _unhook(self, trainer: Any) -> None:
-        trainer.strategy.__dict__.pop("process_dataloader", None)
-        for loader in self._loaders:
-            if isinstance(loader, DataLoader):
-                stop_noting(loader)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _stop(self, trainer: Any) -> None:
+        if self._active and self._recording is not None:
+            self._recording.close(trainer)
+        if self._loaders is not None:
+            self._loaders.unwatch(trainer)
         self._active = False
 
     # Retracing -------------------------------------------------------------------------------------
@@ -502,29 +267,25 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Retrace the window, rank, write, tell the loggers."""
         if not self._active:
             return
-        assert self._writer is not None and self._keeper is not None and self.run_dir is not None  # noqa: PT018
+        assert self._recording is not None and self._loaders is not None and self.run_dir is not None  # noqa: PT018
         self._seconds["fit"] += time.perf_counter()
-        if self._failure is None:
-            with self._never_breaking_the_training(trainer):
-                self._writer.close()
-        self._unhook(trainer)
-        if self._failure is not None:
-            raise self._failure
+        self._stop(trainer)
+        if self._recording.failure is not None:
+            raise self._recording.failure
         began = time.perf_counter()
         run = RecordedRun(
             self.run_dir,
-            self._loaders,
+            self._loaders.loaders,
             trainer.optimizers[0],
-            self._logged,
+            self._recording.logged,
             hooks=checks.gradient_hooks(trainer, pl_module),
-            averaging=self._averaging,
-            best=self._best,
-            classes=self._keeper.classes,
-            as_delivered=self._as_delivered,
+            averaging=self._recording.averaging,
+            best=self._recording.best,
+            classes=self._recording.keeper.classes,
+            as_delivered=self._loaders.as_delivered,
         )
         try:
-            if self._recorder is not None:
-                self._recorder.check_constants()
+            self._recording.recorder.check_constants()
             ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
         except SGDInfluenceError as error:
             error.add_note(
@@ -536,7 +297,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._seconds["retrace"] = time.perf_counter() - began
         for text in complaints:
             warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
-        self._finish(trainer, ranking, about)
+        self._finish(trainer, ranking, about, self._recording, self.run_dir)
 
     def _options(self) -> RetraceOptions:
         return RetraceOptions(
@@ -553,8 +314,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             retrace_precision=self.retrace_precision,
         )
 
-    def _finish(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
-        assert self.run_dir is not None and self._writer is not None and self._keeper is not None  # noqa: PT018
+    def _finish(
+        self, trainer: Any, ranking: Ranking, about: dict[str, Any], recording: Recording, run_dir: Path
+    ) -> None:
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
         optimizer = trainer.optimizers[0]
@@ -571,31 +333,20 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             **about,
             "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
-            "batches": self._keeper.summary(),
-            "trajectory_bytes": self._writer.bytes_written,
+            "batches": recording.keeper.summary(),
+            "trajectory_bytes": recording.writer.bytes_written,
         }
-        csv_path = ranking.save(self.run_dir / "influence.csv")
-        write_json(self.run_dir / "summary.json", self.summary)
-        publish(trainer.loggers, ranking, [csv_path, self.run_dir / "summary.json"], trainer.global_step, self._unit)
+        csv_path = ranking.save(run_dir / "influence.csv")
+        write_json(run_dir / "summary.json", self.summary)
+        publish(trainer.loggers, ranking, [csv_path, run_dir / "summary.json"], trainer.global_step, self._unit)
         if not self.keep_trajectory:
-            shutil.rmtree(self.run_dir / "trajectory")
+            shutil.rmtree(run_dir / "trajectory")
         if not is_quiet(trainer):
-            tqdm.write(report.closing_text(ranking, self.summary, self.run_dir))
+            tqdm.write(report.closing_text(ranking, self.summary, run_dir))
 
     @property
     def _unit(self) -> str:
         return self.monitor if self.objective is None else "objective"
-
-
-def _plain_id(name: Any) -> SampleId:
-    value = name.item() if hasattr(name, "item") else name
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
-
-
-def _is_at_end_of_epoch(trainer: Any) -> bool:
-    return bool(trainer.is_last_batch) or trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

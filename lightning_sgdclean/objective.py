@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_sgdclean._lightning import batch_size_of
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import NonFiniteError, ObjectiveError
-from lightning_sgdclean.replay import Surroundings, eagerly, logging_to, takes_batch_idx
+from lightning_sgdclean.randomness import untouched_randomness
+from lightning_sgdclean.replay import Surroundings, eagerly, logging_to, takes_batch_idx, untouched_module
 from lightning_sgdclean.running_stats import RunningStatistics
 
 ObjectiveFn = Callable[[Any, Any], Any]
@@ -70,6 +71,26 @@ def logged_value(
     _check_differentiable(monitor, value, options)
     weight = options.get("batch_size")
     return value.mean(), float(batch_size_of(content) if weight is None else weight), list(seen)
+
+
+def logs_value(module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, surroundings: Surroundings) -> bool:
+    """Whether ``validation_step`` logs ``monitor`` for this batch; module and random state stay as they are.
+
+    Raises:
+        ObjectiveError: If it does not, though there is one loader only, or if the value cannot be differentiated.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        untouched_randomness(surroundings.device),
+        untouched_module(module),
+        surroundings.as_stage("validate"),
+        surroundings.val_context(),
+    ):
+        value, _, names = logged_value(module, batch, monitor, num_loaders)
+    if value is None and num_loaders == 1:
+        raise no_such_value(monitor, names)
+    return value is not None
 
 
 def _check_differentiable(monitor: str, value: Any, options: dict[str, Any]) -> None:

@@ -7,7 +7,17 @@ from pathlib import Path
 import lightning_sgdclean
 
 PACKAGE = Path(lightning_sgdclean.__file__).parent
-SEE_A_TRAINER = {"callback", "later", "checks", "after_fit", "surroundings", "_lightning", "artifacts"}
+SEE_A_TRAINER = {
+    "callback",
+    "later",
+    "recording",
+    "train_loaders",
+    "checks",
+    "after_fit",
+    "surroundings",
+    "_lightning",
+    "artifacts",
+}
 
 
 def imports(module: str) -> set[str]:

@@ -104,7 +104,7 @@ def test_buffers_are_used_again(tmp_path, monkeypatch):
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
     fit(Case("long", {}, {"max_epochs": 20}), callback)
     assert len(Trajectory(tmp_path / "run" / "trajectory").kept) == 101
-    assert sum(len(free) for free in callback._writer._buffers.values()) < 30
+    assert sum(len(free) for free in callback._recording.writer._buffers.values()) < 30
 
 
 def test_random_states_that_did_not_change_are_written_once(tmp_path):

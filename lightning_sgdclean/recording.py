@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fit while it is recorded: what the callback's hooks hand over, in the order of a run."""
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_sgdclean import checks
+from lightning_sgdclean.batches import fingerprint
+from lightning_sgdclean.best_model import BestModel
+from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
+from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.joining import Mark
+from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
+from lightning_sgdclean.memory import slots_for
+from lightning_sgdclean.randomness import random_state
+from lightning_sgdclean.recorder import Recorder, trained_parameters
+from lightning_sgdclean.rehearsal import Rehearsal
+from lightning_sgdclean.surroundings import surroundings_of
+from lightning_sgdclean.train_loaders import TrainLoaders
+from lightning_sgdclean.trajectory import MicroBatch, first_epoch_kept
+from lightning_sgdclean.verified_split import VerifiedSplit
+from lightning_sgdclean.walk import RetraceOptions
+from lightning_sgdclean.writer import TrajectoryWriter
+
+
+@dataclass(frozen=True)
+class RecordingOptions:
+    """The callback's options that matter while training; see there."""
+
+    at: str
+    keep_batches: KeepBatches
+    snapshots: Literal["auto", "every", "sqrt"] | int
+    max_bytes: int | None
+
+
+class Recording:
+    """From the first batch to the last: names, fingerprints, steps and snapshots, on disk.
+
+    An error of ours ends the recording, never the training; it is kept in ``failure``. Only what is refused at the
+    first batch, or by the rehearsal of an early step, ends the training, too.
+
+    Attributes:
+        failure: Why nothing is recorded any more, if so.
+        logged: The monitored value after each validation, by the number of steps made by then.
+        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        best: Where the best model was saved, if that is where the walk is to start.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        loaders: TrainLoaders,
+        folder: Path,
+        options: RecordingOptions,
+        retrace: RetraceOptions,
+        say: Callable[[str], None],
+    ) -> None:
+        self._loaders, self._folder, self._options, self._retrace, self._say = loaders, folder, options, retrace, say
+        self.failure: Exception | None = None
+        self.logged: dict[int, float] = {}
+        self.averaging = checks.check_callbacks(trainer)
+        self.best = BestModel(checks.best_model_checkpoint(trainer)) if options.at == "best" else None
+        self._best_epoch: tuple[int, bool] | None = None
+        optimizer = trainer.optimizers[0]
+        trained = {
+            "precision": str(trainer.precision),
+            "device": trainer.strategy.root_device.type,
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        }
+        self.writer = TrajectoryWriter(folder / "trajectory", trained=trained)
+        self.recorder = Recorder(module, optimizer, self.writer)
+        self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
+        self._rehearsal: Rehearsal | None = Rehearsal()
+        self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
+
+    def plan_snapshots(self, trainer: Any) -> None:
+        """Say what the trajectory will take.
+
+        Raises:
+            BudgetError: If that is too much.
+        """
+        state_bytes = expected_state_bytes(self.recorder.state(), trainer.optimizers[0])
+        needs = Needs(
+            num_steps=window_length(
+                trainer.num_training_batches,
+                trainer.accumulate_grad_batches,
+                trainer.max_epochs,
+                trainer.max_steps,
+                self._retrace.epochs,
+            ),
+            batches_a_step=trainer.accumulate_grad_batches,
+            state_bytes=state_bytes,
+            slots=slots_for(state_bytes),
+            max_bytes=min(self._options.max_bytes or math.inf, shutil.disk_usage(self._folder).free),
+            curvature=self._retrace.curvature,
+        )
+        budget = budget_for(self._options.snapshots, needs)
+        self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
+        self._say(budget.text)
+
+    def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Name the batch's samples; on the first one, prove that the loss splits by sample.
+
+        Raises:
+            SGDInfluenceError: On the first batch, if it cannot be followed.
+        """
+        positions = self._loaders.next_positions()
+        if self.failure is not None:
+            return
+        self._look_for_best(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
+            self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
+        names = self._loaders.names(batch, positions)
+        seen = fingerprint(batch, len(names))
+        is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
+        try:
+            kept = self.keeper.packed(batch, positions, seen, trainer.current_epoch)
+        except SGDInfluenceError as error:
+            if is_first:
+                raise
+            self._stop(trainer, error)
+            return
+        micro = MicroBatch(
+            ids=names,
+            positions=positions,
+            epoch=trainer.current_epoch,
+            batch_idx=batch_idx,
+            random=random_state(trainer.strategy.root_device),
+            digest=seen.digest,
+            loader=len(self._loaders.loaders) - 1,
+            global_step=trainer.global_step,
+            batch=kept,
+        )
+        self.recorder.begin_batch(micro)
+        if self._rehearsal is not None:
+            self._rehearsal.begin_batch(micro, batch, self.recorder.state())
+        if is_first and self._retrace.sample_losses is None:
+            params = list(trained_parameters(module, trainer.optimizers[0]).values())
+            VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
+
+    def skip_batch(self) -> None:
+        """A batch that is None never started, but was drawn all the same."""
+        self._loaders.next_positions()
+
+    def note_loss(self, trainer: Any, loss: Tensor) -> None:
+        """The batch's loss, as it is differentiated."""
+        if self.failure is None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self.recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
+
+    def _after_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if self.failure is not None:
+            return
+        if bool(getattr(trainer.optimizers[0], "found_inf", False)):
+            return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
+        clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        with self._never_breaking_the_training(trainer):
+            step = self.recorder.commit(
+                index=trainer.global_step,
+                ends_epoch=_is_at_end_of_epoch(trainer),
+                clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
+                divisor=trainer.accumulate_grad_batches,
+                is_last=trainer.global_step + 1 == trainer.max_steps,
+            )
+            if self._rehearsal is not None:
+                self._rehearsal.commit(step, self.recorder.state())
+
+    def end_batch(self, trainer: Any, module: Any) -> None:
+        """Rehearse a step of the retrace, once.
+
+        Raises:
+            SGDInfluenceError: If it cannot be followed.
+        """
+        self.keeper.watch.batch_ends()
+        if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
+            return
+        rehearsal, self._rehearsal = self._rehearsal, None
+        complaints = rehearsal.run(
+            module,
+            trainer.optimizers[0],
+            surroundings_of(trainer, module),
+            self._retrace,
+            checks.gradient_hooks(trainer, module),
+            forward=self.writer.interval != 1,
+        )
+        for text in complaints:
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+
+    def note_validation(self, trainer: Any) -> None:
+        """Keep what was logged, to hold the recomputed objective against."""
+        self.keeper.watch.is_interrupted()
+        value = trainer.callback_metrics.get(self._retrace.monitor)
+        if not trainer.sanity_checking and value is not None:
+            self.logged[trainer.global_step] = float(value)
+
+    def end_epoch(self, trainer: Any) -> None:
+        """Let go of epochs that no window reaches any more."""
+        self.keeper.watch.is_interrupted()
+        if self.failure is not None:
+            return
+        self._look_for_best(trainer)
+        if self.recorder.has_pending:
+            ends_epoch = _is_at_end_of_epoch(trainer)
+            self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
+        kept = first_epoch_kept(trainer.current_epoch, True, self._retrace.epochs)
+        if self._best_epoch is not None:
+            kept = min(kept, first_epoch_kept(*self._best_epoch, self._retrace.epochs))
+        with self._never_breaking_the_training(trainer):
+            self.writer.drop_before(kept)
+
+    def flush(self, trainer: Any) -> None:
+        """Write what is held in memory."""
+        if self.failure is None:
+            with self._never_breaking_the_training(trainer):
+                self.writer.flush()
+
+    def close(self, trainer: Any) -> None:
+        """Leave a whole trajectory, and the optimizer without our hook."""
+        if self.failure is None:
+            with self._never_breaking_the_training(trainer):
+                self.writer.close()
+        self._hook.remove()
+
+    def mark(self) -> Mark | None:
+        """What a checkpoint written now is to say of the trajectory."""
+        if self.failure is not None:
+            return None
+        folder = str(self._folder.resolve())
+        return Mark(self.writer.run, self.writer.next_index, folder, not self.recorder.has_pending)
+
+    def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
+        with self._never_breaking_the_training(trainer):
+            self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
+
+    def _look_for_best(self, trainer: Any) -> None:
+        if self.best is not None and self.best.look(trainer.global_step):
+            self._best_epoch = self.recorder.last_epoch
+
+    def _plan(self, trainer: Any) -> Plan:
+        """What is known of the run when batches are first to be kept."""
+        epochs = self._retrace.epochs
+        num_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        num_kept = num_epochs if epochs == "all" else min(num_epochs, int(epochs) + 1)
+        num_batches = min(num_kept, num_epochs - trainer.current_epoch) * trainer.num_training_batches
+        if trainer.max_steps != -1:
+            num_batches = min(num_batches, trainer.max_steps * trainer.accumulate_grad_batches)
+        first_epoch = 0 if epochs == "all" else num_epochs - int(epochs)
+        return Plan(num_batches, first_epoch, shutil.disk_usage(self._folder).free)
+
+    @contextmanager
+    def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
+        try:
+            yield
+        except (SGDInfluenceError, OSError) as error:
+            self._stop(trainer, error)
+
+    def _stop(self, trainer: Any, error: Exception) -> None:
+        if not isinstance(error, SGDInfluenceError):
+            cause, error = error, RunDirectoryError(f"The trajectory could not be written any more: {error}")
+            error.__cause__ = cause
+        self.failure = error
+        warnings.warn(
+            f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
+            SGDInfluenceWarning,
+            stacklevel=2,
+        )
+
+
+def _is_at_end_of_epoch(trainer: Any) -> bool:
+    return bool(trainer.is_last_batch) or trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
