@@ -29,18 +29,23 @@ class Tagger(nn.Module):
 
 
 class Tagging(Plain):
-    """Its loss is a mean over all words, and a sample is the whole sentence."""
+    """Its loss is a mean over all words that count, and a sample is the whole sentence."""
 
     def loss(self, batch, reduction="mean"):
         words, tags, _ = batch
-        rows = F.nll_loss(self.net(words).transpose(1, 2), tags, reduction=reduction)
-        return rows if reduction == "mean" else rows.mean(1)
+        scores = self.net(words).flatten(0, 1)
+        if reduction == "mean":
+            return F.nll_loss(scores, tags.flatten(), ignore_index=-100)
+        rows = F.nll_loss(scores, tags.flatten(), ignore_index=-100, reduction="none").view_as(tags).sum(1)
+        return rows * len(rows) / (tags != -100).sum()
 
 
 def tagged(num, seed):
     source = torch.Generator().manual_seed(seed)
-    words = torch.randint(0, 12, (num, LENGTH), generator=source)
-    return TensorDataset(words, (words + words.roll(1, 1)) % TAGS, torch.arange(num))
+    words = torch.randint(1, 12, (num, LENGTH), generator=source)
+    tags = (words + words.roll(1, 1)) % TAGS
+    filled = torch.arange(LENGTH) >= torch.randint(2, LENGTH + 1, (num,), generator=source)[:, None]
+    return TensorDataset(words.masked_fill(filled, 0), tags.masked_fill(filled, -100), torch.arange(num))
 
 
 class AutoEncoder(nn.Module):
