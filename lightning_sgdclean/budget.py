@@ -33,6 +33,7 @@ class Needs:
         slots: States that fit in memory while retracing.
         max_bytes: Bytes that the trajectory may take on disk.
         curvature: The engine.
+        num_epochs: Epochs whose first states are kept besides.
     """
 
     num_steps: int | None
@@ -41,6 +42,7 @@ class Needs:
     slots: int
     max_bytes: float
     curvature: str = "exact"
+    num_epochs: int = 0
 
     @property
     def record_bytes(self) -> int:
@@ -126,19 +128,25 @@ def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
 
 def _auto_intervals(num_steps: int, needs: Needs) -> list[int | None]:
     """From most snapshots to fewest."""
-    num_fitting = int(min(num_steps, (needs.max_bytes - needs.record_bytes) // max(1, needs.state_bytes)))
+    fitting = (needs.max_bytes - needs.record_bytes) // max(1, needs.state_bytes) - needs.num_epochs
+    num_fitting = int(min(num_steps, fitting))
     sparse = -(-num_steps // (num_fitting - 1)) if num_fitting >= 2 else max(1, num_steps)
     dense: list[int | None] = [1] if num_steps * needs.state_bytes <= _SMALL else []
     return [*dense, interval_of("sqrt", num_steps), sparse]
 
 
 def _nbytes(interval: int | None, needs: Needs) -> int:
-    return num_snapshots(needs.num_steps or 1, interval) * needs.state_bytes + needs.record_bytes
+    return _num_states(interval, needs) * needs.state_bytes + needs.record_bytes
+
+
+def _num_states(interval: int | None, needs: Needs) -> int:
+    """Snapshots; those before an epoch come on top unless every state is kept."""
+    return num_snapshots(needs.num_steps or 1, interval) + (0 if interval == 1 else needs.num_epochs)
 
 
 def _counts(interval: int | None, needs: Needs) -> str:
-    count = num_snapshots(needs.num_steps or 1, interval)
-    return f"{count} snapshots of {in_bytes(needs.state_bytes)} and {in_bytes(needs.record_bytes)} of records"
+    snapshots = f"{_num_states(interval, needs)} snapshots of {in_bytes(needs.state_bytes)}"
+    return f"{snapshots} and {in_bytes(needs.record_bytes)} of records"
 
 
 def _in_words(interval: int | None, nbytes: int, needs: Needs) -> str:

@@ -103,9 +103,11 @@ class Recording:
             slots=slots_for(state_bytes),
             max_bytes=min(self._options.max_bytes or math.inf, shutil.disk_usage(self._folder).free),
             curvature=self._retrace.curvature,
+            num_epochs=0 if self._retrace.epochs == "all" else int(self._retrace.epochs) + 1,
         )
         budget = budget_for(self._options.snapshots, needs)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
+        self.writer.keeps_epochs = self._retrace.epochs != "all"
         self._say(budget.text)
 
     def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:

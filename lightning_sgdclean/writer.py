@@ -34,6 +34,10 @@ class TrajectoryWriter:
     and at the end the last one. Older segments can go while those that a window reaches stay. The files are
     written on a thread of their own; an error of its is raised by the method that is called next.
 
+    Attributes:
+        keeps_epochs: Whether the state before each epoch is a snapshot, too. Where the window is to begin with an
+            epoch, nothing of the epochs before it is then needed.
+
     Args:
         folder: Where the files go; made if need be. A trajectory in it is continued.
         interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
@@ -51,6 +55,7 @@ class TrajectoryWriter:
         self._folder, self._trained = folder, trained or {}
         folder.mkdir(parents=True, exist_ok=True)
         self.interval, self.max_bytes = interval, max_bytes
+        self.keeps_epochs = False
         self.run = uuid.uuid4().hex  # not from a random state of the user's
         self.bytes_written = 0
         self._layouts: list[Layout] = []
@@ -60,6 +65,7 @@ class TrajectoryWriter:
         self._num_steps = 0
         self._current: tuple[int, dict[str, Tensor]] | None = None  # the state after the last step, where it is wanted
         self._is_start = False  # whether that state is what a fit began with
+        self._has_ended_epoch = False
         self._background = Background()
         self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
         self._forget()
@@ -93,11 +99,12 @@ class TrajectoryWriter:
         self._background.check()
         if self._steps and (self._is_full() or self._steps[-1]["ends_epoch"]):
             self._hand_over()
-        if self._is_start or is_snapshot(self._num_steps, self.interval):
+        begins_epoch = self.keeps_epochs and self._has_ended_epoch
+        if self._is_start or begins_epoch or is_snapshot(self._num_steps, self.interval):
             self._keep_current(step.index)
         elif self._current is not None:
             self._give_back(self._current[1])
-        self._is_start = False
+        self._is_start, self._has_ended_epoch = False, step.ends_epoch
         self._steps.append(self._keep_step(step))
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last

@@ -14,6 +14,7 @@ from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.writer import TrajectoryWriter
 from reference import ranked
 
 ONE_AT_A_TIME = 1  # a state held in memory, while a segment has more
@@ -109,7 +110,7 @@ def test_scaled_and_skipped_steps_are_repeated_bit_for_bit(make_optimizer, clip)
     assert_same(every, other)
 
 
-def test_window_that_begins_between_snapshots_is_recomputed_from_the_one_before():
+def test_window_begins_with_a_snapshot_of_its_own_and_needs_nothing_before_it():
     case = Case("window", {"norm": True, "options": {"momentum": 0.9}}, {"max_epochs": 4})
     rankings = []
     for snapshots in ("every", 4, 7):
@@ -120,8 +121,22 @@ def test_window_that_begins_between_snapshots_is_recomputed_from_the_one_before(
     assert_same(rankings[0], rankings[1])
     assert_same(rankings[0], rankings[2])
     trajectory = Trajectory(rankings[1].run_dir / "trajectory")
+    assert [step.index for step in trajectory.steps] == [15, 16, 17, 18, 19]
+    assert [15 + position for position in trajectory.kept] == [15, 16, 20]
+
+
+def test_window_that_begins_between_snapshots_is_recomputed_from_the_one_before(monkeypatch):
+    case = Case("window", {"norm": True, "options": {"momentum": 0.9}}, {"max_epochs": 4})
+    every = SGDInfluence("val_loss", epochs=1, snapshots="every")
+    fit(case, every)
+    never = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(TrajectoryWriter, "keeps_epochs", never, raising=False)
+    other = SGDInfluence("val_loss", epochs=1, snapshots=4)
+    fit(case, other)
+    assert_same(every, other)
+    trajectory = Trajectory(other.run_dir / "trajectory")
     assert trajectory.steps[0].index == 10  # the epoch that holds the snapshot before step 12: older ones are gone
-    assert [trajectory.steps[p].index if p < 10 else 20 for p in trajectory.kept] == [12, 16, 20]
+    assert [10 + position for position in trajectory.kept] == [12, 16, 20]
 
 
 def test_end_that_nobody_could_foresee_is_recomputed_too():
