@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,22 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
-from lightning_sgdclean.batches import batch_digest, fetch_batch, fetched_variants, moved_positions
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.fetching import fetch_batch, moved_positions
+from lightning_sgdclean.ids import prove_ids
 from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
 from lightning_sgdclean.packing import Classes, unpack_batch
 from lightning_sgdclean.precision import is_low
-from lightning_sgdclean.randomness import set_random_state, untouched_randomness
+from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import SampleId, Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.variants import of_one_shape
+from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
@@ -113,7 +113,12 @@ def _rank(
     complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
     restore()  # validation had put the module into evaluation mode
     if walk.split is not None:
-        complaints += _prove_ids(walk, run, trajectory, steps, surroundings)
+        complaints += prove_ids(
+            walk,
+            steps,
+            loader_of=lambda micro: run.loaders[micro.loader],
+            prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
+        )
 
     def start(walk: Walk) -> Adjoint:
         """The objective's gradient, in the precision that the walk takes derivatives in."""
@@ -224,54 +229,6 @@ def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroun
         return unpack_batch(kept, run.classes, surroundings.device)
     assert micro.positions is not None
     return surroundings.prepare(run.as_delivered(fetch_batch(run.loaders[micro.loader], micro.positions)), 0)
-
-
-def _prove_ids(
-    walk: Walk, run: RecordedRun, trajectory: Trajectory, steps: list[Step], surroundings: Surroundings
-) -> list[str]:
-    """Replace samples before they are collated: do the loss's rows belong to the ids, too?
-
-    Returns:
-        Why that could not be found out, if it could not.
-    """
-    assert walk.split is not None
-    several = ((step, i) for step in steps for i, micro in enumerate(step.micro) if len(micro.ids) > 1)
-    step, number = next(several, (steps[0], 0))  # a batch of one sample shows no order
-    micro = replace(step.micro[number], random=trajectory.random(step, number))
-    walk.split.prove(micro, walk.batch_of(step, number))
-    before = replace(steps[0].micro[0], random=trajectory.random(steps[0], 0))
-    if not isinstance(before.positions, list):  # a stream, or samples that are not batched
-        return []
-    if before.positions != before.ids:  # ids that were read from the batch are those of its rows
-        return []
-    try:
-        variant = fetched_variants(
-            run.loaders[before.loader],
-            before.positions,
-            _foreign(before.positions, steps),
-            prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
-            reseed=lambda: set_random_state(before.random, surroundings.device),
-        )
-    except ReplayMismatchError as error:
-        if before.batch is None:
-            raise
-        return [f"{_NOT_PROVED} {error}"]
-    none = torch.zeros(len(before.ids), dtype=torch.bool)
-    if not torch.equal(*(batch_digest(variant(none), len(none)) for _ in range(2))):
-        return [f"{_NOT_PROVED} Collated twice from the same random state, the same samples give different batches."]
-    walk.split.prove_ids(before, variant(none), of_one_shape(variant, len(none)))
-    return []
-
-
-def _foreign(positions: list[SampleId], steps: list[Step]) -> list[SampleId]:
-    """What to replace each sample by: its neighbour, or for a batch of one, a sample of another batch."""
-    if len(positions) > 1:
-        return [*positions[-1:], *positions[:-1]]
-    drawn = (other.positions for step in steps for other in step.micro)
-    return next((other for other in drawn if isinstance(other, list) and other != positions), positions)[:1]
-
-
-_NOT_PROVED = "Whether the collate function keeps the samples in their order could not be found out."
 
 
 def _about(

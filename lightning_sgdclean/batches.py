@@ -1,170 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch's content: told apart by fingerprints, copied, and fetched again by position."""
+"""What a batch is made of, whatever its nesting, and copies of it."""
 
 import copy
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-
-from lightning_sgdclean.errors import ReplayMismatchError
-from lightning_sgdclean.trajectory import SampleId
-
-# Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
-_PIECE = 1 << 16  # words
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
-
-
-@lru_cache(maxsize=16)
-def _multipliers(length: int, device: torch.device) -> Tensor:
-    source = torch.Generator().manual_seed(0)  # our own: the global random state stays as it is
-    drawn = torch.randint(-(1 << 62), 1 << 62, (length,), generator=source, dtype=torch.int64)
-    return (drawn | 1).to(device)
-
-
-def _row_digests(tensor: Tensor, rows: int) -> Tensor:
-    flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, tensor.numel() // rows).contiguous()
-    words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat
-    if words.is_complex():
-        words = torch.view_as_real(words).flatten(1)
-    words = words.view(_WORD[words.element_size()])
-    length = words.shape[1]  # tables of a few sizes serve all lengths that padding may lead to
-    table = _multipliers(1 << max(length - 1, 0).bit_length(), words.device)[:length]
-    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around. In pieces: the
-    # products are wider than the words, and many times faster while they stay in the cache.
-    width = max(1, (_PIECE if words.device.type == "cpu" else _PIECE << 8) // rows)
-    if length <= width:
-        return (words * table).sum(1)
-    digests = torch.zeros(rows, dtype=torch.int64, device=words.device)
-    products = torch.empty(rows, width, dtype=torch.int64, device=words.device)
-    for piece, factors in zip(torch.split(words, width, 1), torch.split(table, width), strict=True):
-        digests += torch.mul(piece, factors, out=products[:, : len(factors)]).sum(1)
-    return digests
-
-
-def _strided(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that make up a sparse, nested or quantized one."""
-    if tensor.is_quantized:
-        return [tensor.int_repr()]
-    if tensor.is_nested:
-        return list(tensor.unbind())
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout is torch.strided:
-        return [tensor]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]
-
-
-def _mix(left: int, right: int) -> int:
-    """``left * _MIX + right`` in signed 64-bit arithmetic, as torch has it."""
-    return (left * _MIX + right + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _of_plain(value: Any) -> int:
-    if isinstance(value, bytes):
-        return zlib.crc32(value)
-    if isinstance(value, set | frozenset):  # whose order means nothing
-        return zlib.crc32(repr(sorted(map(repr, value))).encode())
-    text = repr(value) if isinstance(value, str | int | float) else _ADDRESS.sub("", repr(value))
-    return zlib.crc32(text.encode())
-
-
-@dataclass
-class Fingerprint:
-    """What a batch holds, told by numbers.
-
-    Attributes:
-        rows: ``(B,)`` int64 on the CPU: what belongs to one sample each.
-        setting: What the samples share: shapes, keys, and tensors without a row for each of them.
-    """
-
-    rows: Tensor
-    setting: int = 0
-
-    @property
-    def digest(self) -> Tensor:
-        """One int64 a sample, ``(B,)``, of its own content and of what it shares with the others."""
-        return self.rows * _MIX + self.setting
-
-    def add(self, value: Any, above: tuple[int, ...] = ()) -> None:
-        """Take in one more value, whatever it is made of; ``above`` are the objects that hold it."""
-        if isinstance(value, Tensor):
-            self._add_tensor(value)
-        elif hasattr(value, "__array_interface__"):  # NumPy's arrays and numbers, pictures of PIL
-            self._add_array(np.asarray(value))
-        elif id(value) in above:
-            self._share(0)  # a circle
-        elif isinstance(value, Mapping):
-            for key in value:
-                self._share(_of_plain(key))
-                self.add(value[key], (*above, id(value)))
-        elif isinstance(value, list | tuple):
-            self._add_sequence(value, (*above, id(value)))
-        elif not isinstance(value, type) and (attributes := attributes_of(value)):
-            self.add(attributes, (*above, id(value)))
-        else:
-            self._share(_of_plain(value))
-
-    def _share(self, part: int) -> None:
-        self.setting = _mix(self.setting, part)
-
-    def _own(self, parts: Tensor) -> None:
-        self.rows = self.rows * _MIX + parts
-
-    def _add_tensor(self, tensor: Tensor) -> None:
-        num = len(self.rows)
-        for part in _strided(tensor):
-            by_row = part is tensor and _is_by_row(tensor, num)
-            self._share(_of_plain((str(part.dtype), tuple(part.shape[by_row:]))))
-            if by_row:
-                self._own(_row_digests(part, num).cpu())
-            else:
-                self._share(int(_row_digests(part, 1)))
-
-    def _add_array(self, array: "np.ndarray[Any, Any]") -> None:
-        try:
-            self._add_tensor(torch.from_numpy(np.ascontiguousarray(array)))
-        except TypeError:  # strings, dates, objects
-            self.add(array.tolist())
-
-    def _add_sequence(self, items: list[Any] | tuple[Any, ...], above: tuple[int, ...]) -> None:
-        if _is_entry_each(items, len(self.rows)):
-            self._own(torch.tensor([_mix(*_whole(item, above)) for item in items]))
-        else:
-            self._share(len(items))
-            for item in items:
-                self.add(item, above)
-
-
-def _is_by_row(item: Any, num: int) -> bool:
-    if isinstance(item, Tensor):
-        return item.layout is torch.strided and not item.is_nested and item.ndim > 0 and item.shape[0] == num > 0
-    return isinstance(item, list | tuple) and len(item) == num > 0
-
-
-def _is_entry_each(items: list[Any] | tuple[Any, ...], num: int) -> bool:
-    """Whether a sequence has one entry a sample; not so two tensors ``(x, y)`` of two samples, with rows themselves."""
-    kinds = {(type(item), item.ndim, item.dtype) if isinstance(item, Tensor) else type(item) for item in items}
-    return len(items) == num > 0 and len(kinds) == 1 and not all(_is_by_row(item, num) for item in items)
-
-
-def _whole(item: Any, above: tuple[int, ...]) -> tuple[int, int]:
-    alone = Fingerprint(torch.zeros(1, dtype=torch.int64))
-    alone.add(item, above)
-    return int(alone.rows), alone.setting
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -181,28 +22,8 @@ def _names_of(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def fingerprint(batch: Any, num_samples: int) -> Fingerprint:
-    """Fingerprint of a batch, by sample wherever it has a row or an entry for each.
-
-    Args:
-        batch: Any nesting of mappings, lists, tuples and objects around tensors and other values.
-        num_samples: ``B``. Tensors whose first dimension it is, and lists of that length, are
-            taken row by row; everything else is common to all samples.
-
-    Returns:
-        Equal batches have equal fingerprints; of unequal ones about one in 2**32 goes unnoticed.
-    """
-    found = Fingerprint(torch.zeros(num_samples, dtype=torch.int64))
-    found.add(batch)
-    return found
-
-
-def batch_digest(batch: Any, num_samples: int) -> Tensor:
-    """:attr:`Fingerprint.digest` of :func:`fingerprint`, ``(B,)``."""
-    return fingerprint(batch, num_samples).digest
-
-
-def _leaves(value: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
+def leaves_of(value: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Everything in a batch that is not made of parts, in order."""
     if id(value) in above:
         return
     inside = (*above, id(value))
@@ -210,12 +31,12 @@ def _leaves(value: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _leaves(item, inside)
+            yield from leaves_of(item, inside)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _leaves(item, inside)
+            yield from leaves_of(item, inside)
     elif attributes := attributes_of(value):
-        yield from _leaves(attributes, inside)
+        yield from leaves_of(attributes, inside)
     else:
         yield value
 
@@ -226,116 +47,9 @@ def cloned(batch: Any) -> Any:
     A tensor that occurs twice does so in the copy. What cannot be copied is shared.
     """
     # Not deepcopy's way with tensors: of a view it would copy all that lies behind.
-    tensors = (leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
     seen: dict[int, Any] = {id(leaf): leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in tensors}
     try:
         return copy.deepcopy(batch, seen)
     except TypeError:
         return batch
-
-
-def fetch_batch(loader: "DataLoader[Any]", positions: "list[SampleId] | SampleId") -> Any:
-    """The batch that the loader makes of these dataset positions, in this process.
-
-    Args:
-        loader: A loader over a map-style dataset.
-        positions: Positions in ``loader.dataset``; a single one where the sampler hands out single ones.
-
-    Raises:
-        ReplayMismatchError: If the dataset or the collate function cannot do now what it did in training.
-    """
-    return collate_items(loader, fetch_items(loader, positions))
-
-
-def fetch_items(loader: "DataLoader[Any]", positions: "list[SampleId] | SampleId") -> Any:
-    """What the loader hands its collate function, asked of the dataset as the loader itself asks for it.
-
-    Raises:
-        ReplayMismatchError: As :func:`fetch_batch`.
-    """
-    dataset: Any = loader.dataset
-
-    def fetch() -> Any:
-        if loader.batch_sampler is None or not isinstance(positions, list):
-            return dataset[positions]
-        at_once = getattr(dataset, "__getitems__", None)
-        return list(at_once(positions)) if at_once is not None else [dataset[index] for index in positions]
-
-    return _asked_again("dataset", fetch)
-
-
-def moved_positions(first: "DataLoader[Any]", other: "DataLoader[Any]", positions: list[Any]) -> list[Any]:
-    """Of these positions, those at which the loaders' datasets hold different samples, none of them random."""
-    if first.dataset is other.dataset:
-        return []
-    size = len(first.dataset)  # type: ignore[arg-type]
-    return [
-        index
-        for index in positions
-        if isinstance(index, int)
-        and index < size
-        and _item_digest(first, index) == _item_digest(first, index)
-        and _item_digest(other, index) == _item_digest(other, index) != _item_digest(first, index)
-    ]
-
-
-def _item_digest(loader: "DataLoader[Any]", index: Any) -> int:
-    return int(batch_digest(fetch_items(loader, [index])[0], 1))
-
-
-def collate_items(loader: "DataLoader[Any]", items: Any) -> Any:
-    """Samples to a batch, as the loader makes one.
-
-    Raises:
-        ReplayMismatchError: As :func:`fetch_batch`.
-    """
-    collate: Callable[[Any], Any] = loader.collate_fn
-    return _asked_again("collate function", lambda: collate(items))
-
-
-def _asked_again(who: str, what: Callable[[], Any]) -> Any:
-    try:
-        return what()
-    except Exception as error:  # theirs: of any kind
-        raise ReplayMismatchError(
-            f"The {who}, asked again after training, failed with {error!r}. If it works only once, or only in a "
-            "worker, let the batches be kept as they were trained on: keep_batches=True."
-        ) from error
-
-
-def fetched_variants(
-    loader: "DataLoader[Any]",
-    positions: "list[SampleId]",
-    others: "list[SampleId]",
-    prepare: Callable[[Any], Any],
-    reseed: Callable[[], None],
-) -> Callable[[Tensor], Any]:
-    """Batches in which some samples are replaced by others before they are collated.
-
-    The samples are fetched once, so random augmentation in the dataset leaves them comparable; for that in the
-    collate function and the transfer hooks the random state is set anew for each batch.
-
-    Args:
-        loader: The training loader.
-        positions: The batch's samples.
-        others: What to replace each of them by.
-        prepare: Converts and moves a batch, through the transfer hooks.
-        reseed: Sets the random state.
-
-    Returns:
-        Mask ``(B,)`` of the samples to replace -> batch.
-
-    Raises:
-        ReplayMismatchError: As :func:`fetch_batch`.
-    """
-    known = list(dict.fromkeys([*positions, *others]))
-    items = dict(zip(known, fetch_items(loader, known), strict=True)) if loader.batch_sampler is not None else None
-
-    def variant(replaced: Tensor) -> Any:
-        chosen = [others[i] if replaced[i] else positions[i] for i in range(len(positions))]
-        reseed()
-        if items is None:
-            return prepare(fetch_batch(loader, chosen))
-        return prepare(collate_items(loader, [cloned(items[position]) for position in chosen]))
-
-    return variant

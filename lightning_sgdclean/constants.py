@@ -5,8 +5,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from lightning_sgdclean.batches import batch_digest
 from lightning_sgdclean.errors import UnsupportedTrainingError
+from lightning_sgdclean.fingerprints import batch_digest
 
 
 class Constants:

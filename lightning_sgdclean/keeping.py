@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_sgdclean.batches import Fingerprint
-from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.fingerprints import Fingerprint
 from lightning_sgdclean.packing import Classes, PackedBatch, pack_batch
 from lightning_sgdclean.trajectory import Positions, SampleId
 
@@ -145,7 +145,7 @@ class BatchKeeper:
 
         Raises:
             UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle.
-            RunDirectoryError: The batches that must be kept do not fit the disk.
+            BudgetError: The batches that must be kept do not fit the disk.
         """
         if positions is None or self._mode is True:
             why = "they cannot be fetched again" if positions is None else "keep_batches=True"
@@ -185,7 +185,7 @@ class BatchKeeper:
         text, fits = announcement(why, packed.nbytes, plan)
         if must:
             if not fits:
-                raise RunDirectoryError(f"{text} Make room, choose a shorter window (epochs=) or another dirpath=.")
+                raise BudgetError(f"{text} Make room, choose a shorter window (epochs=) or another dirpath=.")
             self._say(text)
             return
         self._may_keep = fits
@@ -225,7 +225,7 @@ def announcement(why: str, nbytes: int, plan: Plan) -> tuple[str, bool]:
     else:
         size = f"{in_bytes(nbytes)} a batch times {plan.num_batches:.0f} batches of the window, {in_bytes(needed)}"
     verb = "are kept as they were trained on" if fits else "would have to be kept"
-    return f"Training batches {verb}, since {why}: {size}, of {in_bytes(plan.free)} free.", fits
+    return f"Training batches {verb}, since {why}: {size}, of {in_bytes(plan.free)} that may be taken.", fits
 
 
 def in_bytes(number: float) -> str:

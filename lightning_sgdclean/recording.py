@@ -14,10 +14,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_sgdclean import checks
-from lightning_sgdclean.batches import fingerprint
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
@@ -257,7 +257,8 @@ class Recording:
         if trainer.max_steps != -1:
             num_batches = min(num_batches, trainer.max_steps * trainer.accumulate_grad_batches)
         first_epoch = 0 if epochs == "all" else num_epochs - int(epochs)
-        return Plan(num_batches, first_epoch, shutil.disk_usage(self._folder).free)
+        free = shutil.disk_usage(self._folder).free
+        return Plan(num_batches, first_epoch, min(free, self._options.max_bytes or math.inf))
 
     @contextmanager
     def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:

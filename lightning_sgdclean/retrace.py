@@ -20,12 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.batches import batch_digest, cloned
+from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.buffers import check_moved_buffers
 from lightning_sgdclean.clipping import clip, clip_transpose
 from lightning_sgdclean.curvature import Engine, Finite, Linearised, gradient
 from lightning_sgdclean.errors import NonFiniteError
 from lightning_sgdclean.fidelity import Changes
+from lightning_sgdclean.fingerprints import batch_digest
 from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss

@@ -2,45 +2,51 @@
 """Variants of a batch in which some samples are replaced by others, before they are collated or after."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.batches import attributes_of, cloned, leaves_of
+from lightning_sgdclean.fingerprints import is_entry_each
 
 Variant = Callable[[Tensor], Any]  # mask (B,) of bool -> the batch with the marked samples replaced
 
 
-def with_neighbours(batch: Any, replaced: Tensor) -> Any:
+def with_neighbours(batch: Any, replaced: Tensor, above: tuple[int, ...] = ()) -> Any:
     """The batch with each marked sample's row overwritten by that of the sample before it.
 
     Args:
-        batch: Nested dicts, lists, tuples and plain objects. Tensors with a first or else second dimension of
+        batch: Nested mappings, lists, tuples and objects. Tensors with a first or else second dimension of
             length ``B``, and lists of ``B`` entries that are no batches themselves, have a row a sample.
         replaced: ``(B,)`` of bool.
+        above: The objects that hold ``batch``.
     """
     num = len(replaced)
     if isinstance(batch, Tensor):
         return _with_neighbours(batch, replaced)
-    if isinstance(batch, dict):
-        changed = copy.copy(batch)
-        changed.update({key: with_neighbours(value, replaced) for key, value in batch.items()})
-        return changed
+    if id(batch) in above:
+        return batch  # a circle
+    inside = (*above, id(batch))
     if isinstance(batch, list | tuple):
-        if _is_list_of_samples(batch, num):
+        if is_entry_each(batch, num):
             items = [batch[i - 1] if replaced[i] else batch[i] for i in range(num)]
         else:
-            items = [with_neighbours(item, replaced) for item in batch]
+            items = [with_neighbours(item, replaced, inside) for item in batch]
         if hasattr(batch, "_fields"):
             return type(batch)(*items)
         return tuple(items) if isinstance(batch, tuple) else items
-    if hasattr(batch, "__dict__") and not callable(batch):
+    if isinstance(batch, MutableMapping):
         changed = copy.copy(batch)
-        changed.__dict__.update({key: with_neighbours(value, replaced) for key, value in vars(batch).items()})
+        changed.update({key: with_neighbours(value, replaced, inside) for key, value in batch.items()})
         return changed
-    return batch
+    if callable(batch) or not (attributes := attributes_of(batch)):
+        return batch
+    changed = copy.copy(batch)
+    for name, value in attributes.items():
+        object.__setattr__(changed, name, with_neighbours(value, replaced, inside))  # also of a frozen dataclass
+    return changed
 
 
 def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
@@ -51,30 +57,9 @@ def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
     return torch.where(replaced.to(batch.device).view(shape), batch.roll(1, dim), batch)
 
 
-def _is_list_of_samples(batch: list[Any] | tuple[Any, ...], num: int) -> bool:
-    if len(batch) != num:
-        return False
-    if all(isinstance(item, Tensor) for item in batch):  # two tensors in a batch of two are more likely two fields
-        return any(item.ndim == 0 or item.shape[0] != num for item in batch)
-    return not any(isinstance(item, Tensor | dict | list | tuple) for item in batch)
-
-
 def tensor_shapes(batch: Any) -> list[tuple[int, ...]]:
     """Shapes of all tensors in a batch, in order."""
-    return [tuple(leaf.shape) for leaf in _tensors(batch)]
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for item in batch:
-            yield from _tensors(item)
-    elif hasattr(batch, "__dict__") and not callable(batch):
-        yield from _tensors(vars(batch))
+    return [tuple(leaf.shape) for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
 
 
 def neighbour_variant(batch: Any) -> Variant:

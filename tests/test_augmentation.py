@@ -14,8 +14,9 @@ from cases import TRAIN, Case, Plain, fit, loaders, quiet_trainer
 from datasets import KEPT, LOST, OPTIONS, Augmented, OwnGenerator, Wrapped, noisy_collate
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.errors import (
+    BudgetError,
+    LossSplitError,
     ReplayMismatchError,
-    RunDirectoryError,
     SGDInfluenceWarning,
 )
 from lightning_sgdclean.store import Trajectory
@@ -182,6 +183,53 @@ def test_a_dataset_that_can_be_read_only_once_is_ranked_from_kept_batches_and_sa
         quiet_trainer([SGDInfluence("val_loss", keep_batches=False)]).fit(Plain(), *loaders(Once(3), shuffle=False))
 
 
+def test_collate_that_reorders_random_data_is_found_all_the_same():
+    def by_first_feature(items):
+        return noisy_collate(sorted(items, key=lambda item: float(item[0][0])))
+
+    callback = SGDInfluence("val_loss", keep_batches=True)
+    with pytest.raises(LossSplitError, match="collating swapped samples"):
+        quiet_trainer([callback]).fit(Plain(), *loaders(Augmented(), collate_fn=by_first_feature))
+
+
+def test_collate_that_sorts_pairs_is_found_though_half_of_them_come_sorted():
+    def by_first_feature(items):
+        return default_collate(sorted(items, key=lambda item: float(item[0][0])))
+
+    callback = SGDInfluence("val_loss", keep_batches=True)
+    with pytest.raises(LossSplitError, match="collating swapped samples"):
+        quiet_trainer([callback]).fit(Plain(), *loaders(batch_size=2, collate_fn=by_first_feature))
+
+
+@pytest.mark.parametrize("snapshots", ["sqrt", 2])
+def test_kept_batches_serve_between_snapshots(snapshots):
+    case = augmented("everywhere", 0)
+    every, few = ranked(case, keep_batches=True), ranked(case, keep_batches=True, snapshots=snapshots)
+    assert np.array_equal(influences(every), influences(few))
+
+
+class Mirrored(Wrapped):
+    """Flips by a coin, so that two fetches may agree."""
+
+    def __getitem__(self, index):
+        x, y, i = self.inner[index]
+        return x.flip(0) if torch.rand(()) < 0.5 else x, y, i
+
+
+def test_flips_by_a_coin_are_followed_where_loaders_are_made_anew():
+    class Reloading(Plain):
+        def train_dataloader(self):
+            return DataLoader(Mirrored(), batch_size=5, shuffle=True)
+
+        def val_dataloader(self):
+            return loaders()[1]
+
+    callback = SGDInfluence("val_loss", epochs="all")
+    with pytest.warns(SGDInfluenceWarning, match=KEPT):
+        quiet_trainer([callback], reload_dataloaders_every_n_epochs=1).fit(Reloading())
+    assert callback.summary["replay"]["batches_bit_for_bit"] == 15
+
+
 def test_collate_that_draws_from_a_generator_of_its_own_cannot_be_probed_and_says_so():
     own = torch.Generator().manual_seed(3)
 
@@ -239,14 +287,14 @@ def test_batches_that_would_not_fit_the_disk_are_refused_with_the_numbers(monkey
     disk_fills_up()
     trainer = quiet_trainer([SGDInfluence("val_loss", keep_batches=True, epochs="all")])
     with pytest.raises(
-        RunDirectoryError,
-        match=r"would have to be kept.*280 B a batch times 15 batches of the window, 4\.2 kB, of 3 kB free",
+        BudgetError,
+        match=r"have to be kept.*280 B a batch times 15 batches of the window, 4\.2 kB, of 3 kB that may be taken",
     ):
         trainer.fit(Plain(), *loaders())
     assert trainer.global_step == 0
     disk_fills_up()
     with (
-        pytest.warns(SGDInfluenceWarning, match=r"4\.2 kB, of 3 kB free\. So they are not kept"),
+        pytest.warns(SGDInfluenceWarning, match=r"4\.2 kB, of 3 kB that may be taken\. So they are not kept"),
         pytest.raises(ReplayMismatchError, match="hold other data"),
     ):
         quiet_trainer([SGDInfluence("val_loss", epochs="all")]).fit(Plain(), *loaders(Augmented()))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_sgdclean.batches import batch_digest, cloned, fingerprint
+from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.fingerprints import batch_digest, fingerprint
 
 
 class Pair(NamedTuple):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches, datasets, samplers and loaders as people have them."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,13 @@ class Parts(NamedTuple):
     index: Any
 
 
+@dataclass
+class Record:
+    x: Any
+    y: Any
+    index: Any
+
+
 def as_dict(x, y, i):
     return {"x": x, "labels": {"y": y, "name": [str(j) for j in i.tolist()]}, "index": i, "size": len(i)}
 
@@ -36,6 +45,12 @@ SHAPES = {
     "list": (lambda *columns: list(columns), lambda b: b),
     "dict": (as_dict, lambda b: [b["x"], b["labels"]["y"], b["index"]]),
     "named tuple": (Parts, lambda b: [b.x, b.y, b.index]),
+    "dataclass": (Record, lambda b: [b.x, b.y, b.index]),
+    "object": (lambda x, y, i: SimpleNamespace(x=x.double(), y=y, i=i), lambda b: [b.x, b.y, b.i]),
+    "list of samples": (
+        lambda x, y, i: [{"x": x[j], "y": y[j], "i": i[j]} for j in range(len(x))],
+        lambda b: [torch.stack([item[key] for item in b]) for key in "xyi"],
+    ),
 }
 
 
@@ -93,6 +108,52 @@ def test_a_class_of_batches_that_cannot_be_kept_is_fetched_again_or_refused_by_n
         pytest.raises(ReplayMismatchError, match="hold other data"),
     ):
         quiet_trainer([SGDInfluence("val_loss")]).fit(Taking(), *loaders(collate_fn=noisy))
+
+
+class Words(Wrapped):
+    """Sequences of different lengths."""
+
+    def __getitem__(self, index):
+        _, y, i = self.inner[index]
+        return torch.randint(1, 6, (2 + index % 4,), generator=torch.Generator().manual_seed(index)), y, i
+
+
+class Noised(Words):
+    def __getitem__(self, index):
+        words, y, i = super().__getitem__(index)
+        return torch.where(torch.rand(len(words)) < 0.3, torch.tensor(7), words), y, i
+
+
+def padded(items):
+    words = torch.nn.utils.rnn.pad_sequence([item[0] for item in items], batch_first=True)
+    return [words, *default_collate([item[1:] for item in items])]
+
+
+class Reader(Plain):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.embed = torch.nn.Embedding(8, 5, padding_idx=0)
+
+    def read(self, batch):
+        words, y, i = batch
+        return [self.embed(words).sum(1) / (words != 0).sum(1, keepdim=True), y, i]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(self.read(batch), batch_idx)
+
+
+def test_padded_sequences_are_not_taken_for_random_ones():
+    case = Case("words", {"options": {"momentum": 0.9}}, {}, {"collate_fn": padded}, make=Reader, train=Words())
+    assert_influence_is_the_derivative(case)
+    assert ranked(case).summary["batches"]["why"] == ""
+
+
+def test_random_padded_sequences_are_found_and_followed():
+    case = Case("noised", {"options": {"momentum": 0.9}}, {}, {"collate_fn": padded}, make=Reader, train=Noised())
+    with pytest.warns(SGDInfluenceWarning, match=KEPT):
+        ranked(case)
+    with pytest.warns(SGDInfluenceWarning, match=KEPT):
+        assert_influence_is_the_derivative(case)
 
 
 def test_collate_that_gives_none_for_a_batch_is_passed_over():

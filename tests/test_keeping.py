@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.batches import fingerprint
-from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.keeping import BatchKeeper, Plan, RandomnessWatch, in_bytes
 
 PLENTY = Plan(num_batches=10, first_epoch=0, free=1e9)
@@ -88,7 +88,7 @@ def test_what_is_declared_is_announced_once_before_it_is_kept():
         assert keep.packed([torch.zeros(4, 5)], [0, 1, 2, 3], prints(torch.zeros(4)), 0) is not None
     assert said == [
         "Training batches are kept as they were trained on, since keep_batches=True: "
-        "80 B a batch times 10 batches of the window, 800 B, of 1 GB free."
+        "80 B a batch times 10 batches of the window, 800 B, of 1 GB that may be taken."
     ]
     assert keep.summary() == {"kept": 2, "why": "keep_batches=True", "bytes": 160}
 
@@ -97,8 +97,8 @@ def test_without_an_end_in_sight_one_batch_must_fit():
     endless = Plan(num_batches=float("inf"), first_epoch=float("inf"), free=100)
     keep, said = keeper(True, endless)
     assert keep.packed([torch.zeros(4, 5)], [0, 1, 2, 3], prints(torch.zeros(4)), 0) is not None
-    assert said[0].endswith("80 B a batch, for as long as training lasts, of 100 B free.")
-    with pytest.raises(RunDirectoryError, match="would have to be kept"):
+    assert said[0].endswith("80 B a batch, for as long as training lasts, of 100 B that may be taken.")
+    with pytest.raises(BudgetError, match="would have to be kept"):
         keeper(True, endless)[0].packed([torch.zeros(40, 5)], list(range(40)), prints(torch.zeros(40)), 0)
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.batches import batch_digest
 from lightning_sgdclean.errors import RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.fingerprints import batch_digest
 from lightning_sgdclean.packing import PackedBatch, pack_batch, unpack_batch
 
 CPU = torch.device("cpu")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchdata's StatefulDataLoader, whose order continues where a checkpoint was taken in the middle of an epoch."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from cases import TRAIN, Plain, loaders, quiet_trainer
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.store import Trajectory
+
+
+class Remembering(Plain):
+    def __init__(self):
+        super().__init__()
+        self.order = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.order.append(batch[2].tolist())
+
+
+class Saving(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            trainer.save_checkpoint("middle.ckpt")
+
+
+def fit(workers, callbacks, **options):
+    pl.seed_everything(3, verbose=False)
+    module = Remembering()
+    train = StatefulDataLoader(TRAIN, batch_size=5, shuffle=True, num_workers=workers)
+    quiet_trainer(callbacks, enable_checkpointing=True).fit(module, train, loaders()[1], **options)
+    return module
+
+
+def recorded(callback):
+    return [step.micro[0].ids for step in Trajectory(callback.run_dir / "trajectory").steps]
+
+
+@pytest.mark.filterwarnings("ignore:.set_vital", "ignore:.*checkpoint", "ignore:.*weights_only")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_is_followed_and_its_order_left_alone_also_when_it_resumes_within_an_epoch(workers):
+    plain = fit(workers, [Saving()])
+    callback = SGDInfluence("val_loss", epochs="all")
+    watched = fit(workers, [callback])
+    assert recorded(callback) == watched.order == plain.order
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
+    resumed = SGDInfluence("val_loss", epochs="all")
+    continued = fit(workers, [resumed], ckpt_path="middle.ckpt")
+    assert recorded(resumed) == continued.order == plain.order[7:]
