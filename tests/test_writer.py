@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing happens beside the training: in order, from few buffers, and its errors cost the recording only."""
 
+import os
 import resource
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -16,6 +18,7 @@ from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.writer import TrajectoryWriter
 from reference import influences
+from test_store import state, step
 
 
 def test_jobs_run_in_order_on_another_thread_and_stop_at_the_first_error():
@@ -137,3 +140,60 @@ def test_what_waits_is_written_before_a_trajectory_is_closed(tmp_path, monkeypat
     monkeypatch.setattr(TrajectoryWriter, "_write", write)
     fit(Case("slow"), SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run"))
     assert len(Trajectory(tmp_path / "run" / "trajectory").steps) == 15
+
+
+class Killed(BaseException):
+    """The process is gone at this operation on files."""
+
+
+@pytest.mark.parametrize("snapshots", [1, 3])
+def test_killed_at_any_operation_a_whole_trajectory_is_left(tmp_path, monkeypatch, snapshots):
+    """Each rename and each removal in turn is the first that does not happen, and so are all after it."""
+    monkeypatch.setattr("lightning_sgdclean.writer._SEGMENT_STEPS", 2)
+    original = {"replace": os.replace, "unlink": Path.unlink}
+    budget = {"left": 0}
+
+    def until_killed(name):
+        def operate(*args, **options):
+            budget["left"] -= 1
+            if budget["left"] < 0:
+                raise Killed
+            return original[name](*args, **options)
+
+        return operate
+
+    monkeypatch.setattr("lightning_sgdclean.files.os.replace", until_killed("replace"))
+    monkeypatch.setattr(Path, "unlink", until_killed("unlink"))
+    seen = set()
+    for number in range(100):
+        folder, budget["left"] = tmp_path / str(number), number
+        try:
+            record(folder, snapshots)
+            survived = True
+        except Killed:
+            survived = False
+        monkeypatch.setitem(budget, "left", 10**9)
+        if number == 0:
+            with pytest.raises(RunDirectoryError, match="no readable trajectory"):
+                Trajectory(folder)
+            continue
+        steps = [step.index for step in Trajectory(folder).steps]
+        assert steps == list(range(steps[0], steps[-1] + 1)) if steps else True
+        seen.add(tuple(steps))
+        if survived:
+            break
+    assert survived
+    assert {(), (0, 1), (0, 1, 2, 3)} < seen
+    assert max(seen, key=lambda steps: steps[-1] if steps else -1)[-1] == 9
+
+
+def record(folder, interval):
+    """Ten steps of five epochs, of which the last two stay."""
+    writer = TrajectoryWriter(folder, interval)
+    writer.keeps_epochs = True
+    writer.begin(state(0.0, False))
+    for index in range(10):
+        writer.append(step(index, index // 2, index % 2 == 1), state(float(index + 1), True))
+        if index % 2 == 1:
+            writer.drop_before(index // 2 - 1)
+    writer.close()
