@@ -14,10 +14,12 @@ from lightning_sgdclean import checks
 from lightning_sgdclean._lightning import CALLBACK_BASES, quiet_trainer
 from lightning_sgdclean.after_fit import RecordedRun, rank_run
 from lightning_sgdclean.errors import ObjectiveError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.packing import Classes, classes_of
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recorder import hyper_parameters, trained_parameters
 from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.surroundings import surroundings_of
 from lightning_sgdclean.walk import RetraceOptions
 
 
@@ -114,7 +116,7 @@ class _AtEnd(*CALLBACK_BASES):  # type: ignore[misc]
             hooks=checks.gradient_hooks(trainer, pl_module),
             averaging=[],
             best=None,
-            classes={},
+            classes=self._classes(trainer, pl_module, loader),
             as_delivered=checks.one_loader(trainer),
         )
         options = self._options
@@ -123,6 +125,13 @@ class _AtEnd(*CALLBACK_BASES):  # type: ignore[misc]
         self.ranking, _, complaints = rank_run(trainer, pl_module, run, options)
         for text in complaints:
             warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+
+    def _classes(self, trainer: Any, module: Any, loader: Any) -> Classes:
+        """What kept batches may be made of: what a batch of the loader is made of, as training_step would get it."""
+        if all(micro.batch is None for step in self._trajectory.steps for micro in step.micro):
+            return {}
+        batch = next((batch for batch in loader if batch is not None), None)
+        return classes_of(surroundings_of(trainer, module).prepare(checks.one_loader(trainer)(batch), 0))
 
 
 def check_model(trajectory: Trajectory, module: nn.Module, optimizer: Optimizer) -> None:

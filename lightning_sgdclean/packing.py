@@ -7,6 +7,7 @@ made of; never is a name from a file imported.
 
 import copyreg
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ def pack_batch(batch: Any, classes: Classes) -> PackedBatch:
     """
     packer = _Packer(classes)
     return PackedBatch(packer.pack(batch, 0), packer.tensors)
+
+
+def classes_of(batch: Any) -> Classes:
+    """The classes by name that a batch drawn in this process is made of, as far as it can be packed."""
+    classes: Classes = {}
+    with suppress(UnsupportedTrainingError):
+        pack_batch(batch, classes)
+    return classes
 
 
 class _Packer:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
+from datasets import noisy_collate
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
 from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, RunDirectoryError
 from reference import ranked
@@ -54,6 +56,34 @@ def retrace_again(callback, case):
         for param in model.parameters():
             param.add_(1.0)  # the weights that it comes with do not matter
     return retrace(callback.run_dir, model, train_dataloaders=train, val_dataloaders=val, epochs="all")
+
+
+class Parts(NamedTuple):
+    columns: Any
+    names: Any
+
+
+class Unpacking(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch.columns, batch_idx)
+
+
+def noisy_parts(items):
+    columns = noisy_collate(items)
+    return Parts(columns, [str(i) for i in columns[2].tolist()])
+
+
+def test_kept_batches_of_the_users_own_classes_are_put_together_again_later():
+    case = Case("parts", MODEL, {}, {"collate_fn": noisy_parts}, make=Unpacking)
+    callback = ranked(case, keep_batches=True, snapshots=3)
+    options = {"val_dataloaders": loaders()[1], "epochs": "all"}
+    train = loaders(collate_fn=noisy_parts)[0]
+    again = retrace(callback.run_dir, Unpacking(**MODEL), train_dataloaders=train, **options)
+    assert_same(again, callback.ranking)
+    with pytest.raises(
+        RunDirectoryError, match=r"holds a test_later\.Parts, which no batch of this process is made of"
+    ):
+        retrace(callback.run_dir, Unpacking(**MODEL), train_dataloaders=loaders()[0], **options)
 
 
 def test_another_process_gives_the_same_ranking(run, tmp_path):
