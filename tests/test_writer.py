@@ -4,6 +4,8 @@
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -67,28 +69,21 @@ class Harm(pl.Callback):
             self.harm()
 
 
-@pytest.fixture
-def full_disk():
+def fill_the_disk(run_dir):
     """No file grows beyond 4,000 bytes: writing fails as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize("what", ["disk full", "directory gone", "directory a file"])
-def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path, full_disk, what):
-    def harm():
-        if what == "disk full":
-            full_disk()
-        else:
-            shutil.rmtree(tmp_path / "run")
-            if what == "directory a file":
-                (tmp_path / "run").touch()
+def make_a_file_of_it(run_dir):
+    shutil.rmtree(run_dir)
+    run_dir.touch()
 
+
+def assert_harm_costs_the_recording_only(tmp_path, harm):
     module, plain = Plain(norm=True), Plain(norm=True)
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run")
     pl.seed_everything(0, verbose=False)
-    trainer = quiet_trainer([callback, Harm(harm)], max_epochs=4)
+    trainer = quiet_trainer([callback, Harm(lambda: harm(tmp_path / "run"))], max_epochs=4)
     with (
         pytest.warns(SGDInfluenceWarning, match=r"Recording stopped at step \d+, training goes on") as caught,
         pytest.raises(RunDirectoryError, match=r"cannot be written|No such file|Not a directory"),
@@ -100,6 +95,29 @@ def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path,
     quiet_trainer(max_epochs=4).fit(plain, *loaders())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, make_a_file_of_it], ids=["directory gone", "directory a file"])
+def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path, harm):
+    assert_harm_costs_the_recording_only(tmp_path, harm)
+
+
+def test_full_disk_costs_the_recording_only(tmp_path):
+    # In a process of its own, since the limit would meet what pytest writes, too.
+    code = (
+        "import sys, pathlib, test_writer as t; "
+        "t.assert_harm_costs_the_recording_only(pathlib.Path(sys.argv[1]), t.fill_the_disk)"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_buffers_are_used_again(tmp_path, monkeypatch):
