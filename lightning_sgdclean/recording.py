@@ -187,6 +187,7 @@ class Recording:
         if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
             return
         rehearsal, self._rehearsal = self._rehearsal, None
+        self.recorder.check_constants()
         complaints = rehearsal.run(
             module,
             trainer.optimizers[0],
