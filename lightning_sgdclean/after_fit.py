@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
 from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, SampleIdError, UnsupportedTrainingError
-from lightning_sgdclean.fetching import fetch_batch, moved_positions
-from lightning_sgdclean.ids import prove_ids
+from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
+from lightning_sgdclean.fetching import fetch_batch
+from lightning_sgdclean.ids import check_positions, prove_ids
 from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
 from lightning_sgdclean.packing import Classes, unpack_batch
@@ -94,7 +94,7 @@ def _rank(
     steps = _window(trajectory.steps, run, options)
     last = steps[-1]
     check_finite(steps)
-    _check_positions(run.loaders, steps)
+    check_positions(run.loaders, steps)
     walk = walk_of(
         module,
         run.optimizer,
@@ -160,29 +160,6 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
         raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
     first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
     return [step for step in steps if step.epoch >= first_epoch]
-
-
-def _check_positions(loaders: list[Any], steps: list[Step]) -> None:
-    """Where loaders were made anew: is a position still the same sample?
-
-    Raises:
-        SampleIdError: If it is not, so that two samples would share an influence.
-    """
-    first: Any = None
-    seen: set[int] = set()
-    for micro in (micro for step in steps for micro in step.micro):
-        if not isinstance(micro.positions, list) or micro.ids != micro.positions or micro.loader in seen:
-            continue
-        seen.add(micro.loader)
-        loader = loaders[micro.loader]
-        first = loader if first is None else first
-        moved = moved_positions(first, loader, micro.positions)
-        if moved:
-            raise SampleIdError(
-                f"After the training loader was made anew (epoch {micro.epoch}), position {moved[0]} of its dataset "
-                "holds another sample than before, so positions are no names. "
-                "Give sample_ids=, a callable from the batch to its samples' ids."
-            )
 
 
 def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions) -> ObjectiveGradient:

@@ -112,11 +112,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("mode", mode, ("min", "max"))
-        _check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
-        _check_choice("at", at, ("last", "best"))
-        _check_choice("curvature", curvature, ("exact", "finite", "none"))
-        _check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
+        checks.check_choice("mode", mode, ("min", "max"))
+        checks.check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
+        checks.check_choice("at", at, ("last", "best"))
+        checks.check_choice("curvature", curvature, ("exact", "finite", "none"))
+        checks.check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
         if keep_batches not in (True, False, "auto"):
             raise ValueError(f'keep_batches must be True, False or "auto", got {keep_batches!r}.')
         if epochs != "all" and not (type(epochs) is int and epochs >= 1):
@@ -347,8 +347,3 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     @property
     def _unit(self) -> str:
         return self.monitor if self.objective is None else "objective"
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

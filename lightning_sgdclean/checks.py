@@ -15,6 +15,12 @@ from lightning_sgdclean.optimizers import update_of
 _LIGHTNING = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Is an option of the callback one of those that there are?"""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_sgdclean.errors import ReplayMismatchError
-from lightning_sgdclean.fetching import fetched_variants
+from lightning_sgdclean.errors import ReplayMismatchError, SampleIdError
+from lightning_sgdclean.fetching import fetched_variants, moved_positions
 from lightning_sgdclean.fingerprints import batch_digest
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.trajectory import MicroBatch, SampleId, Step
@@ -93,3 +93,26 @@ def _foreign(positions: list[SampleId], steps: list[Step]) -> list[SampleId]:
         return [*positions[-1:], *positions[:-1]]
     drawn = (other.positions for step in steps for other in step.micro)
     return next((other for other in drawn if isinstance(other, list) and other != positions), positions)[:1]
+
+
+def check_positions(loaders: list[Any], steps: list[Step]) -> None:
+    """Where loaders were made anew: is a position still the same sample?
+
+    Raises:
+        SampleIdError: If it is not, so that two samples would share an influence.
+    """
+    first: Any = None
+    seen: set[int] = set()
+    for micro in (micro for step in steps for micro in step.micro):
+        if not isinstance(micro.positions, list) or micro.ids != micro.positions or micro.loader in seen:
+            continue
+        seen.add(micro.loader)
+        loader = loaders[micro.loader]
+        first = loader if first is None else first
+        moved = moved_positions(first, loader, micro.positions)
+        if moved:
+            raise SampleIdError(
+                f"After the training loader was made anew (epoch {micro.epoch}), position {moved[0]} of its dataset "
+                "holds another sample than before, so positions are no names. "
+                "Give sample_ids=, a callable from the batch to its samples' ids."
+            )
