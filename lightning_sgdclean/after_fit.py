@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
+from lightning_sgdclean.backward import check_finite, load_state, retrace_steps
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
 from lightning_sgdclean.fetching import fetch_batch
@@ -24,7 +25,6 @@ from lightning_sgdclean.precision import is_low
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.retrace import check_finite, load_state, retrace_steps
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sgdclean.backward import load_state
 from lightning_sgdclean.fingerprints import batch_digest
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.recorder import current_state
 from lightning_sgdclean.replay import plain_training_loss
-from lightning_sgdclean.retrace import load_state
 from lightning_sgdclean.trajectory import State, Step
 from lightning_sgdclean.walk import Walk
 

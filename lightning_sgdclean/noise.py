@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lightning_sgdclean.backward import retrace_steps
 from lightning_sgdclean.fidelity import Fidelity
-from lightning_sgdclean.retrace import retrace_steps
 from lightning_sgdclean.trajectory import States, Step
 from lightning_sgdclean.walk import Adjoint, Walk
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_sgdclean.backward import load_state, retrace_step
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import UnsupportedOperationError
@@ -15,7 +16,6 @@ from lightning_sgdclean.forward import borrowed, live_state, load_all, repeat_st
 from lightning_sgdclean.precision import as_float32, summable, widened
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.replay import Surroundings, eagerly, plain_training_loss, untouched_module
-from lightning_sgdclean.retrace import load_state, retrace_step
 from lightning_sgdclean.states import compare
 from lightning_sgdclean.stop_gradients import dependence_on_stops
 from lightning_sgdclean.store import flatten, unflatten

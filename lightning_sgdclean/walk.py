@@ -42,7 +42,7 @@ class RetraceOptions:
 
 @dataclass
 class Walk:
-    """Everything that a walk needs besides the trajectory; see :func:`lightning_sgdclean.retrace.retrace_steps`.
+    """Everything that a walk needs besides the trajectory; see :func:`lightning_sgdclean.backward.retrace_steps`.
 
     Attributes:
         module: The LightningModule, whose parameters and buffers the walk overwrites.
