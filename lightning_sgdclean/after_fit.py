@@ -19,7 +19,7 @@ from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, Unsup
 from lightning_sgdclean.fetching import fetch_batch
 from lightning_sgdclean.ids import check_positions, prove_ids
 from lightning_sgdclean.noise import float32_agreement
-from lightning_sgdclean.objective import ObjectiveGradient, objective_gradient, validation_batches
+from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradient, validation_batches
 from lightning_sgdclean.packing import Classes, unpack_batch
 from lightning_sgdclean.precision import is_low
 from lightning_sgdclean.randomness import untouched_randomness
@@ -28,7 +28,7 @@ from lightning_sgdclean.replay import Surroundings, untouched_module
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
 
 Params = dict[str, nn.Parameter]
@@ -94,14 +94,20 @@ def _rank(
     steps = _window(trajectory.steps, run, options)
     last = steps[-1]
     check_finite(steps)
-    check_positions(run.loaders, steps)
+    joint = max(trajectory.joints, default=-1)
+
+    def loader_of(micro: MicroBatch) -> Any:
+        """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
+        return run.loaders[micro.loader if micro.global_step > joint else 0]
+
+    check_positions(steps, loader_of)
     walk = walk_of(
         module,
         run.optimizer,
         surroundings,
         options,
         run.hooks,
-        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number),
+        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number, loader_of),
         random_of=trajectory.random,
         restore_attributes=restore,
     )
@@ -116,7 +122,7 @@ def _rank(
         complaints += prove_ids(
             walk,
             steps,
-            loader_of=lambda micro: run.loaders[micro.loader],
+            loader_of=loader_of,
             prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
         )
 
@@ -169,7 +175,7 @@ def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: Re
         raise ObjectiveError(
             "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
         )
-    num_loaders = len(loaders) if isinstance(loaders, list | tuple) else 1
+    num_loaders = len(loaders_in(loaders))
     batches = validation_batches(loaders, None if own else trainer.num_val_batches)
     params = list(walk.params.values())
     with surroundings.as_stage("validate"):
@@ -199,13 +205,20 @@ def _compare_objective(
     return [text]
 
 
-def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroundings, step: Step, number: int) -> Any:
+def _batch_again(
+    trajectory: Trajectory,
+    run: RecordedRun,
+    surroundings: Surroundings,
+    step: Step,
+    number: int,
+    loader_of: Callable[[MicroBatch], Any],
+) -> Any:
     """Micro-batch ``number`` as it was kept, when the transfer hooks had seen it already, or fetched again."""
     kept, micro = trajectory.batch(step, number), step.micro[number]
     if kept is not None:
         return unpack_batch(kept, run.classes, surroundings.device)
     assert micro.positions is not None
-    return surroundings.prepare(run.as_delivered(fetch_batch(run.loaders[micro.loader], micro.positions)), 0)
+    return surroundings.prepare(run.as_delivered(fetch_batch(loader_of(micro), micro.positions)), 0)
 
 
 def _about(

@@ -108,8 +108,11 @@ def retrace_step(
     params = list(walk.params.values())
     batches = [_MicroStep(step, i, walk) for i in range(len(step.micro))]
     if not step.is_update:
-        _pull_back_statistics(batches, params, adjoint, walk)
+        with torch.no_grad():  # in the run's own precision, to compare
+            for batch in batches:
+                batch.statistics(params, walk.surroundings)
         walk.fidelity.compare_buffers(step, walk.module, after.buffers)
+        _pull_back_statistics(batches, params, adjoint, walk)
         return []
     needs_gradient = not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
     opened, raw = _open(batches, params, walk, needs_gradient)
@@ -136,9 +139,10 @@ def _pull_back_statistics(
     batches: list["_MicroStep"], params: list[nn.Parameter], adjoint: Adjoint, walk: Walk
 ) -> None:
     """A step without an update moved running statistics alone: ``lambda += (dB/dtheta)^T nu``."""
-    updates = [update for batch in batches for update in batch.statistics(params)]
-    values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
-    moved = gradient(values, list(params), pulls)
+    with walk.pulling() as surroundings:
+        updates = [update for batch in batches for update in batch.statistics(params, surroundings)]
+        values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
+        moved = gradient(values, list(params), pulls)
     torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
@@ -211,9 +215,9 @@ class _MicroStep:
         evaluate = partial(self._evaluate, surroundings)
         return engine(evaluate, params, weights, needs_gradient)
 
-    def statistics(self, params: list[nn.Parameter]) -> list[BatchStatistic]:
+    def statistics(self, params: list[nn.Parameter], surroundings: Surroundings) -> list[BatchStatistic]:
         """Its updates of running statistics, with their graph."""
-        return self._loss(self._walk.surroundings, unit_weights(len(self.micro.ids), params), None).updates
+        return self._loss(surroundings, unit_weights(len(self.micro.ids), params), None).updates
 
     def _evaluate(self, surroundings: Surroundings, weights: Tensor) -> Evaluated:
         """The loss as it was differentiated: divided by the number of accumulated micro-batches, and scaled."""

@@ -213,7 +213,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Rehearse a step of the retrace, once."""
         if self._active and self._recording is not None:
             if batch is None:
-                self._recording.skip_batch()
+                self._recording.skip_batch(trainer)
             self._recording.end_batch(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -291,7 +291,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             error.add_note(
                 f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
                 f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
-                "val_dataloaders=...)."
+                f"val_dataloaders=..., monitor={self.monitor!r}, mode={self.mode!r}, epochs={self.epochs!r}, "
+                f"curvature={self.curvature!r})."
             )
             raise
         self._seconds["retrace"] = time.perf_counter() - began

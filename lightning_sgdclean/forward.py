@@ -124,8 +124,7 @@ def repeat_step(step: Step, walk: Walk, borrowed_optimizer: Borrowed) -> None:
         param.grad = None
     scale = step.micro[0].scale
     scaler = None if scale == 1.0 else torch.amp.GradScaler(walk.surroundings.device.type, init_scale=scale)
-    with torch.set_grad_enabled(step.is_update):
-        losses = [_repeat_batch(step, number, walk, scaler) for number in range(len(step.micro))]
+    losses = [_repeat_batch(step, number, walk, scaler) for number in range(len(step.micro))]
     if not step.is_update:
         return
     walk.fidelity.compare_losses(step, losses, counts=False)

@@ -95,7 +95,7 @@ def _foreign(positions: list[SampleId], steps: list[Step]) -> list[SampleId]:
     return next((other for other in drawn if isinstance(other, list) and other != positions), positions)[:1]
 
 
-def check_positions(loaders: list[Any], steps: list[Step]) -> None:
+def check_positions(steps: list[Step], loader_of: Callable[[MicroBatch], Any]) -> None:
     """Where loaders were made anew: is a position still the same sample?
 
     Raises:
@@ -107,7 +107,7 @@ def check_positions(loaders: list[Any], steps: list[Step]) -> None:
         if not isinstance(micro.positions, list) or micro.ids != micro.positions or micro.loader in seen:
             continue
         seen.add(micro.loader)
-        loader = loaders[micro.loader]
+        loader = loader_of(micro)
         first = loader if first is None else first
         moved = moved_positions(first, loader, micro.positions)
         if moved:

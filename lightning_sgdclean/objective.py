@@ -30,10 +30,18 @@ class ObjectiveGradient:
     buffers: dict[str, Tensor]
 
 
+def loaders_in(loaders: Any) -> list[Any]:
+    """The loaders in one loader, or in a list, tuple or dict of them, in Lightning's order."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [found for inner in loaders for found in loaders_in(inner)]
+    return [loaders]
+
+
 def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[ValidationBatch]:
     """All batches of one loader or several, cut to Lightning's limits."""
-    several = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
-    for number, loader in enumerate(several):
+    for number, loader in enumerate(loaders_in(loaders)):
         limit = limits[number] if limits is not None and number < len(limits) else math.inf
         for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
             yield batch, batch_idx, number

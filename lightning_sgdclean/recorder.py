@@ -68,6 +68,7 @@ class Recorder:
         self._constants: Constants | None = None
         self.num_steps = 0
         self.num_skipped = 0
+        self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
     @property
@@ -130,6 +131,12 @@ class Recorder:
         if not step.micro:
             return None
         step.epoch = step.micro[-1].epoch
+        if self.num_steps and step.index <= self._last_index:
+            raise UnsupportedTrainingError(
+                f"Batches were left over before step {step.index}, in the middle of an accumulation: does "
+                "on_train_batch_start return -1 there? Let an epoch end behind a whole accumulation."
+            )
+        self._last_index = step.index
         self._writer.append(step, self.state(), is_last)
         self.num_steps += 1
         self.last_epoch = step.epoch, step.ends_epoch

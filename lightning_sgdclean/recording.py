@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sgdclean import checks
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
-from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
@@ -116,21 +116,23 @@ class Recording:
         Raises:
             SGDInfluenceError: On the first batch, if it cannot be followed.
         """
-        positions = self._loaders.next_positions()
         if self.failure is not None:
             return
         self._look_for_best(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
-        names = self._loaders.names(batch, positions)
-        seen = fingerprint(batch, len(names))
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
         try:
+            positions = self._loaders.next_positions(trainer)
+            names = self._loaders.names(batch, positions)
+            seen = fingerprint(batch, len(names))
             kept = self.keeper.packed(batch, positions, seen, trainer.current_epoch)
-        except SGDInfluenceError as error:
+        except Exception as error:  # theirs, too: sample_ids= is the user's
             if is_first:
                 raise
-            self._stop(trainer, error)
+            known = isinstance(error, SGDInfluenceError | OSError)
+            text = f"The samples of a batch could not be named: {type(error).__name__}: {error}"
+            self._stop(trainer, error if known else SampleIdError(text))
             return
         micro = MicroBatch(
             ids=names,
@@ -139,7 +141,7 @@ class Recording:
             batch_idx=batch_idx,
             random=random_state(trainer.strategy.root_device),
             digest=seen.digest,
-            loader=len(self._loaders.loaders) - 1,
+            loader=self._loaders.number(trainer.current_epoch),
             global_step=trainer.global_step,
             batch=kept,
         )
@@ -150,9 +152,10 @@ class Recording:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
             VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
 
-    def skip_batch(self) -> None:
+    def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""
-        self._loaders.next_positions()
+        if self.failure is None:
+            self._loaders.next_positions(trainer)
 
     def note_loss(self, trainer: Any, loss: Tensor) -> None:
         """The batch's loss, as it is differentiated."""
@@ -215,11 +218,12 @@ class Recording:
         if self.recorder.has_pending:
             ends_epoch = _is_at_end_of_epoch(trainer)
             self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
-        kept = first_epoch_kept(trainer.current_epoch, True, self._retrace.epochs)
+        kept = first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), self._retrace.epochs)
         if self._best_epoch is not None:
             kept = min(kept, first_epoch_kept(*self._best_epoch, self._retrace.epochs))
         with self._never_breaking_the_training(trainer):
             self.writer.drop_before(kept)
+        self._loaders.let_go(kept)
 
     def flush(self, trainer: Any) -> None:
         """Write what is held in memory."""
@@ -229,6 +233,7 @@ class Recording:
 
     def close(self, trainer: Any) -> None:
         """Leave a whole trajectory, and the optimizer without our hook."""
+        self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
         if self.failure is None:
             with self._never_breaking_the_training(trainer):
                 self.writer.close()
@@ -244,6 +249,8 @@ class Recording:
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training(trainer):
             self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
+        if self._rehearsal is not None:
+            self._rehearsal.leave()
 
     def _look_for_best(self, trainer: Any) -> None:
         if self.best is not None and self.best.look(trainer.global_step):
@@ -265,7 +272,12 @@ class Recording:
     def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
         try:
             yield
-        except (SGDInfluenceError, OSError) as error:
+        except (
+            SGDInfluenceError,
+            OSError,
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch's own lack of memory is the last
             self._stop(trainer, error)
 
     def _stop(self, trainer: Any, error: Exception) -> None:

@@ -54,6 +54,12 @@ class Rehearsal:
             self._batches.clear()
         self._before = None
 
+    def leave(self) -> None:
+        """The batches that waited will never make a step."""
+        if self._kept is None:
+            self._batches.clear()
+            self._before = None
+
     def run(
         self,
         module: Any,

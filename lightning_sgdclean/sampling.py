@@ -15,7 +15,7 @@ from lightning_sgdclean.trajectory import Positions
 class _NotingIterator:
     def __init__(self, inner: Iterator[Any], drawn: deque[Any]) -> None:
         self._inner = inner
-        self._drawn = drawn
+        self.drawn = drawn
 
     def __iter__(self) -> "_NotingIterator":
         return self
@@ -28,7 +28,7 @@ class _NotingIterator:
             raise SampleIdError(
                 f"The sampler yields a {type(drawn).__name__}, which can be read only once. Let it yield lists."
             )
-        self._drawn.append([_position(item) for item in drawn] if is_many else _position(drawn))
+        self.drawn.append([_position(item) for item in drawn] if is_many else _position(drawn))
         return drawn
 
 
@@ -43,7 +43,8 @@ class _StatefulNotingIterator(_NotingIterator):
 class NotingSampler:
     """A stand-in for a sampler or batch sampler that behaves like it and notes what it yields.
 
-    One queue an iterator: what workers had prefetched of an abandoned iterator is forgotten with it.
+    One queue an iterator: what workers had prefetched of an abandoned iterator is forgotten with it, and
+    whoever else goes through the loader meanwhile draws into a queue of their own.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -70,19 +71,23 @@ class NotingSampler:
         """The user's own sampler."""
         return self._inner
 
-    def next_positions(self) -> Positions:
+    def next_positions(self, iterator: Any = None) -> Positions:
         """Dataset positions of the batch that the loader delivers next; a single one if it was drawn alone.
+
+        Args:
+            iterator: The sampler's iterator that the batch was drawn from; by default the latest.
 
         Raises:
             SampleIdError: If a batch was delivered that the sampler never drew, or whose positions are neither
                 int nor str.
         """
-        if not self._drawn:
+        queue = iterator.drawn if isinstance(iterator, _NotingIterator) else self._drawn
+        if not queue:
             raise SampleIdError(
                 "A training batch arrived that the loader's sampler did not draw, so its samples are unknown. "
                 "Expected one draw a batch; give sample_ids=, a callable from the batch to its samples' ids."
             )
-        drawn = self._drawn.popleft()
+        drawn = queue.popleft()
         odd = [item for item in (drawn if isinstance(drawn, list) else [drawn]) if not isinstance(item, int | str)]
         if odd:
             raise SampleIdError(

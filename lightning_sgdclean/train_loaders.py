@@ -29,6 +29,7 @@ class TrainLoaders:
         self._sample_ids, self._may_keep = sample_ids, may_keep
         self._noting: NotingSampler | None = None
         self.loaders: list[Any] = []
+        self._first_used: dict[int, int] = {}  # epoch -> number of the loader that it began with
         self.as_delivered: Callable[[Any], Any] = lambda batch: batch
 
     def watch(self, trainer: Any) -> None:
@@ -63,6 +64,19 @@ class TrainLoaders:
             )
         self.as_delivered = checks.one_loader(trainer)
 
+    def number(self, epoch: int) -> int:
+        """Which of the loaders delivers now."""
+        latest = len(self.loaders) - 1
+        self._first_used.setdefault(epoch, latest)
+        return latest
+
+    def let_go(self, epoch: int) -> None:
+        """Forget the loaders, and with them their datasets, that only epochs before this one used."""
+        needed = min((number for used, number in self._first_used.items() if used >= epoch), default=None)
+        for number in range(needed or 0):
+            self.loaders[number] = None
+        self._first_used = {used: number for used, number in self._first_used.items() if used >= epoch}
+
     def unwatch(self, trainer: Any) -> None:
         """Give strategy and loaders back what they had."""
         trainer.strategy.__dict__.pop("process_dataloader", None)
@@ -70,9 +84,9 @@ class TrainLoaders:
             if isinstance(loader, DataLoader):
                 stop_noting(loader)
 
-    def next_positions(self) -> Positions | None:
-        """Dataset positions of the batch that is delivered next; None where samples have none."""
-        return None if self._noting is None else self._noting.next_positions()
+    def next_positions(self, trainer: Any) -> Positions | None:
+        """Dataset positions of the batch that the Trainer goes on with; None where samples have none."""
+        return None if self._noting is None else self._noting.next_positions(_sampler_iterator(trainer))
 
     def names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
         """The samples' ids: those that the user gives, else their positions.
@@ -89,6 +103,13 @@ class TrainLoaders:
         if positions is not None and len(names) != len(positions):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
         return names
+
+
+def _sampler_iterator(trainer: Any) -> Any:
+    """The iterator that Lightning's own pass over the loader draws from; others may go through the loader, too."""
+    passes = getattr(trainer.fit_loop._combined_loader, "_iterator", None)
+    first = next(iter(getattr(passes, "iterators", [])), None)
+    return getattr(first, "_sampler_iter", None)
 
 
 def _plain_id(name: Any) -> SampleId:

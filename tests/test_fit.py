@@ -138,3 +138,13 @@ def test_a_demo_of_lightning_is_ranked(by):
     quiet_trainer([callback], precision="32-true", max_epochs=1).fit(model)
     assert len(callback.ranking) == 64
     assert callback.summary["replay"]["batches_bit_for_bit"] == 64
+
+
+def test_validation_loaders_may_come_in_a_dict():
+    rankings = []
+    for val in ({"only": loaders()[1]}, loaders()[1]):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss")
+        quiet_trainer([callback], num_sanity_val_steps=1).fit(Plain(), loaders()[0], val)
+        rankings.append(callback.ranking)
+    assert rankings[0] == rankings[1]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything around the loss: schedules, endings, skipped steps, several fits, other callbacks."""
 
+import gc
 import time
+import weakref
 from datetime import timedelta
 
 import numpy as np
@@ -185,6 +187,27 @@ def test_a_step_that_the_scaler_skips_is_no_step(module, accumulate):
     assert_derivative(found, lambda weights: objective(fit(case(), weights=weights)))
 
 
+def overflow_at_once():
+    """The very first gradients overflow, as they do with the scale that float16 starts with."""
+
+    def overflow(trainer, module):
+        if trainer.global_step == 0:
+            next(module.parameters()).grad.fill_(float("inf"))
+
+    return [LambdaCallback(on_after_backward=overflow)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_first_step_may_be_the_one_that_is_skipped(accumulate):
+    def case():
+        trainer = {"precision": None, "plugins": [Scaling()], "accumulate_grad_batches": accumulate}
+        return Case("skipped at once", {"norm": True, **MOMENTUM}, trainer, callbacks=overflow_at_once)
+
+    callback = ranked(case())
+    assert callback.summary["window"]["num_without_update"] == 1
+    assert_derivative(influences(callback), lambda weights: objective(fit(case(), weights=weights)))
+
+
 # Other end points ----------------------------------------------------------------------------------
 
 
@@ -231,6 +254,26 @@ def test_at_best_the_walk_starts_at_the_best_model(tmp_path, epochs):
         shorter = SGDInfluence("val_loss", epochs=1)
         fit(Case("two epochs", {"options": {"momentum": 0.5, "lr": 0.02}}, {"max_epochs": 2}), shorter)
         assert np.array_equal(found, influences(shorter))
+
+
+@pytest.mark.parametrize("num_epochs", [1, 3])
+def test_at_best_the_best_model_may_be_that_of_the_last_epoch(tmp_path, num_epochs):
+    case = Case(
+        "best at last",
+        {"options": {"lr": 0.02}},
+        {"max_epochs": num_epochs, "enable_checkpointing": True},
+        callbacks=lambda: [ModelCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=True)],
+    )
+    callback, last = SGDInfluence("val_loss", at="best"), SGDInfluence("val_loss")
+    fit(case, callback)
+    fit(Case("last", case.module, {"max_epochs": num_epochs}), last)
+    assert callback.ranking == last.ranking
+
+
+def test_the_window_reaches_a_whole_epoch_though_training_stops_within_the_next():
+    callback = SGDInfluence("val_loss", epochs=1)
+    fit(Case("stopped", MOMENTUM, {"max_steps": 12}), callback)
+    assert callback.summary["window"]["words"] == "steps 5 to 11: epoch 1 and 2 steps of epoch 2"
 
 
 @pytest.mark.parametrize(
@@ -315,6 +358,25 @@ def test_loaders_made_anew_every_epoch_are_each_asked_for_their_own_batches():
     callback = SGDInfluence("val_loss", epochs="all")
     run(callback)
     assert_derivative(influences(callback), lambda weights: objective(run(weights=weights)))
+
+
+def test_loaders_that_no_window_reaches_are_let_go():
+    alive, counts = [], []
+
+    class Counting(Reloading):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            alive.append(weakref.ref(loader.dataset))
+            return loader
+
+        def on_train_epoch_start(self):
+            gc.collect()
+            counts.append(sum(ref() is not None for ref in alive))
+
+    callback = SGDInfluence("val_loss", epochs=1)
+    quiet_trainer([callback], reload_dataloaders_every_n_epochs=1, max_epochs=6).fit(Counting(**MOMENTUM))
+    assert max(counts) <= 3  # the window's, the Trainer's, and one about to go
+    assert len(callback.ranking) == NUM_TRAIN
 
 
 @pytest.mark.filterwarnings("ignore:Training batches are kept")

@@ -407,3 +407,29 @@ def test_a_trajectory_that_cannot_be_written_any_more_leaves_the_training_alone(
     with pytest.raises(RunDirectoryError, match=r"could not be written any more.*No such file"):
         trainer.fit(Plain(), *loaders())
     assert trainer.global_step == 15
+
+
+@pytest.mark.filterwarnings("ignore:Recording stopped at step")
+@pytest.mark.parametrize("given", [lambda ids: 1 / 0, lambda ids: ids[:-1], lambda ids: ids.double()])
+def test_sample_ids_that_fail_late_leave_the_training_alone(given):
+    seen = []
+
+    def late(batch):
+        seen.append(0)
+        return given(batch[2]) if len(seen) == 9 else batch[2]
+
+    trainer = quiet_trainer([SGDInfluence("val_loss", sample_ids=late)])
+    with pytest.raises(SampleIdError, match=r"sample_ids=|could not be named: ZeroDivisionError"):
+        trainer.fit(Plain(), *loaders())
+    assert trainer.global_step == 15
+
+
+@pytest.mark.filterwarnings("ignore:Recording stopped at step")
+def test_an_epoch_left_within_an_accumulation_is_refused():
+    class Leaving(Plain):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch < 2 and batch_idx == 3 else None
+
+    trainer = quiet_trainer([SGDInfluence("val_loss", epochs="all")], accumulate_grad_batches=2)
+    with pytest.raises(UnsupportedTrainingError, match=r"left over before step .* return -1"):
+        trainer.fit(Leaving(), *loaders())

@@ -2,13 +2,15 @@
 """The ids of every batch, against a dataset that returns its own index."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
 
-from cases import TRAIN, Plain, loaders, quiet_trainer
+from cases import TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.store import Trajectory
+from reference import ranked
 
 
 class Remembering(Plain):
@@ -71,3 +73,27 @@ def test_a_sampler_that_draws_in_iter_draws_as_it_would_alone():
     assert len(loader) == 5
     stop_noting(loader)
     assert not isinstance(loader.batch_sampler, NotingSampler)
+
+
+class LookingAround(pl.Callback):
+    """Goes through the training loader while it is in use, as a callback that plots samples may."""
+
+    def __init__(self, hook, whole):
+        def look(trainer, *_):
+            state = torch.get_rng_state()
+            for _ in trainer.train_dataloader:
+                if not whole:
+                    break
+            torch.set_rng_state(state)
+
+        setattr(self, hook, look)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end", "on_train_epoch_start"])
+@pytest.mark.parametrize("loader", [{"drop_last": True}, {"num_workers": 1}], ids=["even", "worker"])
+def test_somebody_else_who_goes_through_the_loader_changes_no_ids(hook, whole, loader):
+    plain = ranked(Case("alone", {}, {"max_epochs": 2}, loader))
+    trainer = {"max_epochs": 2}
+    looked = ranked(Case("watched", {}, trainer, loader, callbacks=lambda: [LookingAround(hook, whole)]))
+    assert looked.ranking == plain.ranking
