@@ -67,7 +67,6 @@ class Recorder:
         self._pending: list[MicroBatch] = []
         self._constants: Constants | None = None
         self.num_steps = 0
-        self.num_skipped = 0
         self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
@@ -122,8 +121,7 @@ class Recorder:
 
         What they did to running statistics stays, so they are written, as a step without an update.
         """
-        if self._write(Step(index, 0, ends_epoch, [], None, divisor, list(self._params), [])) is not None:
-            self.num_skipped += 1
+        self._write(Step(index, 0, ends_epoch, [], None, divisor, list(self._params), []))
 
     def _write(self, step: Step, is_last: bool = False) -> Step | None:
         step.micro = [micro for micro in self._pending if micro.loss is not None]
