@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -30,8 +29,6 @@ from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import is_quiet, surroundings_of
 from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
-
-Params = dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True)

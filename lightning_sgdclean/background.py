@@ -41,6 +41,6 @@ class Background:
             return
         try:
             job()
-        except BaseException:
+        except BaseException:  # whatever it was, nothing may be written after it
             self._has_failed = True
             raise

@@ -74,7 +74,7 @@ def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Pa
         try:
             shutil.copytree(source / "trajectory", target / "trajectory", copy_function=_link, dirs_exist_ok=True)
             cut_off(target / "trajectory", mark)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: half a copy must not pass for a run
             shutil.rmtree(target / "trajectory")
             raise
         return target
