@@ -2,60 +2,24 @@
 """From a finished fit to a ranking: the objective, the walk backwards, and what is to be said of them."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
-from lightning_sgdclean.backward import check_finite, load_state, retrace_steps
-from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, UnsupportedTrainingError
-from lightning_sgdclean.fetching import fetch_batch
-from lightning_sgdclean.ids import check_positions, prove_ids
+from lightning_sgdclean.backward import retrace_steps
+from lightning_sgdclean.errors import ReplayMismatchError
+from lightning_sgdclean.ids import prove_ids
 from lightning_sgdclean.noise import float32_agreement
-from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradient, validation_batches
-from lightning_sgdclean.packing import Classes, unpack_batch
+from lightning_sgdclean.objective import ObjectiveGradient
+from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.precision import is_low
-from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.replay import Surroundings, untouched_module
-from lightning_sgdclean.states import RecomputedStates
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.surroundings import is_quiet, surroundings_of
-from lightning_sgdclean.trajectory import MicroBatch, Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of, walk_of
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """What the recording left.
-
-    Attributes:
-        folder: The run directory.
-        loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
-        optimizer: The user's optimizer.
-        logged: The monitored value after each validation, by the number of steps made by then.
-        hooks: Hooks of the user's that could have edited gradients.
-        averaging: Callbacks that put averaged weights in the place of the trained ones.
-        best: Where the best model was saved, if that is where the walk is to start.
-        classes: Classes that kept batches are made of, by name.
-        as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
-    """
-
-    folder: Path
-    loaders: list[Any]
-    optimizer: Optimizer
-    logged: dict[int, float]
-    hooks: list[str]
-    averaging: list[str]
-    best: BestModel | None
-    classes: Classes
-    as_delivered: Callable[[Any], Any]
+from lightning_sgdclean.surroundings import is_quiet
+from lightning_sgdclean.trajectory import Step, window_in_words
+from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
 
 
 def rank_run(
@@ -69,116 +33,38 @@ def rank_run(
     Raises:
         SGDInfluenceError: If the run cannot be ranked right.
     """
-    surroundings = surroundings_of(trainer, module)
-    home = next(module.parameters()).device
-    module.to(surroundings.device)
-    try:
-        with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(module) as restore:
-            return _rank(trainer, module, run, options, surroundings, restore)
-    finally:
-        module.to(home)
+    with opened(trainer, module, run, options) as this:
+        return rank_opened(this, quiet=is_quiet(trainer))
 
 
-def _rank(
-    trainer: Any,
-    module: Any,
-    run: RecordedRun,
-    options: RetraceOptions,
-    surroundings: Surroundings,
-    restore: Callable[[], None],
-) -> tuple[Ranking, dict[str, Any], list[str]]:
-    trajectory = Trajectory(run.folder / "trajectory")
-    steps = _window(trajectory.steps, run, options)
-    last = steps[-1]
-    check_finite(steps)
-    joint = max(trajectory.joints, default=-1)
-
-    def loader_of(micro: MicroBatch) -> Any:
-        """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
-        return run.loaders[micro.loader if micro.global_step > joint else 0]
-
-    check_positions(steps, loader_of)
-    walk = walk_of(
-        module,
-        run.optimizer,
-        surroundings,
-        options,
-        run.hooks,
-        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number, loader_of),
-        random_of=trajectory.random,
-        restore_attributes=restore,
-    )
-    walk.fidelity.joints = trajectory.joints
-    states = RecomputedStates(trajectory, walk, run.optimizer)
-    end = states.state(last.index + 1)
-    load_state(module, walk.params, end)
-    objective = _objective(trainer, walk, surroundings, options)
-    complaints = [] if run.averaging else _compare_objective(objective.value, last, run.logged, walk, options)
-    restore()  # validation had put the module into evaluation mode
+def rank_opened(this: OpenedRun, *, quiet: bool) -> tuple[Ranking, dict[str, Any], list[str]]:
+    """Rank the samples of an opened run; see :func:`rank_run`."""
+    walk, steps, run, options = this.walk, this.steps, this.run, this.options
+    objective = this.objective_at(this.end, this.surroundings)
+    complaints = [] if run.averaging else _compare_objective(objective.value, steps[-1], run.logged, walk, options)
     if walk.split is not None:
-        complaints += prove_ids(
-            walk,
-            steps,
-            loader_of=loader_of,
-            prepare=lambda batch: surroundings.prepare(run.as_delivered(batch), 0),
-        )
+        complaints += prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
 
     def start(walk: Walk) -> Adjoint:
         """The objective's gradient, in the precision that the walk takes derivatives in."""
-        load_state(module, walk.params, end)
         with walk.pulling() as wide:
-            at_end = objective if wide is surroundings else _objective(trainer, walk, wide, options)
-        restore()
+            at_end = objective if wide is this.surroundings else this.objective_at(this.end, wide)
         return adjoint_of(at_end, walk, sign=1.0 if options.mode == "min" else -1.0)
 
     with (
-        surroundings.as_stage("train"),
-        tqdm(total=len(steps), desc="Retracing", disable=is_quiet(trainer)) as progress,
+        this.surroundings.as_stage("train"),
+        tqdm(total=len(steps), desc="Retracing", disable=quiet) as progress,
     ):
         agreement = None
-        if is_low(surroundings, module) and not walk.widens:
-            agreement = float32_agreement(states, steps, walk, start)
+        if is_low(this.surroundings, walk.module) and not walk.widens:
+            agreement = float32_agreement(this.states, steps, walk, start)
             if agreement.is_noise:
-                complaints.append(agreement.complaint(surroundings.precision))
-        ids, influence, visits = retrace_steps(states, steps, start(walk), walk, lambda: progress.update() and None)
+                complaints.append(agreement.complaint(this.surroundings.precision))
+        ids, influence, visits = retrace_steps(
+            this.states, steps, start(walk), walk, lambda: progress.update() and None
+        )
     about = _about(objective, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
-
-
-def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> list[Step]:
-    """The steps to retrace, the last of which is the end point.
-
-    Raises:
-        UnsupportedTrainingError: If there are none.
-    """
-    steps = recorded
-    if run.best is not None:
-        if run.best.step is None:
-            raise UnsupportedTrainingError(
-                "The ModelCheckpoint saved no new best model in this fit, so there is no end point. "
-                'Use at="last", or a ModelCheckpoint that monitors a value which is logged.'
-            )
-        steps = [step for step in recorded if step.index < run.best.step]
-    if not any(step.is_update for step in steps):
-        raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
-    first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
-    return [step for step in steps if step.epoch >= first_epoch]
-
-
-def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions) -> ObjectiveGradient:
-    own = options.val_dataloaders is not None
-    loaders = options.val_dataloaders if own else trainer.val_dataloaders
-    if loaders is None:
-        raise ObjectiveError(
-            "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
-        )
-    num_loaders = len(loaders_in(loaders))
-    batches = validation_batches(loaders, None if own else trainer.num_val_batches)
-    params = list(walk.params.values())
-    with surroundings.as_stage("validate"):
-        return objective_gradient(
-            walk.module, params, batches, surroundings, options.monitor, options.objective, num_loaders
-        )
 
 
 def _compare_objective(
@@ -200,22 +86,6 @@ def _compare_objective(
     if options.on_mismatch == "raise":
         raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
     return [text]
-
-
-def _batch_again(
-    trajectory: Trajectory,
-    run: RecordedRun,
-    surroundings: Surroundings,
-    step: Step,
-    number: int,
-    loader_of: Callable[[MicroBatch], Any],
-) -> Any:
-    """Micro-batch ``number`` as it was kept, when the transfer hooks had seen it already, or fetched again."""
-    kept, micro = trajectory.batch(step, number), step.micro[number]
-    if kept is not None:
-        return unpack_batch(kept, run.classes, surroundings.device)
-    assert micro.positions is not None
-    return surroundings.prepare(run.as_delivered(fetch_batch(loader_of(micro), micro.positions)), 0)
 
 
 def _about(

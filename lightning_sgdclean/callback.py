@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 
 from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
-from lightning_sgdclean.after_fit import RecordedRun, rank_run
+from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.artifacts import publish
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
 from lightning_sgdclean.objective import logs_value
+from lightning_sgdclean.opened import RecordedRun
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recording import Recording, RecordingOptions
 from lightning_sgdclean.run_directory import check_free, fresh_directory

@@ -9,11 +9,12 @@ import lightning_sgdclean
 PACKAGE = Path(lightning_sgdclean.__file__).parent
 SEE_A_TRAINER = {
     "callback",
-    "later",
     "recording",
     "train_loaders",
     "checks",
     "after_fit",
+    "opened",
+    "reopened",
     "surroundings",
     "_lightning",
     "artifacts",

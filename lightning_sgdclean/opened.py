@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded run, opened: its window, its module and data at hand, to go over the steps again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_sgdclean.backward import check_finite, load_state
+from lightning_sgdclean.best_model import BestModel
+from lightning_sgdclean.errors import ObjectiveError, UnsupportedTrainingError
+from lightning_sgdclean.fetching import fetch_batch
+from lightning_sgdclean.ids import check_positions
+from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradient, validation_batches
+from lightning_sgdclean.packing import Classes, unpack_batch
+from lightning_sgdclean.randomness import untouched_randomness
+from lightning_sgdclean.replay import Surroundings, untouched_module
+from lightning_sgdclean.states import RecomputedStates
+from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.surroundings import surroundings_of
+from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept
+from lightning_sgdclean.walk import RetraceOptions, Walk, walk_of
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the recording left.
+
+    Attributes:
+        folder: The run directory.
+        loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
+        optimizer: The user's optimizer.
+        logged: The monitored value after each validation, by the number of steps made by then.
+        hooks: Hooks of the user's that could have edited gradients.
+        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        best: Where the best model was saved, if that is where the walk is to start.
+        classes: Classes that kept batches are made of, by name.
+        as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
+    """
+
+    folder: Path
+    loaders: list[Any]
+    optimizer: Optimizer
+    logged: dict[int, float]
+    hooks: list[str]
+    averaging: list[str]
+    best: BestModel | None
+    classes: Classes
+    as_delivered: Callable[[Any], Any]
+
+
+@dataclass
+class OpenedRun:
+    """A recorded run whose steps can be gone over again; see :func:`opened`.
+
+    Attributes:
+        run: What the recording left.
+        options: What is asked of it.
+        trajectory: What was recorded.
+        steps: The window.
+        walk: The live module and what its steps need.
+        states: The states between the steps.
+        surroundings: What stands for the Trainer.
+        restore: Puts the module's modes and plain attributes back.
+        end: The state at the window's end.
+        objective: Evaluates the objective and its gradient at the live parameters.
+    """
+
+    run: RecordedRun
+    options: RetraceOptions
+    trajectory: Trajectory
+    steps: list[Step]
+    walk: Walk
+    states: RecomputedStates
+    surroundings: Surroundings
+    restore: Callable[[], None]
+    end: State
+    objective: Callable[[Surroundings], ObjectiveGradient]
+
+    def loader_of(self, micro: MicroBatch) -> Any:
+        """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
+        return _loader_of(self.run, self.trajectory, micro)
+
+    def prepare(self, batch: Any) -> Any:
+        """A training loader's batch as ``training_step`` gets it."""
+        return self.surroundings.prepare(self.run.as_delivered(batch), 0)
+
+    def objective_at(self, state: State, surroundings: Surroundings) -> ObjectiveGradient:
+        """The objective in a state; the module is in the modes of training afterwards."""
+        load_state(self.walk.module, self.walk.params, state)
+        found = self.objective(surroundings)
+        self.restore()  # validation had put the module into evaluation mode
+        return found
+
+
+@contextmanager
+def opened(trainer: Any, module: Any, run: RecordedRun, options: RetraceOptions) -> Iterator[OpenedRun]:
+    """Open a run whose fit has ended; module and random states are as they were afterwards.
+
+    Raises:
+        SGDInfluenceError: If its steps cannot be followed.
+    """
+    surroundings = surroundings_of(trainer, module)
+    home = next(module.parameters()).device
+    module.to(surroundings.device)
+    try:
+        with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(module) as restore:
+            yield _opened(trainer, module, run, options, surroundings, restore)
+    finally:
+        module.to(home)
+
+
+def _opened(
+    trainer: Any,
+    module: Any,
+    run: RecordedRun,
+    options: RetraceOptions,
+    surroundings: Surroundings,
+    restore: Callable[[], None],
+) -> OpenedRun:
+    trajectory = Trajectory(run.folder / "trajectory")
+    steps = _window(trajectory.steps, run, options)
+    check_finite(steps)
+    check_positions(steps, lambda micro: _loader_of(run, trajectory, micro))
+    walk = walk_of(
+        module,
+        run.optimizer,
+        surroundings,
+        options,
+        run.hooks,
+        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number),
+        random_of=trajectory.random,
+        restore_attributes=restore,
+    )
+    walk.fidelity.joints = trajectory.joints
+    states = RecomputedStates(trajectory, walk, run.optimizer)
+    return OpenedRun(
+        run=run,
+        options=options,
+        trajectory=trajectory,
+        steps=steps,
+        walk=walk,
+        states=states,
+        surroundings=surroundings,
+        restore=restore,
+        end=states.state(steps[-1].index + 1),
+        objective=lambda around: _objective(trainer, walk, around, options),
+    )
+
+
+def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> list[Step]:
+    """The steps to retrace, the last of which is the end point.
+
+    Raises:
+        UnsupportedTrainingError: If there are none.
+    """
+    steps = recorded
+    if run.best is not None:
+        if run.best.step is None:
+            raise UnsupportedTrainingError(
+                "The ModelCheckpoint saved no new best model in this fit, so there is no end point. "
+                'Use at="last", or a ModelCheckpoint that monitors a value which is logged.'
+            )
+        steps = [step for step in recorded if step.index < run.best.step]
+    if not any(step.is_update for step in steps):
+        raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
+    first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
+    return [step for step in steps if step.epoch >= first_epoch]
+
+
+def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions) -> ObjectiveGradient:
+    own = options.val_dataloaders is not None
+    loaders = options.val_dataloaders if own else trainer.val_dataloaders
+    if loaders is None:
+        raise ObjectiveError(
+            "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
+        )
+    num_loaders = len(loaders_in(loaders))
+    batches = validation_batches(loaders, None if own else trainer.num_val_batches)
+    params = list(walk.params.values())
+    with surroundings.as_stage("validate"):
+        return objective_gradient(
+            walk.module, params, batches, surroundings, options.monitor, options.objective, num_loaders
+        )
+
+
+def _loader_of(run: RecordedRun, trajectory: Trajectory, micro: MicroBatch) -> Any:
+    joint = max(trajectory.joints, default=-1)
+    return run.loaders[micro.loader if micro.global_step > joint else 0]
+
+
+def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroundings, step: Step, number: int) -> Any:
+    """Micro-batch ``number`` as it was kept, when the transfer hooks had seen it already, or fetched again."""
+    kept, micro = trajectory.batch(step, number), step.micro[number]
+    if kept is not None:
+        return unpack_batch(kept, run.classes, surroundings.device)
+    assert micro.positions is not None
+    fetched = fetch_batch(_loader_of(run, trajectory, micro), micro.positions)
+    return surroundings.prepare(run.as_delivered(fetched), 0)
