@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.figures import plot_influences
-from lightning_sgdclean.ranking import COLUMNS, Ranking
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.ranking_csv import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

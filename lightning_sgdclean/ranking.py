@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result: every sample of the window with its influence, most harmful first, in memory and as CSV."""
 
-import csv
-import io
-import json
 import math
 import operator
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -18,19 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from lightning_sgdclean.columns import Columns, as_columns, same_columns
+from lightning_sgdclean.ranking_csv import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
+
 if TYPE_CHECKING:
     import pandas as pd
 
 SampleId: TypeAlias = int | str
 T_co = TypeVar("T_co", covariant=True)
 
-CSV_NAME = "influence.csv"
-COLUMNS = ("rank", "sample_id", "influence", "effect", "visits")
-
 _INT64 = np.iinfo(np.int64)
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
-_FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +38,7 @@ class Ranking:
         sample_id: Ids, shape ``(N,)``: int64, or an object array of str.
         influence: Influences in the objective's unit, float64, ascending, shape ``(N,)``.
         visits: How often the sample was drawn in the window, int64, shape ``(N,)``.
+        columns: Further columns by name, each ``(N,)``: int64, float64 (NaN: unknown) or an object array of str.
 
     Example:
         >>> ranking = Ranking.from_influence([7, 8, 9], [0.5, -0.25, 0.0], [1, 1, 2])
@@ -57,9 +51,10 @@ class Ranking:
     sample_id: NDArray[Any]
     influence: NDArray[np.float64]
     visits: NDArray[np.int64]
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for array in (self.sample_id, self.influence, self.visits):
+        for array in (self.sample_id, self.influence, self.visits, *self.columns.values()):
             array.setflags(write=False)  # a changed value would no longer stand at its rank
 
     @classmethod
@@ -68,6 +63,7 @@ class Ranking:
         sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor",
         influence: "Sequence[float] | NDArray[Any] | Tensor",
         visits: "Sequence[int] | NDArray[Any] | Tensor",
+        columns: Columns | None = None,
     ) -> "Ranking":
         """Sort samples by influence.
 
@@ -75,9 +71,11 @@ class Ranking:
             sample_id: ``N`` different ids, all integers (bool and NumPy's included) or all str.
             influence: ``N`` finite influences in the objective's unit; negative means harmful.
             visits: ``N`` counts of how often each sample was drawn.
+            columns: Further columns by name, each of ``N`` numbers or texts, None or NaN where unknown. Text that
+                looks like numbers throughout becomes numbers, since a CSV has no types.
 
         Raises:
-            TypeError: If an id is neither an integer nor a str.
+            TypeError: If an id is neither an integer nor a str, or a value of a column neither number nor text.
             ValueError: If an influence is not finite, ids repeat, mix integers and str, exceed 64 bits
                 or cannot be written as UTF-8, a count is not a whole number from 0 on, or lengths differ.
         """
@@ -90,10 +88,20 @@ class Ranking:
                 f"{len(influences)} influences and {len(counts)} numbers of visits."
             )
         _check_values(ids, influences, counts)
+        others = as_columns(columns, len(ids))
         keys = list(zip(influences.tolist(), ids, strict=True))
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.intp)
         id_array = np.array(ids, dtype=object if ids and isinstance(ids[0], str) else np.int64)
-        return cls(id_array[order], influences[order], counts[order])
+        sorted_columns = {name: column[order] for name, column in others.items()}
+        return cls(id_array[order], influences[order], counts[order], sorted_columns)
+
+    def with_columns(self, columns: Columns) -> "Ranking":
+        """The ranking with further columns, each of ``N`` values in the order of the ranks.
+
+        Raises:
+            TypeError, ValueError: As :meth:`from_influence`.
+        """
+        return replace(self, columns=self.columns | as_columns(columns, len(self)))
 
     @property
     def rank(self) -> NDArray[np.int64]:
@@ -103,7 +111,7 @@ class Ranking:
     @property
     def effect(self) -> list[str]:
         """The sign in words: ``harmful``, ``helpful``, or ``none`` where the influence is exactly 0."""
-        return [_effect(influence) for influence in self.influence.tolist()]
+        return [effect_of(influence) for influence in self.influence.tolist()]
 
     def __len__(self) -> int:
         return len(self.influence)
@@ -116,7 +124,8 @@ class Ranking:
             (self.influence, other.influence),
             (self.visits, other.visits),
         )
-        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        same = all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return same and same_columns(self.columns, other.columns)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -211,13 +220,13 @@ class Ranking:
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
         columns = (self.rank, self.sample_id, self.influence, self.effect, self.visits)
-        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
         r"""Write the ranking as CSV, under a temporary name until it is complete.
 
-        UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. A str
-        id that a spreadsheet could take for a formula is written with a leading apostrophe.
+        UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. A Text
+        that a spreadsheet could take for a formula is written with a leading apostrophe.
 
         Args:
             path: The file; its folder is made if missing, an older file is replaced.
@@ -225,27 +234,14 @@ class Ranking:
         Returns:
             ``path``.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
-                writer.writerow(COLUMNS)
-                writer.writerows(self._rows())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
-
-    def _rows(self) -> Iterator[tuple[int, SampleId, str, str, int]]:
-        columns = (self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist())
-        for rank, (sample, influence, visits) in enumerate(zip(*columns, strict=True), start=1):
-            yield rank, _escaped(sample), repr(influence), _effect(influence), visits
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        table = Table(self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist(), columns)
+        write_table(Path(path), table)
+        return Path(path)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Ranking":
-        """Read what :meth:`save` wrote; columns after the first five are skipped.
+        """Read what :meth:`save` wrote.
 
         Whether ids are integers or str says ``id_type`` in the ``summary.json`` beside the file. Without
         it they are integers if all of them look like ones (``7``, not ``007``).
@@ -260,12 +256,7 @@ class Ranking:
         path = Path(path)
         if path.is_dir():
             path = path / CSV_NAME
-        lines, cells, influences, visits = _read_table(path)
-        return cls.from_influence(_read_ids(path, lines, cells), influences, visits)
-
-
-def _effect(influence: float) -> str:
-    return "harmful" if influence < 0 else "helpful" if influence > 0 else "none"
+        return cls.from_influence(*read_table(path))
 
 
 def _count(value: int, name: str) -> int:
@@ -351,108 +342,3 @@ def _group_lookup(groups: Any) -> _Lookup:
         return group
 
     return group_of
-
-
-class _UnixLines:
-    # Before Python 3.13 csv quotes a carriage return in a field only if it is part of the line end.
-    # So csv writes \r\n, of which the file gets \n.
-    def __init__(self, file: io.TextIOWrapper) -> None:
-        self._file = file
-
-    def write(self, row: str) -> None:
-        self._file.write(row.removesuffix("\r\n") + "\n")
-
-
-def _escaped(sample: SampleId) -> SampleId:
-    return f"'{sample}" if isinstance(sample, str) and sample.startswith(_FORMULA_START) else sample
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8, found {error.reason}.") from error
-    if not text.endswith("\n"):
-        last = text.count("\n") + 1
-        raise ValueError(f"{path}, line {last}: the line does not end; the file seems cut off.")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {line}: {error}.") from error
-        yield line, row
-
-
-def _read_table(path: Path) -> tuple[list[int], list[str], list[float], list[int]]:
-    table = _read_lines(path)
-    _, header = next(table)
-    if tuple(header[: len(COLUMNS)]) != COLUMNS:
-        raise ValueError(f"{path}, line 1: expected {','.join(COLUMNS)}, found {','.join(header)}.")
-    lines: list[int] = []
-    cells: list[str] = []
-    influences: list[float] = []
-    visits: list[int] = []
-    for line, row in table:
-        try:
-            influence, count = _read_row(row, len(header), rank=len(lines) + 1)
-            if influences and influence < influences[-1]:
-                raise ValueError(f"influence {influence} is below that of the rank before")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}.") from error
-        lines.append(line)
-        cells.append(row[1])
-        influences.append(influence)
-        visits.append(count)
-    return lines, cells, influences, visits
-
-
-def _read_row(row: list[str], width: int, rank: int) -> tuple[float, int]:
-    if len(row) != width:
-        raise ValueError(f"expected {width} fields, found {len(row)}")
-    if row[0] != str(rank):
-        raise ValueError(f"expected rank {rank}, found {row[0]!r}")
-    influence = float(row[2]) if _NUMBER.fullmatch(row[2]) else math.nan
-    if not math.isfinite(influence):
-        raise ValueError(f"expected a finite number as influence, found {row[2]!r}")
-    if row[3] != _effect(influence):
-        raise ValueError(f"expected effect {_effect(influence)!r} of influence {row[2]}, found {row[3]!r}")
-    if not _is_int64(row[4]) or int(row[4]) < 0:
-        raise ValueError(f"expected a number of visits, found {row[4]!r}")
-    return influence, int(row[4])
-
-
-def _is_int64(text: str) -> bool:
-    # Length first: Python refuses to convert thousands of digits.
-    return bool(_INTEGER.fullmatch(text)) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
-
-
-def _id_type_of(summary: Path) -> str | None:
-    if not summary.is_file():
-        return None
-    try:
-        content = json.loads(summary.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{summary}: expected JSON ({error}). Mend or remove it.") from error
-    id_type = content.get("id_type") if isinstance(content, dict) else None
-    if id_type not in (None, "int", "str"):
-        raise ValueError(f"{summary}: expected id_type 'int' or 'str', found {id_type!r}.")
-    return id_type
-
-
-def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
-    id_type = _id_type_of(path.with_name("summary.json"))
-    as_int = id_type == "int" or (id_type is None and all(map(_is_int64, cells)))
-    first_line: dict[SampleId, int] = {}
-    for line, cell in zip(lines, cells, strict=True):
-        if as_int and not _is_int64(cell):
-            raise ValueError(f"{path}, line {line}: expected an integer sample id, found {cell!r}.")
-        sample = int(cell) if as_int else cell.removeprefix("'")
-        if first_line.setdefault(sample, line) != line:
-            raise ValueError(f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too.")
-    return list(first_line)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import lightning_sgdclean
 from cases import Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence, errors
-from lightning_sgdclean.ranking import COLUMNS
+from lightning_sgdclean.ranking_csv import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from lightning_sgdclean import ranking_csv
 from lightning_sgdclean.ranking import Ranking
 
 HEADER = "rank,sample_id,influence,effect,visits\n"
@@ -286,6 +287,59 @@ def test_str_where_the_summary_promises_integers_is_refused(tmp_path: Path) -> N
         Ranking.load(tmp_path)
 
 
+HOSTILE = ["=HYPERLINK(1)", "'quoted", "a\r\nb", "-5", "", '",x', "007"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3, 1, 2, 0, -7, 5, 6],
+        [0.1, -0.0, 1e-300, 3.0, 2.0, -1e22, 5.5],
+        [0.25, None, float("nan"), -1.0, 2.0, 3.0, 4.0],
+        [3, None, 4, 5, 6, 7, 8],
+        [True, False, True, True, False, False, True],
+        HOSTILE,
+        ["7", "8", "9", "10", "-1", "0", "1"],
+        ["1e999", "1", "2", "3", "4", "5", "6"],
+        [None] * 7,
+        ["", None, "x", "", "", "", ""],
+    ],
+    ids=str,
+)
+def test_further_columns_round_trip_in_the_order_of_the_ranks(tmp_path: Path, values: list[object]) -> None:
+    influence = [3.0, -1.0, 0.0, 7.0, -5.0, 2.0, 1.0]
+    ranking = Ranking.from_influence(range(7), influence, [1] * 7, {"of mine": values, "=second": range(7)})
+    ranking.save(tmp_path / "influence.csv")
+    again = Ranking.load(tmp_path / "influence.csv")
+    assert again == ranking
+    assert again.columns["=second"].tolist() == again.sample_id.tolist() == [4, 1, 2, 6, 5, 0, 3]
+    found = [again.columns["of mine"].tolist()[i] for i in (5, 1, 2, 6, 0, 4, 3)]
+    if any(isinstance(value, str) for value in found):
+        assert found == [value or "" for value in values]
+    else:
+        assert np.array_equal(found, [np.nan if value is None else float(value) for value in values], equal_nan=True)
+
+
+def test_a_column_that_a_csv_could_not_hold_is_refused() -> None:
+    for columns, error, message in (
+        ({"rank": [1]}, ValueError, "name for a further column"),
+        ({"x": [1, 2]}, ValueError, "Expected 1 values in column 'x'"),
+        ({"x": [float("inf")]}, ValueError, "infinite"),
+        ({"x": [2**70]}, ValueError, "64 bits"),
+        ({"x": ["\ud800"]}, ValueError, "UTF-8"),
+        ({"x": [object()]}, TypeError, "numbers or text"),
+    ):
+        with pytest.raises(error, match=message):
+            Ranking.from_influence([7], [0.5], [1], columns)
+
+
+def test_columns_are_added_in_the_order_of_the_ranks() -> None:
+    ranking = Ranking.from_influence([7, 8], [0.5, -0.5], [1, 1], {"a": ["x", "y"]}).with_columns({"b": [1, 2]})
+    assert ranking.sample_id.tolist() == [8, 7]
+    assert {name: column.tolist() for name, column in ranking.columns.items()} == {"a": ["y", "x"], "b": [1, 2]}
+    assert ranking != Ranking.from_influence([7, 8], [0.5, -0.5], [1, 1])
+
+
 def test_further_columns_and_windows_line_ends_are_no_damage(tmp_path: Path) -> None:
     lines = GOOD.splitlines()
     text = "".join(f"{line},{extra}\r\n" for line, extra in zip(lines, ("label", "a", "b", "c"), strict=True))
@@ -350,11 +404,11 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_the_older_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make([1]).save(tmp_path / "influence.csv")
 
-    def rows_until_the_disk_is_full(self: Ranking) -> object:
+    def rows_until_the_disk_is_full(table: object) -> object:
         yield 1, 2, "0.0", "none", 1
         raise OSError("disk full")
 
-    monkeypatch.setattr(Ranking, "_rows", rows_until_the_disk_is_full)
+    monkeypatch.setattr(ranking_csv, "_rows", rows_until_the_disk_is_full)
     with pytest.raises(OSError, match="disk full"):
         make([2]).save(path)
     assert Ranking.load(path) == make([1])
