@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranking as a picture: how the influences are spread, and what they add up to."""
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sgdclean.bars import TOO_SMALL, bin_edges, has_size, stretched_ticks
 from lightning_sgdclean.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 # Two colours of Okabe and Ito that stay apart in every common form of colour blindness.
 _HARMFUL, _HELPFUL, _NEUTRAL = "#D55E00", "#0072B2", "#505050"
-_HEAVY_TAIL = 30.0  # largest over median size from which equal bins would show little but one bar
-_TOO_SMALL = 1e-280  # matplotlib cannot place ticks on such an axis
-_TICK_GAP = 0.11  # of the axis, so that labels do not run into each other
 
 
 def plot_influences(ranking: Ranking, unit: str = "val_loss") -> "Figure":
@@ -55,14 +52,14 @@ def _draw_spread(axes: "Axes", influence: NDArray[np.float64], unit: str) -> Non
     axes.set_title("How many samples have which influence")
     axes.set_xlabel(f"influence on {unit} (below 0: harmful)")
     axes.set_ylabel("number of samples")
-    if not _has_size(influence):
+    if not has_size(influence):
         _say_nothing_to_draw(axes, influence)
         return
-    edges, stretch = _bin_edges(influence)
+    edges, stretch = bin_edges(influence)
     if stretch:
         axes.set_xscale("asinh", linear_width=stretch)
         axes.set_xlabel(f"influence on {unit} (below 0: harmful; log scale away from 0)")
-        ticks = _stretched_ticks(edges, stretch)
+        ticks = stretched_ticks(edges, stretch)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
     else:
@@ -87,7 +84,7 @@ def _draw_running_sum(axes: "Axes", influence: NDArray[np.float64], unit: str) -
     axes.set_title("Influences added up, most harmful first")
     axes.set_xlabel("number of samples, from the most harmful on")
     axes.set_ylabel(f"sum of their influences on {unit}")
-    if not _has_size(influence):
+    if not has_size(influence):
         _say_nothing_to_draw(axes, influence)
         return
     total = len(influence)
@@ -109,52 +106,11 @@ def _draw_running_sum(axes: "Axes", influence: NDArray[np.float64], unit: str) -
     axes.locator_params(axis="x", integer=True)
 
 
-def _bin_edges(influence: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Edges of the bars, 0 among them, so that no bar mixes harmful and helpful samples.
-
-    Returns:
-        The edges, and for a heavy tail the size up to which the scale is about linear (else 0).
-    """
-    size = np.abs(influence[influence != 0])
-    typical = max(float(np.median(size)), _TOO_SMALL)
-    stretch = typical if size.max() > _HEAVY_TAIL * typical else 0.0
-    ends = np.array([min(influence.min(), 0.0), max(influence.max(), 0.0)])
-    low, high = np.arcsinh(ends / stretch) if stretch else ends
-    width = (high - low) / int(np.clip(np.sqrt(len(influence)), 8, 60))
-    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
-    # Rounding may leave the outermost sample a hair outside its bar.
-    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
-    if stretch:
-        edges = stretch * np.sinh(edges)
-        edges[0], edges[-1] = min(edges[0], ends[0]), max(edges[-1], ends[1])
-    return edges, stretch
-
-
-def _stretched_ticks(edges: NDArray[np.float64], stretch: float) -> list[float]:
-    # Powers of ten from the outside in, as many as have room.
-    low, high = np.arcsinh(edges[[0, -1]] / stretch)
-    ticks = [0.0]
-    for sign, end in ((-1, -edges[0]), (1, edges[-1])):
-        outermost = math.inf
-        for power in range(math.floor(math.log10(end)), -300, -1) if end > 0 else ():
-            position = math.asinh(10.0**power / stretch)
-            if position < _TICK_GAP * (high - low):
-                break
-            if outermost - position > _TICK_GAP * (high - low):
-                ticks.append(sign * 10.0**power)
-                outermost = position
-    return sorted(ticks)
-
-
-def _has_size(influence: NDArray[np.float64]) -> bool:
-    return len(influence) > 0 and bool(np.abs(influence).max() > _TOO_SMALL)
-
-
 def _say_nothing_to_draw(axes: "Axes", influence: NDArray[np.float64]) -> None:
     if len(influence) == 0:
         text = "no samples"
     elif influence.any():
-        text = f"all {len(influence)} influences are smaller than {_TOO_SMALL:g}"
+        text = f"all {len(influence)} influences are smaller than {TOO_SMALL:g}"
     else:
         text = f"all {len(influence)} influences are exactly 0"
     axes.set(xticks=[], yticks=[])
