@@ -141,9 +141,9 @@ def timed_retrace(optimizer, train, val, folder, engine):
     def ticking(*arguments):
         *rest, progress = arguments
 
-        def tick():
+        def tick(influence):
             ticks.append(time.perf_counter())
-            progress()
+            progress(influence)
 
         return walk(*rest, tick)
 

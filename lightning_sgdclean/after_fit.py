@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from lightning_sgdclean import report
 from lightning_sgdclean.backward import retrace_steps
@@ -16,8 +15,9 @@ from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient
 from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.precision import is_low
+from lightning_sgdclean.progress import retrace_bar
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.surroundings import is_quiet
+from lightning_sgdclean.surroundings import shown_bar
 from lightning_sgdclean.trajectory import Step, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
 
@@ -34,11 +34,11 @@ def rank_run(
         SGDInfluenceError: If the run cannot be ranked right.
     """
     with opened(trainer, module, run, options) as this:
-        return rank_opened(this, quiet=is_quiet(trainer))
+        return rank_opened(this, bar=shown_bar(trainer))
 
 
-def rank_opened(this: OpenedRun, *, quiet: bool) -> tuple[Ranking, dict[str, Any], list[str]]:
-    """Rank the samples of an opened run; see :func:`rank_run`."""
+def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:
+    """Rank the samples of an opened run, under a bar in the style of ``bar``; see :func:`rank_run`."""
     walk, steps, run, options = this.walk, this.steps, this.run, this.options
     objective = this.objective_at(this.end, this.surroundings)
     complaints = [] if run.averaging else _compare_objective(objective.value, steps[-1], run.logged, walk, options)
@@ -51,18 +51,13 @@ def rank_opened(this: OpenedRun, *, quiet: bool) -> tuple[Ranking, dict[str, Any
             at_end = objective if wide is this.surroundings else this.objective_at(this.end, wide)
         return adjoint_of(at_end, walk, sign=1.0 if options.mode == "min" else -1.0)
 
-    with (
-        this.surroundings.as_stage("train"),
-        tqdm(total=len(steps), desc="Retracing", disable=quiet) as progress,
-    ):
+    with this.surroundings.as_stage("train"), retrace_bar(bar, len(steps)) as advance:
         agreement = None
         if is_low(this.surroundings, walk.module) and not walk.widens:
             agreement = float32_agreement(this.states, steps, walk, start)
             if agreement.is_noise:
                 complaints.append(agreement.complaint(this.surroundings.precision))
-        ids, influence, visits = retrace_steps(
-            this.states, steps, start(walk), walk, lambda: progress.update() and None
-        )
+        ids, influence, visits = retrace_steps(this.states, steps, start(walk), walk, advance)
     about = _about(objective, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
 

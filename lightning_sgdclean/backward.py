@@ -44,7 +44,7 @@ def retrace_steps(
     steps: list[Step],
     adjoint: Adjoint,
     walk: Walk,
-    progress: Callable[[], None],
+    progress: Callable[[Tensor], None],
 ) -> tuple[list[SampleId], list[float], list[int]]:
     """Influence of every sample drawn in ``steps`` on the objective.
 
@@ -53,7 +53,7 @@ def retrace_steps(
         steps: The window, in order.
         adjoint: The objective's, at the end of the last step; carried to the window's first step in place.
         walk: Module, engine, optimizer's rule and tolerances.
-        progress: Called after every step.
+        progress: Called after every step with the influences so far.
 
     Returns:
         Sample ids, their influences (unit of the objective; negative: harmful) and how often each was drawn.
@@ -78,7 +78,7 @@ def retrace_steps(
         if not bool(torch.isfinite(influence).all()):
             raise NonFiniteError(f"The influences stopped being finite at step {step.index} (epoch {step.epoch}).")
         after = before
-        progress()
+        progress(influence)
     return list(rows), influence.tolist(), visits.tolist()
 
 

@@ -25,7 +25,7 @@ from lightning_sgdclean.opened import RecordedRun
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recording import Recording, RecordingOptions
 from lightning_sgdclean.run_directory import check_free, fresh_directory
-from lightning_sgdclean.surroundings import is_quiet, surroundings_of
+from lightning_sgdclean.surroundings import shown_bar, surroundings_of
 from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.walk import RetraceOptions
 
@@ -176,7 +176,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         options = RecordingOptions(self.at, self.keep_batches, self.snapshots, self.max_bytes)
-        say = (lambda text: None) if is_quiet(trainer) else tqdm.write
+        say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
         self._recording = Recording(trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say)
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
@@ -343,7 +343,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         publish(trainer.loggers, ranking, [csv_path, run_dir / "summary.json"], trainer.global_step, self._unit)
         if not self.keep_trajectory:
             shutil.rmtree(run_dir / "trajectory")
-        if not is_quiet(trainer):
+        if shown_bar(trainer) is not None:
             tqdm.write(report.closing_text(ranking, self.summary, run_dir))
 
     @property

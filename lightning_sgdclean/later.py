@@ -79,7 +79,7 @@ def retrace(
         run_dir,
         model,
         options,
-        lambda this: rank_opened(this, quiet=True),
+        lambda this: rank_opened(this, bar=None),
         train_dataloaders=train_dataloaders,
         val_dataloaders=val_dataloaders,
         datamodule=datamodule,

@@ -58,7 +58,7 @@ def float32_agreement(
     for widens in (False, True):
         # The same steps are compared with the record again by the walk itself; here that is nobody's concern.
         silent = replace(walk, widens=widens, fidelity=Fidelity(math.inf, "warn"))
-        _, influence, _ = retrace_steps(states, tail, start(silent), silent, lambda: None)
+        _, influence, _ = retrace_steps(states, tail, start(silent), silent, lambda influence: None)
         found.append(np.asarray(influence))
     lengths = [float(np.linalg.norm(values)) for values in found]
     cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan

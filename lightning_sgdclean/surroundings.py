@@ -9,10 +9,10 @@ from lightning_sgdclean._lightning import silent_logger
 from lightning_sgdclean.replay import Surroundings
 
 
-def is_quiet(trainer: Any) -> bool:
-    """Whether the Trainer shows no progress, so that we show none either."""
+def shown_bar(trainer: Any) -> Any:
+    """The Trainer's progress bar, or None where it shows none, so that we show none either."""
     bar = trainer.progress_bar_callback
-    return bar is None or bool(getattr(bar, "is_disabled", False))
+    return None if bar is None or getattr(bar, "is_disabled", False) else bar
 
 
 def surroundings_of(trainer: Any, module: Any) -> Surroundings:
