@@ -111,11 +111,33 @@ def _divisor(func: Callable[..., Any], options: dict[str, Any], rows: Tensor) ->
     if func is functional.ctc_loss:
         lengths = torch.as_tensor(options["target_lengths"], device=rows.device).clamp(min=1).to(rows.dtype)
         return lengths * max(1, rows.numel())
+    shares = _class_shares(func, options)
+    if shares is None:
+        return rows.numel()
+    return int(shares.sum()) if shares.dtype is torch.bool else shares.sum()
+
+
+def _class_shares(func: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
+    """What each row adds to the divisor: nothing if it is ignored, else 1 or its class's weight."""
     target = options["target"] if func in _CLASS_LOSSES else None
     if target is None or target.is_floating_point():
-        return rows.numel()
-    counted = target != options["ignore_index"]
+        return None
+    counted: Tensor = target != options["ignore_index"]
     if options["weight"] is None:
-        return int(counted.sum())
-    class_weights: Tensor = options["weight"]
-    return torch.where(counted, class_weights[target.clamp(min=0)], 0).sum()
+        return counted
+    return torch.where(counted, options["weight"][target.clamp(min=0)], 0)
+
+
+def shares_of(func: Callable[..., Any], options: dict[str, Any]) -> Tensor | None:
+    """What each row adds to the divisor of a mean; None where all add the same, or nothing is averaged.
+
+    Args:
+        func: One of torch's losses.
+        options: Its arguments by name.
+    """
+    if options["reduction"] != "mean":
+        return None
+    if func in (functional.mse_loss, functional.l1_loss) and options.get("weight") is not None:
+        weight: Tensor = options["weight"]
+        return weight
+    return _class_shares(func, options)
