@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result: every sample of the window with its influence, most harmful first, in memory and as CSV."""
+"""The result: every sample of the window with its influence, most harmful first, in memory and as a file."""
 
 import math
 import operator
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lightning_sgdclean.columns import Columns, as_columns, same_columns
 from lightning_sgdclean.ranking_csv import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
+from lightning_sgdclean.ranking_parquet import SUFFIX, read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,20 +224,24 @@ class Ranking:
         return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
-        r"""Write the ranking as CSV, under a temporary name until it is complete.
+        r"""Write the ranking as CSV or Parquet, under a temporary name until it is complete.
 
-        UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. A Text
+        The CSV: UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. Text
         that a spreadsheet could take for a formula is written with a leading apostrophe.
 
         Args:
-            path: The file; its folder is made if missing, an older file is replaced.
+            path: The file, Parquet if it ends in ``.parquet``, else CSV; its folder is made if missing, an older file
+                is replaced.
 
         Returns:
             ``path``.
+
+        Raises:
+            ImportError: If pyarrow is not installed, which Parquet needs.
         """
         columns = {name: column.tolist() for name, column in self.columns.items()}
         table = Table(self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist(), columns)
-        write_table(Path(path), table)
+        (write_parquet if Path(path).suffix == SUFFIX else write_table)(Path(path), table)
         return Path(path)
 
     @classmethod
@@ -244,19 +249,20 @@ class Ranking:
         """Read what :meth:`save` wrote.
 
         Whether ids are integers or str says ``id_type`` in the ``summary.json`` beside the file. Without
-        it they are integers if all of them look like ones (``7``, not ``007``).
+        it they are integers if all of them look like ones (``7``, not ``007``). A Parquet file knows by itself.
 
         Args:
-            path: The CSV, or a run directory that holds ``influence.csv``.
+            path: The file, Parquet if it ends in ``.parquet``, or a run directory that holds ``influence.csv``.
 
         Raises:
             FileNotFoundError: If there is no such file.
+            ImportError: If pyarrow is not installed, which Parquet needs.
             ValueError: If the file is damaged; the message names file and line.
         """
         path = Path(path)
         if path.is_dir():
             path = path / CSV_NAME
-        return cls.from_influence(*read_table(path))
+        return cls.from_influence(*(read_parquet if path.suffix == SUFFIX else read_table)(path))
 
 
 def _count(value: int, name: str) -> int:
