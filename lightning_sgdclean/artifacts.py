@@ -121,7 +121,7 @@ def _name_of(logger: Any) -> str:
 
 def _figure(ranking: Ranking, unit: str, problems: list[str]) -> "Figure | None":
     try:
-        return plot_influences(ranking, unit)
+        return plot_influences(ranking.influence, unit)
     except ImportError:
         problems.append("The loggers got no figure: matplotlib is missing (pip install lightning-sgdclean[plot]).")
     except Exception as error:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result: every sample of the window with its influence, most harmful first, in memory and as a file."""
 
-import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lightning_sgdclean.columns import Columns, as_columns, same_columns
+from lightning_sgdclean.exhibits import exhibits
+from lightning_sgdclean.groups import Groups, effects_by_group, groups_of, labels_if_few
 from lightning_sgdclean.ranking_csv import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
 from lightning_sgdclean.ranking_parquet import SUFFIX, read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 SampleId: TypeAlias = int | str
 T_co = TypeVar("T_co", covariant=True)
@@ -143,8 +145,7 @@ class Ranking:
         Raises:
             ValueError: If ``n`` is negative.
         """
-        count = min(_count(n, "n"), int((self.influence < 0).sum()))
-        return cast(list[SampleId], self.sample_id[:count].tolist())
+        return cast(list[SampleId], self.sample_id[self._places(n, "harmful")].tolist())
 
     def helpful(self, n: int) -> list[SampleId]:
         """Ids of the ``n`` most helpful samples, the best first; fewer if fewer are helpful.
@@ -152,9 +153,15 @@ class Ranking:
         Raises:
             ValueError: If ``n`` is negative.
         """
+        return cast(list[SampleId], self.sample_id[self._places(n, "helpful")].tolist())
+
+    def _places(self, n: int, effect: str) -> list[int]:
+        """Ranks, counted from 0, of the ``n`` most harmful or most helpful samples; fewer if there are fewer."""
+        if effect == "harmful":
+            return list(range(min(_count(n, "n"), int((self.influence < 0).sum()))))
         count = min(_count(n, "n"), int((self.influence > 0).sum()))
         best_first = np.argsort(-self.influence, kind="stable")  # stable: ties stay in the order of their ids
-        return cast(list[SampleId], self.sample_id[best_first[:count]].tolist())
+        return cast(list[int], best_first[:count].tolist())
 
     def keep(self, dataset: Dataset[T_co], drop: int) -> Subset[T_co]:
         """The dataset without the ``drop`` samples that stand first in the ranking.
@@ -188,7 +195,7 @@ class Ranking:
         kept = np.delete(np.arange(size), self.sample_id[:drop])
         return Subset(dataset, kept.tolist())
 
-    def by(self, groups: "Mapping[Any, Any] | Sequence[Any] | NDArray[Any] | Tensor") -> dict[Any, float]:
+    def by(self, groups: Groups) -> dict[Any, float]:
         """Influence summed over groups of samples (label, source, annotator), most harmful group first.
 
         Args:
@@ -203,12 +210,63 @@ class Ranking:
             TypeError: If ids are str and ``groups`` is not a mapping.
             ValueError: If a group is NaN, or an array of groups is not one-dimensional.
         """
-        group_of = _group_lookup(groups)
-        members: dict[Any, list[float]] = {}
-        for sample, influence in zip(self.sample_id.tolist(), self.influence.tolist(), strict=True):
-            members.setdefault(group_of(sample), []).append(influence)
-        sums = [(math.fsum(influences), group) for group, influences in members.items()]
-        return {group: total for total, group in sorted(sums, key=lambda item: (item[0], str(item[1])))}
+        members = groups_of(self.sample_id.tolist(), groups)
+        return {effect.group: effect.total for effect in effects_by_group(members, self.influence.tolist())}
+
+    def plot(self, unit: str = "the objective", *, groups: Groups | None = None) -> "Figure":
+        """Draw how the influences are spread, what they add up to, and what groups of samples did together.
+
+        Args:
+            unit: Name of the objective, for the axes.
+            groups: As for :meth:`by`. By default the column ``label`` where the ranking has one with few values;
+                without it the third part is left out.
+
+        Returns:
+            A matplotlib figure; save it with ``savefig``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            KeyError, TypeError, ValueError: As :meth:`by`.
+        """
+        from lightning_sgdclean.figures import plot_influences
+
+        if groups is not None:
+            members: Sequence[Any] | None = groups_of(self.sample_id.tolist(), groups)
+        else:
+            members = labels_if_few(self.columns.get("label"))
+        return plot_influences(self.influence, unit, members)
+
+    def plot_samples(
+        self,
+        dataset: Dataset[Any],
+        n: int = 16,
+        *,
+        effect: Literal["harmful", "helpful"] = "harmful",
+        render: Callable[[Any], Any] | None = None,
+    ) -> "Figure":
+        """Draw the pictures of the most harmful (or most helpful) samples, each with rank, id and influence.
+
+        The columns ``label`` and ``prediction`` are written under the pictures where the ranking has them.
+
+        Args:
+            dataset: The dataset in which the sample ids are positions.
+            n: How many samples; fewer are drawn if fewer are harmful.
+            effect: Which end of the ranking.
+            render: Callable from ``dataset[id]`` to an image: a PIL image, or a tensor or array of grey values or
+                colours. By default the first one in the sample.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no picture in a sample.
+        """
+        from lightning_sgdclean.sample_figure import plot_samples
+
+        if effect not in ("harmful", "helpful"):
+            raise ValueError(f'effect must be "harmful" or "helpful", got {effect!r}.')
+        return plot_samples(exhibits(self, self._places(n, effect), dataset, render))
 
     def to_pandas(self) -> "pd.DataFrame":
         """The table of the CSV as a pandas DataFrame.
@@ -323,28 +381,3 @@ def _check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArra
         if sample in seen:
             raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
         seen.add(sample)
-
-
-class _Lookup(Protocol):
-    def __call__(self, sample: SampleId, /) -> Any: ...
-
-
-def _group_lookup(groups: Any) -> _Lookup:
-    is_mapping = hasattr(groups, "keys")  # a pandas Series too: it is indexed by label, not by position
-    if not is_mapping and isinstance(groups, Tensor | np.ndarray):
-        if groups.ndim != 1:
-            raise ValueError(f"Expected one group per sample, found an array of shape {tuple(groups.shape)}.")
-        groups = groups.tolist()
-
-    def group_of(sample: SampleId, /) -> Any:
-        if not is_mapping and isinstance(sample, str):
-            raise TypeError(f"Sample ids are str ({sample!r}), so groups must be a mapping from id to group.")
-        if not is_mapping and not 0 <= cast(int, sample) < len(groups):
-            raise KeyError(sample)
-        group = groups[sample]
-        group = group.item() if isinstance(group, Tensor | np.generic) else group  # tensors hash by identity
-        if isinstance(group, float) and math.isnan(group):
-            raise ValueError(f"The group of sample {sample!r} is NaN, which equals no other group.")
-        return group
-
-    return group_of
