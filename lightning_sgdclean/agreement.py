@@ -87,7 +87,7 @@ def top_k_jaccard(a: Column, b: Column, k: int = 10) -> float:
     first, second = _two_columns(a, b)
     if not 1 <= k <= len(first) // 2:
         raise ValueError(f"Expected k from 1 to half the samples, found k={k} and {len(first)} samples.")
-    ends = [_share_of_lowest(column, k) + _share_of_lowest(-column, k) for column in (first, second)]
+    ends = [share_of_lowest(column, k) + share_of_lowest(-column, k) for column in (first, second)]
     return float(np.minimum(*ends).sum() / np.maximum(*ends).sum())
 
 
@@ -134,10 +134,10 @@ def precision_at_k(influence: Column, is_wrong: Column, k: int) -> float:
     harm, wrong = _harm_and_wrong(influence, is_wrong)
     if not 1 <= k <= len(harm):
         raise ValueError(f"Expected k from 1 to the number of samples, found k={k} and {len(harm)} samples.")
-    return float(_share_of_lowest(-harm, k)[wrong].sum() / k)
+    return float(share_of_lowest(-harm, k)[wrong].sum() / k)
 
 
-def _share_of_lowest(values: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def share_of_lowest(values: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """How much of each sample belongs to the ``k`` lowest: 1, 0, or where it ties for the last places, a part."""
     border = np.partition(values, k - 1)[k - 1]
     below, tied = values < border, values == border

@@ -5,13 +5,14 @@ import csv
 import io
 import json
 import math
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lightning_sgdclean.files import appearing_whole
 
 SampleId = int | str
 
@@ -49,24 +50,22 @@ def typed(cells: list[str]) -> list[Any]:
 
 def write_table(path: Path, table: Table) -> None:
     """Write under a temporary name until it is complete; see :meth:`lightning_sgdclean.Ranking.save`."""
+    write_rows(path, [*COLUMNS, *table.columns], _rows(table))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write any table under a temporary name until it is complete: numbers that round-trip, NaN empty, text guarded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
-            writer.writerow([*COLUMNS, *map(_guarded, table.columns)])
-            writer.writerows(_rows(table))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
+        writer.writerow(map(_guarded, header))
+        writer.writerows(map(_cell, row) for row in rows)
 
 
 def _rows(table: Table) -> Iterator[list[Any]]:
-    for rank, (sample, influence, visits, *others) in enumerate(
-        zip(*table[:3], *table.columns.values(), strict=True), 1
-    ):
-        cells = (_cell(value) for value in others)
-        yield [rank, _guarded(sample), repr(influence), effect_of(influence), visits, *cells]
+    columns = zip(*table[:3], *table.columns.values(), strict=True)
+    for rank, (sample, influence, *others) in enumerate(columns, start=1):
+        yield [rank, sample, influence, effect_of(influence), *others]
 
 
 def _cell(value: Any) -> Any:
