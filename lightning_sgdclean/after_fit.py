@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_sgdclean import report
-from lightning_sgdclean.backward import retrace_steps
+from lightning_sgdclean.backward import Influences, retrace_steps
 from lightning_sgdclean.errors import ReplayMismatchError
 from lightning_sgdclean.ids import prove_ids
 from lightning_sgdclean.noise import float32_agreement
@@ -40,16 +41,16 @@ def rank_run(
 def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:
     """Rank the samples of an opened run, under a bar in the style of ``bar``; see :func:`rank_run`."""
     walk, steps, run, options = this.walk, this.steps, this.run, this.options
-    objective = this.objective_at(this.end, this.surroundings)
-    complaints = [] if run.averaging else _compare_objective(objective.value, steps[-1], run.logged, walk, options)
+    objectives = this.objectives_at(this.end, this.surroundings)
+    complaints = [] if run.averaging else _compare_objective(objectives[0].value, steps[-1], run.logged, walk, options)
     if walk.split is not None:
         complaints += prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
 
-    def start(walk: Walk) -> Adjoint:
-        """The objective's gradient, in the precision that the walk takes derivatives in."""
+    def start(walk: Walk) -> list[Adjoint]:
+        """The objectives' gradients, in the precision that the walk takes derivatives in."""
         with walk.pulling() as wide:
-            at_end = objective if wide is this.surroundings else this.objective_at(this.end, wide)
-        return adjoint_of(at_end, walk, sign=1.0 if options.mode == "min" else -1.0)
+            at_end = objectives if wide is this.surroundings else this.objectives_at(this.end, wide)
+        return [adjoint_of(one, walk, sign=1.0 if options.mode == "min" else -1.0) for one in at_end]
 
     with this.surroundings.as_stage("train"), retrace_bar(bar, len(steps)) as advance:
         agreement = None
@@ -57,9 +58,18 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
             agreement = float32_agreement(this.states, steps, walk, start)
             if agreement.is_noise:
                 complaints.append(agreement.complaint(this.surroundings.precision))
-        ids, influence, visits = retrace_steps(this.states, steps, start(walk), walk, advance)
-    about = _about(objective, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
-    return Ranking.from_influence(ids, influence, visits), about, [*walk.fidelity.complaints[:3], *complaints]
+        found = retrace_steps(this.states, steps, start(walk), walk, lambda found: advance(found.values[0]))
+    about = _about(objectives, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
+    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, options))
+    return ranking, about, [*walk.fidelity.complaints[:3], *complaints]
+
+
+def _columns(found: Influences, options: RetraceOptions) -> dict[str, Tensor]:
+    """Influences on the further objectives, and what each epoch did, where that was asked for."""
+    others = list(options.objectives)[1:]
+    columns = {f"influence:{name}": values for name, values in zip(others, found.values[1:], strict=True)}
+    by_epoch = {f"by_epoch:{epoch}": values for epoch, values in found.by_epoch.items()}
+    return columns | (by_epoch if "by_epoch" in options.columns else {})
 
 
 def _compare_objective(
@@ -84,16 +94,17 @@ def _compare_objective(
 
 
 def _about(
-    objective: ObjectiveGradient, steps: list[Step], walk: Walk, run: RecordedRun, options: RetraceOptions
+    objectives: list[ObjectiveGradient], steps: list[Step], walk: Walk, run: RecordedRun, options: RetraceOptions
 ) -> dict[str, Any]:
     last, fidelity = steps[-1], walk.fidelity
-    name = options.monitor if options.objective is None else getattr(options.objective, "__name__", "objective")
+    names = list(options.objectives)
     return {
         "objective": {
-            "name": name,
+            "name": names[0],
             "mode": options.mode,
-            "recomputed": objective.value,
+            "recomputed": objectives[0].value,
             "logged": run.logged.get(last.index + 1),
+            "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
         },
         "end_point": _end_point_in_words(last, run),
         "window": {

@@ -14,7 +14,7 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,70 +39,100 @@ from lightning_sgdclean.weighting import Plan, unit_weights
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
 
 
+@dataclass
+class Influences:
+    """Influence of every sample drawn in a window on each objective; see :func:`retrace_steps`.
+
+    Attributes:
+        ids: The ``N`` samples drawn.
+        visits: How often each was drawn, ``(N,)``.
+        values: Influences in the objective's unit, ``(K, N)``, one row an objective; negative: harmful.
+        by_epoch: What each epoch adds to the first row, ``(N,)`` by epoch.
+    """
+
+    ids: list[SampleId]
+    visits: Tensor
+    values: Tensor
+    by_epoch: dict[int, Tensor]
+
+    @classmethod
+    def none_yet(cls, steps: list[Step], num_objectives: int) -> "Influences":
+        """Zeros for all that is drawn in ``steps``."""
+        drawn = [micro for step in steps if step.is_update for micro in step.micro]
+        ids = list(dict.fromkeys(name for micro in drawn for name in micro.ids))
+        by_epoch = {epoch: torch.zeros(len(ids), dtype=torch.float64) for epoch in sorted({m.epoch for m in drawn})}
+        values = torch.zeros(num_objectives, len(ids), dtype=torch.float64)
+        return cls(ids, torch.zeros(len(ids), dtype=torch.int64), values, by_epoch)
+
+    def __post_init__(self) -> None:
+        self._rows = {name: row for row, name in enumerate(self.ids)}
+
+    def add(self, micro: MicroBatch, scores: Tensor) -> None:
+        """Take in the ``scores`` of a micro-batch, ``(K, B)``: what a weight more of each sample does."""
+        rows = torch.tensor([self._rows[name] for name in micro.ids])
+        moved = -scores.double().cpu()
+        self.values.index_add_(1, rows, moved)
+        self.by_epoch[micro.epoch].index_add_(0, rows, moved[0])
+        self.visits.index_add_(0, rows, torch.ones_like(rows))
+
+
 def retrace_steps(
     states: States,
     steps: list[Step],
-    adjoint: Adjoint,
+    adjoints: list[Adjoint],
     walk: Walk,
-    progress: Callable[[Tensor], None],
-) -> tuple[list[SampleId], list[float], list[int]]:
-    """Influence of every sample drawn in ``steps`` on the objective.
+    progress: Callable[[Influences], None],
+) -> Influences:
+    """Influence of every sample drawn in ``steps`` on each objective, the steps gone over once for all of them.
 
     Args:
         states: Those between the steps.
         steps: The window, in order.
-        adjoint: The objective's, at the end of the last step; carried to the window's first step in place.
+        adjoints: One an objective, at the end of the last step; carried to the window's first step in place.
         walk: Module, engine, optimizer's rule and tolerances.
-        progress: Called after every step with the influences so far.
-
-    Returns:
-        Sample ids, their influences (unit of the objective; negative: harmful) and how often each was drawn.
+        progress: Called after every step with what was found so far.
 
     Raises:
         ReplayMismatchError: If a step, run again, differs from the record.
         NonFiniteError: If an influence is not finite.
     """
-    rows: dict[SampleId, int] = {}
-    for step in steps:
-        for micro in step.micro if step.is_update else ():
-            for name in micro.ids:
-                rows.setdefault(name, len(rows))
-    influence, visits = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
+    found = Influences.none_yet(steps, len(adjoints))
     after = states.state(steps[-1].index + 1)
     for number, step in enumerate(reversed(steps)):
         before = states.state(step.index)
-        for micro, scores in retrace_step(step, before, after, adjoint, walk, number % _FULL_CHECK_EVERY == 0):
-            places = torch.tensor([rows[name] for name in micro.ids])
-            influence.index_add_(0, places, -scores.double().cpu())
-            visits.index_add_(0, places, torch.ones_like(places))
-        if not bool(torch.isfinite(influence).all()):
+        for micro, scores in retrace_step(step, before, after, adjoints, walk, number % _FULL_CHECK_EVERY == 0):
+            found.add(micro, scores)
+        if not bool(torch.isfinite(found.values).all()):
             raise NonFiniteError(f"The influences stopped being finite at step {step.index} (epoch {step.epoch}).")
         after = before
-        progress(influence)
-    return list(rows), influence.tolist(), visits.tolist()
+        progress(found)
+    return found
 
 
 def retrace_step(
-    step: Step, before: State, after: State, adjoint: Adjoint, walk: Walk, check_update: bool
+    step: Step, before: State, after: State, adjoints: list[Adjoint], walk: Walk, check_update: bool
 ) -> list[tuple[MicroBatch, Tensor]]:
-    """Carry ``adjoint`` (in place) over one step.
+    """Carry the objectives' adjoints (in place) over one step.
+
+    The batch is evaluated once; each adjoint is pulled back through the same graph, to the bits it would have alone.
 
     Args:
         step: The step.
         before: The state before it.
         after: The state after it, for comparison.
-        adjoint: That of what the step leaves behind; afterwards, of what it started from.
+        adjoints: Those of what the step leaves behind; afterwards, of what it started from.
         walk: Module, engine, optimizer's rule and tolerances.
         check_update: Whether to compare the update also where that alone costs the gradient.
 
     Returns:
-        ``<c, grad l_i> / (k |S|)`` for the samples of each micro-batch; none for a step without an update.
+        ``<c, grad l_i> / (k |S|)`` for each objective and the samples of each micro-batch, ``(K, B)``; none for a
+        step without an update.
 
     Raises:
         ReplayMismatchError: If the step, run again, differs from the record.
         UnsupportedOperationError: If the engine cannot follow an operation.
     """
-    if not step.is_update and not adjoint.buffers:
+    if not step.is_update and not any(adjoint.buffers for adjoint in adjoints):
         return []
     load_state(walk.module, walk.params, before)
     params = list(walk.params.values())
@@ -112,7 +142,7 @@ def retrace_step(
             for batch in batches:
                 batch.statistics(params, walk.surroundings)
         walk.fidelity.compare_buffers(step, walk.module, after.buffers)
-        _pull_back_statistics(batches, params, adjoint, walk)
+        _pull_back_statistics(batches, params, adjoints, walk)
         return []
     needs_gradient = not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
     opened, raw = _open(batches, params, walk, needs_gradient)
@@ -121,49 +151,61 @@ def retrace_step(
     check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
     scale = step.micro[0].scale
     grads = None if raw is None else {n: summable(g) / scale for n, g in zip(walk.params, raw, strict=True)}
-    cotangents = _cotangents(step, before, after, grads, adjoint, walk)
+    cotangents = _cotangents(step, before, after, grads, adjoints, walk)
+    shrink = 1.0 if walk.widens else scale
     scores = []
     with walk.pulling() as surroundings:
-        pulls = [(c / (1.0 if walk.widens else scale)).to(p.dtype) for c, p in zip(cotangents, params, strict=True)]
+        pulls = [[(c / shrink).to(p.dtype) for c, p in zip(one, params, strict=True)] for one in cotangents]
         for batch in reversed(batches):
             keeps = len(batches) == 1 and not walk.widens
             linearised = opened[0] if keeps else batch.open(params, walk.engine, surroundings)
-            pulled = linearised.pull_back(pulls, adjoint.buffers)
-            adjoint.buffers = pulled.buffers
-            torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in pulled.adjoint])
-            scores.append((batch.micro, pulled.scores))
+            scores.append((batch.micro, _pull_back(linearised, pulls, adjoints)))
     return scores
 
 
+def _pull_back(linearised: Linearised, pulls: list[list[Tensor]], adjoints: list[Adjoint]) -> Tensor:
+    """Add a batch's ``H c`` to each adjoint (in place); the scores, ``(K, B)``."""
+    scores = []
+    for adjoint, pull in zip(adjoints, pulls, strict=True):
+        pulled = linearised.pull_back(pull, adjoint.buffers, again=adjoint is not adjoints[-1])
+        adjoint.buffers = pulled.buffers
+        torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in pulled.adjoint])
+        scores.append(pulled.scores)
+    return torch.stack(scores)
+
+
 def _pull_back_statistics(
-    batches: list["_MicroStep"], params: list[nn.Parameter], adjoint: Adjoint, walk: Walk
+    batches: list["_MicroStep"], params: list[nn.Parameter], adjoints: list[Adjoint], walk: Walk
 ) -> None:
     """A step without an update moved running statistics alone: ``lambda += (dB/dtheta)^T nu``."""
     with walk.pulling() as surroundings:
         updates = [update for batch in batches for update in batch.statistics(params, surroundings)]
-        values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
-        moved = gradient(values, list(params), pulls)
-    torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
+        for adjoint in adjoints:
+            values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
+            moved = gradient(values, list(params), pulls, retain_graph=adjoint is not adjoints[-1])
+            torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
 def _cotangents(
-    step: Step, before: State, after: State, grads: dict[str, Tensor] | None, adjoint: Adjoint, walk: Walk
-) -> list[Tensor]:
-    """Take ``lambda`` and ``mu`` (in place) back over clipping and the optimizer; ``c`` for every parameter."""
+    step: Step, before: State, after: State, grads: dict[str, Tensor] | None, adjoints: list[Adjoint], walk: Walk
+) -> list[list[Tensor]]:
+    """Take each ``lambda`` and ``mu`` (in place) back over clipping and the optimizer; ``c`` for every parameter."""
     used = None if grads is None else {name: grad for name, grad in grads.items() if name not in step.unused}
     clipped = None if used is None else clip(used, step.clip)
     if clipped is not None:
         walk.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
-    cotangents = {name: torch.zeros_like(lam) for name, lam in adjoint.params.items()}
+    cotangents = [{name: torch.zeros_like(lam) for name, lam in adjoint.params.items()} for adjoint in adjoints]
     for name, group, param, state in _updated(step, before, walk):
         # A linear rule reads no gradient; any tensor of its shape will do.
         grad = param if clipped is None else clipped[name]
-        cotangents[name], adjoint.params[name], adjoint.optimizer[name] = walk.update.transpose(
-            param, grad, state, group, adjoint.params[name], adjoint.optimizer.get(name, {})
-        )
+        for adjoint, found in zip(adjoints, cotangents, strict=True):
+            found[name], adjoint.params[name], adjoint.optimizer[name] = walk.update.transpose(
+                param, grad, state, group, adjoint.params[name], adjoint.optimizer.get(name, {})
+            )
     if used is not None:
-        cotangents |= clip_transpose(used, {name: cotangents[name] for name in used}, step.clip)
-    return list(cotangents.values())
+        for found in cotangents:
+            found.update(clip_transpose(used, {name: found[name] for name in used}, step.clip))
+    return [list(found.values()) for found in cotangents]
 
 
 def _updated(step: Step, before: State, walk: Walk) -> Iterator[tuple[str, Group, Tensor, dict[str, Tensor]]]:

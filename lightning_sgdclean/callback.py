@@ -4,7 +4,7 @@
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             mean over the validation set, as Lightning computes it.
         mode: ``"min"`` if the value should be low, ``"max"`` if it should be high.
         objective: Instead of ``monitor``, a callable ``(pl_module, batch)`` that returns a
-            differentiable scalar, or a scalar and its weight (by default the batch's size).
+            differentiable scalar, or a scalar and its weight (by default the batch's size). Or several
+            by name: samples are ranked by the first, and the CSV has a column for each of the others.
         val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data.
         epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
         at: Where the walk starts: behind the ``"last"`` step, or at the ``"best"`` model of the Trainer's
@@ -78,6 +79,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
             which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
+        columns: Further columns of the CSV: ``"by_epoch"`` (what each epoch of the window adds to the influence).
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -94,7 +96,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         monitor: str = "val_loss",
         *,
         mode: Literal["min", "max"] = "min",
-        objective: Callable[[Any, Any], Any] | None = None,
+        objective: Callable[[Any, Any], Any] | dict[str, Callable[[Any, Any], Any]] | None = None,
         val_dataloaders: Any = None,
         epochs: int | Literal["all"] = 1,
         at: Literal["last", "best"] = "last",
@@ -110,6 +112,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
+        columns: Sequence[Literal["by_epoch"]] = (),
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
@@ -128,17 +131,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f"max_bytes must be positive, got {max_bytes!r}.")
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
-        if objective is not None and not callable(objective):
-            raise ValueError(
-                f"objective must be a callable (pl_module, batch) -> scalar, got {type(objective).__name__}."
-            )
+        checks.check_objective(objective)
+        checks.check_columns(columns)
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
         self.snapshots, self.max_bytes = snapshots, max_bytes
         self.on_mismatch, self.tolerance = on_mismatch, tolerance
-        self.retrace_precision = retrace_precision
+        self.retrace_precision, self.columns = retrace_precision, tuple(columns)
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -314,6 +315,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             on_mismatch=self.on_mismatch,
             tolerance=self.tolerance,
             retrace_precision=self.retrace_precision,
+            columns=self.columns,
         )
 
     def _finish(
@@ -348,4 +350,4 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     @property
     def _unit(self) -> str:
-        return self.monitor if self.objective is None else "objective"
+        return str(self.summary["objective"]["name"])

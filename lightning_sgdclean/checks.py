@@ -21,6 +21,37 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+FURTHER_COLUMNS = ("by_epoch",)
+
+
+def check_objective(objective: Any) -> None:
+    """One callable, several by name, or none.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    several = isinstance(objective, dict)
+    if several and not objective:
+        raise ValueError("objective is an empty dict; expected callables (pl_module, batch) -> scalar by name.")
+    for name, one in objective.items() if several else [("objective", objective)]:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"objective has the name {name!r}; expected text.")
+        if not callable(one) and (several or one is not None):
+            where = f"objective[{name!r}]" if several else "objective"
+            raise ValueError(f"{where} must be a callable (pl_module, batch) -> scalar, got {type(one).__name__}.")
+
+
+def check_columns(columns: Any) -> None:
+    """Names of further columns that there are.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in FURTHER_COLUMNS]
+    if unknown:
+        raise ValueError(f"columns holds {unknown[0]!r}; expected a sequence of some of {', '.join(FURTHER_COLUMNS)}.")
+
+
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
 

@@ -37,8 +37,14 @@ class Linearised(Protocol):
     gradient: list[Tensor] | None
     updates: list[BatchStatistic]
 
-    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
-        """Scores, adjoint and ``nu`` for a cotangent of the gradient and one of the buffers."""
+    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
+        """Scores, adjoint and ``nu`` for a cotangent of the gradient and one of the buffers.
+
+        Args:
+            cotangent: Of each parameter's gradient.
+            buffers: ``nu`` after the batch.
+            again: Whether another cotangent is to follow.
+        """
 
 
 class Engine(Protocol):
@@ -88,14 +94,14 @@ class _Twice:
         self.loss, self.updates, self._leaves = evaluated.loss.detach(), evaluated.updates, evaluated.leaves
         self.gradient: list[Tensor] | None = [grad.detach() for grad in self._graph]
 
-    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
+    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
         values, pulls, before = pull_back_updates(self.updates, buffers)
         with twice_differentiable_kernels():
             if not self._with_hessian:
-                (scores,) = gradient(self._graph, [self._weights], cotangent, retain_graph=bool(values))
-                return Pulled(scores, gradient(values, self._params, pulls), before)
+                (scores,) = gradient(self._graph, [self._weights], cotangent, retain_graph=again or bool(values))
+                return Pulled(scores, gradient(values, self._params, pulls, retain_graph=again), before)
             inputs = [self._weights, *self._params, *self._leaves.values()]
-            found = gradient([*self._graph, *values], inputs, [*cotangent, *pulls])
+            found = gradient([*self._graph, *values], inputs, [*cotangent, *pulls], retain_graph=again)
         num = len(self._params)
         return Pulled(found[0], found[1 : num + 1], _read(before, self._leaves, found[num + 1 :]))
 
@@ -136,7 +142,7 @@ class _Difference:
                 self.gradient = gradient([evaluated.loss], list(params))
         self.loss, self.updates = evaluated.loss.detach(), evaluated.updates
 
-    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled:
+    def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
         length = _length(cotangent)
         start = [param.detach().clone() for param in self._params]
         move = self._radius * (_length(start) or 1.0) / (length or 1.0)

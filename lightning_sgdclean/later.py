@@ -2,12 +2,13 @@
 """Retrace a recorded run on another day, in another process, without training again."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_sgdclean import checks
 from lightning_sgdclean.after_fit import rank_opened
 from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.ranking import Ranking
@@ -24,7 +25,7 @@ def retrace(
     datamodule: Any = None,
     monitor: str = "val_loss",
     mode: Literal["min", "max"] = "min",
-    objective: Callable[[Any, Any], Any] | None = None,
+    objective: Callable[[Any, Any], Any] | dict[str, Callable[[Any, Any], Any]] | None = None,
     epochs: int | Literal["all"] = 1,
     curvature: Literal["exact", "finite", "none"] = "exact",
     finite_radius: float = 0.01,
@@ -32,6 +33,7 @@ def retrace(
     on_mismatch: Literal["raise", "warn"] = "raise",
     tolerance: float | None = None,
     retrace_precision: Literal["auto", "run", "float32"] = "auto",
+    columns: Sequence[Literal["by_epoch"]] = (),
 ) -> Ranking:
     """Rank the samples of a run from its recorded trajectory: another objective, window or engine, no training.
 
@@ -54,6 +56,7 @@ def retrace(
         on_mismatch: See there.
         tolerance: See there.
         retrace_precision: See there.
+        columns: See there.
 
     Returns:
         The ranking; nothing is written.
@@ -62,6 +65,8 @@ def retrace(
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
+    checks.check_objective(objective)
+    checks.check_columns(columns)
     options = RetraceOptions(
         monitor=monitor,
         mode=mode,
@@ -74,6 +79,7 @@ def retrace(
         on_mismatch=on_mismatch,
         tolerance=tolerance,
         retrace_precision=retrace_precision,
+        columns=tuple(columns),
     )
     ranking, _, complaints = reopened(
         run_dir,

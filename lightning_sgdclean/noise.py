@@ -43,7 +43,7 @@ class Float32Agreement:
 
 
 def float32_agreement(
-    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], Adjoint]
+    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], list[Adjoint]]
 ) -> Float32Agreement:
     """Retrace the end of the window twice.
 
@@ -51,15 +51,14 @@ def float32_agreement(
         states: Those between the steps.
         steps: The window.
         walk: The walk in the run's own precision.
-        start: Gives the adjoint that a walk starts with.
+        start: Gives the adjoints that a walk starts with; the first is compared.
     """
     tail = steps[-max(_MIN_STEPS, len(steps) // _SHARE) :]
     found = []
     for widens in (False, True):
         # The same steps are compared with the record again by the walk itself; here that is nobody's concern.
         silent = replace(walk, widens=widens, fidelity=Fidelity(math.inf, "warn"))
-        _, influence, _ = retrace_steps(states, tail, start(silent), silent, lambda influence: None)
-        found.append(np.asarray(influence))
+        found.append(retrace_steps(states, tail, start(silent)[:1], silent, lambda _: None).values[0].numpy())
     lengths = [float(np.linalg.norm(values)) for values in found]
     cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan
     return Float32Agreement(len(tail), cosine)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean._lightning import batch_size_of
+from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import NonFiniteError, ObjectiveError
 from lightning_sgdclean.randomness import untouched_randomness
@@ -116,54 +117,80 @@ def _check_differentiable(monitor: str, value: Any, options: dict[str, Any]) -> 
         )
 
 
-def objective_gradient(
+def objective_gradients(
     module: Any,
     params: list[nn.Parameter],
     batches: Iterable[ValidationBatch],
     surroundings: Surroundings,
     monitor: str,
-    objective: ObjectiveFn | None,
+    objectives: dict[str, ObjectiveFn | None],
     num_loaders: int,
-) -> ObjectiveGradient:
-    """Mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
+) -> list[ObjectiveGradient]:
+    """Each objective's mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
+
+    Args:
+        module: The LightningModule.
+        params: By which to differentiate.
+        batches: The validation set.
+        surroundings: What stands for the Trainer.
+        monitor: The value that ``validation_step`` logs, where no callable is given.
+        objectives: By name, callables ``(module, batch)`` or None.
+        num_loaders: How many validation loaders there are.
 
     Raises:
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
         NonFiniteError: If the value or its gradient is not finite.
     """
-    total, weights = 0.0, 0.0
-    by_param = [torch.zeros_like(param) for param in params]
-    by_buffer: dict[str, Tensor] = {}
+    means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
     for content, batch_idx, number in batches:
-        watched = RunningStatistics(module)
-        batch = surroundings.prepare(content, number), batch_idx, number
-        with eagerly(), surroundings.val_context(), watched:
-            value, weight, seen = (
-                logged_value(module, batch, monitor, num_loaders)
-                if objective is None
-                else _called(objective, module, batch[0])
+        batch = surroundings.prepare(content, number)
+        for name, objective in objectives.items():
+            watched = RunningStatistics(module)
+            own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
+            with eagerly(), surroundings.val_context(), watched:
+                value, weight, seen = (
+                    logged_value(module, (own, batch_idx, number), monitor, num_loaders)
+                    if objective is None
+                    else _called(objective, module, own)
+                )
+            names += [seen_name for seen_name in seen if seen_name not in names]
+            if value is not None and weight:
+                means[name].add(value, weight, watched.leaves)
+    missing = no_such_value(monitor, names)
+    return [
+        mean.result(name, missing if objectives[name] is None else _weightless(name)) for name, mean in means.items()
+    ]
+
+
+class _Mean:
+    """A weighted mean of values, with its gradient."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self._params = params
+        self._total, self._weights = 0.0, 0.0
+        self._by_param = [torch.zeros_like(param) for param in params]
+        self._by_buffer: dict[str, Tensor] = {}
+
+    def add(self, value: Tensor, weight: float, leaves: dict[str, Tensor]) -> None:
+        found = gradient([value], [*self._params, *leaves.values()], [torch.full_like(value, weight)])
+        torch._foreach_add_(self._by_param, found[: len(self._params)])
+        for name, grad in zip(leaves, found[len(self._params) :], strict=True):
+            self._by_buffer[name] = self._by_buffer[name] + grad if name in self._by_buffer else grad
+        self._total, self._weights = self._total + weight * float(value.detach()), self._weights + weight
+
+    def result(self, name: str, missing: ObjectiveError) -> ObjectiveGradient:
+        if self._weights == 0:
+            raise missing
+        by_param = [grad / self._weights for grad in self._by_param]
+        by_buffer = {buffer: grad / self._weights for buffer, grad in self._by_buffer.items()}
+        value = self._total / self._weights
+        if not math.isfinite(value) or not all(bool(torch.isfinite(grad).all()) for grad in by_param):
+            raise NonFiniteError(
+                f"The objective {name!r} is {value} or its gradient is not finite: nothing can be ranked by it."
             )
-        names += [name for name in seen if name not in names]
-        if value is None:
-            continue
-        leaves = list(watched.leaves.items())
-        found = gradient([value], [*params, *(leaf for _, leaf in leaves)], [torch.full_like(value, weight)])
-        torch._foreach_add_(by_param, found[: len(params)])
-        for (name, _), grad in zip(leaves, found[len(params) :], strict=True):
-            by_buffer[name] = by_buffer[name] + grad if name in by_buffer else grad
-        total, weights = total + weight * float(value.detach()), weights + weight
-    if weights == 0:
-        raise no_such_value(monitor, names)
-    result = ObjectiveGradient(
-        total / weights, [g / weights for g in by_param], {n: g / weights for n, g in by_buffer.items()}
-    )
-    if not math.isfinite(result.value) or not all(bool(torch.isfinite(g).all()) for g in result.params):
-        raise NonFiniteError(
-            f"The objective is {result.value} or its gradient is not finite: nothing can be ranked by it."
-        )
-    return result
+        return ObjectiveGradient(value, by_param, by_buffer)
 
 
 def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:
@@ -175,10 +202,20 @@ def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:
     )
 
 
+def _weightless(name: str) -> ObjectiveError:
+    return ObjectiveError(
+        f"The objective {name!r} has a weight of zero in every validation batch, so it has no mean. "
+        "Is there no such sample in the validation data?"
+    )
+
+
 def _called(objective: ObjectiveFn, module: Any, batch: Any) -> tuple[Tensor, float, list[str]]:
     with logging_to(module, lambda *_, **__: None):
         result = objective(module, batch)
     value, weight = result if isinstance(result, tuple) else (result, None)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ObjectiveError("objective= must return a scalar tensor that can be differentiated, or (scalar, weight).")
-    return value.reshape(()), float(batch_size_of(batch) if weight is None else weight), []
+    weight = float(batch_size_of(batch) if weight is None else weight)
+    if not 0 <= weight < math.inf:
+        raise ObjectiveError(f"objective= gave a weight of {weight}; expected a finite one that is not negative.")
+    return value.reshape(()), weight, []

@@ -15,7 +15,7 @@ from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.errors import ObjectiveError, UnsupportedTrainingError
 from lightning_sgdclean.fetching import fetch_batch
 from lightning_sgdclean.ids import check_positions
-from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradient, validation_batches
+from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradients, validation_batches
 from lightning_sgdclean.packing import Classes, unpack_batch
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.replay import Surroundings, untouched_module
@@ -67,7 +67,7 @@ class OpenedRun:
         surroundings: What stands for the Trainer.
         restore: Puts the module's modes and plain attributes back.
         end: The state at the window's end.
-        objective: Evaluates the objective and its gradient at the live parameters.
+        objectives: Evaluates the objectives and their gradients at the live parameters, the ranking one first.
     """
 
     run: RecordedRun
@@ -79,7 +79,7 @@ class OpenedRun:
     surroundings: Surroundings
     restore: Callable[[], None]
     end: State
-    objective: Callable[[Surroundings], ObjectiveGradient]
+    objectives: Callable[[Surroundings], list[ObjectiveGradient]]
 
     def loader_of(self, micro: MicroBatch) -> Any:
         """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
@@ -89,10 +89,10 @@ class OpenedRun:
         """A training loader's batch as ``training_step`` gets it."""
         return self.surroundings.prepare(self.run.as_delivered(batch), 0)
 
-    def objective_at(self, state: State, surroundings: Surroundings) -> ObjectiveGradient:
-        """The objective in a state; the module is in the modes of training afterwards."""
+    def objectives_at(self, state: State, surroundings: Surroundings) -> list[ObjectiveGradient]:
+        """The objectives in a state; the module is in the modes of training afterwards."""
         load_state(self.walk.module, self.walk.params, state)
-        found = self.objective(surroundings)
+        found = self.objectives(surroundings)
         self.restore()  # validation had put the module into evaluation mode
         return found
 
@@ -148,7 +148,7 @@ def _opened(
         surroundings=surroundings,
         restore=restore,
         end=states.state(steps[-1].index + 1),
-        objective=lambda around: _objective(trainer, walk, around, options),
+        objectives=lambda around: _objectives(trainer, walk, around, options),
     )
 
 
@@ -172,7 +172,9 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     return [step for step in steps if step.epoch >= first_epoch]
 
 
-def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions) -> ObjectiveGradient:
+def _objectives(
+    trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions
+) -> list[ObjectiveGradient]:
     own = options.val_dataloaders is not None
     loaders = options.val_dataloaders if own else trainer.val_dataloaders
     if loaders is None:
@@ -183,8 +185,8 @@ def _objective(trainer: Any, walk: Walk, surroundings: Surroundings, options: Re
     batches = validation_batches(loaders, None if own else trainer.num_val_batches)
     params = list(walk.params.values())
     with surroundings.as_stage("validate"):
-        return objective_gradient(
-            walk.module, params, batches, surroundings, options.monitor, options.objective, num_loaders
+        return objective_gradients(
+            walk.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
         )
 
 

@@ -100,7 +100,7 @@ class Rehearsal:
                 restore_attributes=restore,
             )
             ones = {name: torch.ones_like(summable(param.detach())) for name, param in walk.params.items()}
-            retrace_step(step, before, after, Adjoint(ones, {}, {}), walk, check_update=True)
+            retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)
             _check_stops(step, before, walk)
             if forward:
                 with borrowed(optimizer) as own:

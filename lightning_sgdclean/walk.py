@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.curvature import Engine, engine_named
 from lightning_sgdclean.fidelity import Fidelity
-from lightning_sgdclean.objective import ObjectiveGradient
+from lightning_sgdclean.objective import ObjectiveFn, ObjectiveGradient
 from lightning_sgdclean.optimizers import update_of
 from lightning_sgdclean.precision import in_float32, in_half, is_low, summable
 from lightning_sgdclean.randomness import RandomState
@@ -29,7 +29,7 @@ class RetraceOptions:
 
     monitor: str
     mode: str
-    objective: Callable[[Any, Any], Any] | None
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None
     val_dataloaders: Any
     epochs: int | str
     curvature: str
@@ -38,6 +38,16 @@ class RetraceOptions:
     on_mismatch: str
     tolerance: float | None
     retrace_precision: str
+    columns: tuple[str, ...] = ()
+
+    @property
+    def objectives(self) -> dict[str, ObjectiveFn | None]:
+        """What the samples are ranked by, first, and what else their influence on is wanted; None: what is logged."""
+        if self.objective is None:
+            return {self.monitor: None}
+        if isinstance(self.objective, dict):
+            return dict(self.objective)
+        return {getattr(self.objective, "__name__", "objective"): self.objective}
 
 
 @dataclass
