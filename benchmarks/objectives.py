@@ -79,8 +79,8 @@ def paragraph(result):
     verdict = "met" if exact <= BOUND else "missed"
     return (
         f"Ten objectives in one walk (`objective={{name: callable, ...}}`) cost {exact:.1f} walks for one with "
-        f'`"exact"` (target: at most {BOUND:.0f}, {verdict}) and {finite:.1f} with `"finite"`, which has no graph to use '
-        f"again: {result['threads']} threads, {result['machine']}, `python benchmarks/objectives.py --write-docs`.\n"
+        f'`"exact"` (target: at most {BOUND:.0f}, {verdict}) and {finite:.1f} with `"finite"`, which has no graph to '
+        f"use again: {result['threads']} threads, {result['machine']}, `python benchmarks/objectives.py --write-docs`.\n"
     )
 
 
