@@ -3,8 +3,9 @@
 
     python benchmarks/objectives.py [--rounds 3] [--write-docs]
 
-The network is the 2019 paper's MNIST CNN, batch 64; the objectives are the validation loss and the losses of nine of its
-classes. Retraces of one recorded run with one objective and with ten alternate; each figure is the least of the rounds.
+The network is the 2019 paper's MNIST CNN, batch 64; the objectives are the validation loss and those of nine of its
+classes. Retraces of one recorded run with one objective and with ten alternate, on one thread; each figure is the least
+CPU time of the rounds, which other work on the machine moves little.
 """
 
 import argparse
@@ -46,7 +47,7 @@ TEN = {"loss": mean_loss, **{f"digit {label}": of_class(label) for label in rang
 
 
 def seconds(run_dir, optimizer, train, val, objective, curvature):
-    began = time.perf_counter()
+    began = time.process_time()
     retrace(
         run_dir,
         PaperCNN(optimizer),
@@ -55,7 +56,7 @@ def seconds(run_dir, optimizer, train, val, objective, curvature):
         objective=objective,
         curvature=curvature,
     )
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def ratios(rounds):
@@ -80,7 +81,7 @@ def paragraph(result):
     return (
         f"Ten objectives in one walk (`objective={{name: callable, ...}}`) cost {exact:.1f} walks for one with "
         f'`"exact"` (target: at most {BOUND:.0f}, {verdict}) and {finite:.1f} with `"finite"`, which has no graph to '
-        f"use again: {result['threads']} threads, {result['machine']}, `python benchmarks/objectives.py --write-docs`.\n"
+        f"use again ({result['machine']}, one thread, `python benchmarks/objectives.py --write-docs`).\n"
     )
 
 
@@ -92,10 +93,10 @@ def main():
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     result = {
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "curvature": ratios(arguments.rounds),
     }
