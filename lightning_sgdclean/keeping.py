@@ -7,18 +7,15 @@ when it was last drawn (seen in the second epoch, wherever that comes from).
 """
 
 import math
-import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.fingerprints import Fingerprint
 from lightning_sgdclean.packing import Classes, PackedBatch, pack_batch
+from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.trajectory import Positions, SampleId
 
 KeepBatches = bool | Literal["auto"]
@@ -54,7 +51,7 @@ class RandomnessWatch:
         self.evidence = ""
         self._seen: dict[SampleId, int] = {}  # fingerprints, by sample: 32 bits of the setting, 32 of its own
         self._num_again = self._num_equal = self._num_batches = self._num_looks = 0
-        self._states: tuple[Any, ...] | None = None
+        self._states: RandomState | None = None
 
     @property
     def is_undecided(self) -> bool:
@@ -62,19 +59,19 @@ class RandomnessWatch:
         no_look_yet = self._num_batches == 1 or (self._num_looks == 0 and self._num_batches <= _FIRST)
         return no_look_yet or 0 < self._num_again <= _ENOUGH
 
-    def look(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
-        """Take in the batch that training goes on with."""
+    def look(self, ids: list[SampleId], print_: Fingerprint, epoch: int, random: RandomState) -> None:
+        """Take in the batch that training goes on with, and the random state at its start."""
         self._num_batches += 1
         if not self.evidence and self._states is not None and self._num_equal < _ENOUGH:
             self._num_looks += 1
-            if not _are_equal(self._states, _global_states()):
+            if not _are_equal(self._states, random):
                 self.evidence = "random numbers were drawn while a batch was loaded"
         self._states = None
         self._compare(ids, print_, epoch)
 
-    def batch_ends(self) -> None:
+    def batch_ends(self, random_state: Callable[[], RandomState]) -> None:
         """The batch was trained on: whatever is drawn until the next one starts, its loading draws."""
-        self._states = _global_states() if not self.evidence and self._num_equal < _ENOUGH else None
+        self._states = random_state() if not self.evidence and self._num_equal < _ENOUGH else None
 
     def is_interrupted(self) -> None:
         """More than loading happens before the next batch: validation, or another epoch."""
@@ -100,13 +97,9 @@ class RandomnessWatch:
             self.evidence = ""  # they were drawn for something else: by the sampler, say
 
 
-def _global_states() -> tuple[Any, ...]:
-    _, keys, position, *_ = np.random.get_state(legacy=True)
-    return torch.get_rng_state(), random.getstate(), position, keys
-
-
-def _are_equal(then: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    return torch.equal(then[0], now[0]) and then[1:3] == now[1:3] and np.array_equal(then[3], now[3])
+def _are_equal(then: RandomState, now: RandomState) -> bool:
+    """Two readings of the same :class:`~lightning_sgdclean.randomness.RandomStates`; a GPU's is not looked at."""
+    return all(now[name] is then[name] for name in then if name != "cuda")
 
 
 class BatchKeeper:
@@ -134,7 +127,9 @@ class BatchKeeper:
         """How many batches were kept because they had to be, why, and the bytes of their tensors."""
         return {"kept": self._num_kept, "why": self._why, "bytes": self._nbytes}
 
-    def packed(self, batch: Any, positions: Positions | None, print_: Fingerprint, epoch: int) -> PackedBatch | None:
+    def packed(
+        self, batch: Any, positions: Positions | None, print_: Fingerprint, epoch: int, random: RandomState
+    ) -> PackedBatch | None:
         """The batch as it is to be kept, or None if it is to be fetched again.
 
         Args:
@@ -142,6 +137,7 @@ class BatchKeeper:
             positions: In the dataset; None where it cannot be fetched again.
             print_: The batch's fingerprint.
             epoch: The batch's epoch.
+            random: The random state at the batch's start.
 
         Raises:
             UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle.
@@ -152,7 +148,7 @@ class BatchKeeper:
             packed: PackedBatch | None = pack_batch(batch, self.classes)
             self._announce(why, packed, epoch, must=True)
         else:
-            self.watch.look(positions if isinstance(positions, list) else [positions], print_, epoch)
+            self.watch.look(positions if isinstance(positions, list) else [positions], print_, epoch, random)
             why = self.watch.evidence
             packed = self._pack_if_wanted(batch, why)
             self._announce(why, packed, epoch, must=False)

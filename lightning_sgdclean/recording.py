@@ -21,7 +21,7 @@ from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
-from lightning_sgdclean.randomness import random_state
+from lightning_sgdclean.randomness import RandomStates
 from lightning_sgdclean.recorder import Recorder, trained_parameters
 from lightning_sgdclean.rehearsal import Rehearsal
 from lightning_sgdclean.surroundings import surroundings_of
@@ -80,6 +80,7 @@ class Recording:
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
+        self._random = RandomStates(trainer.strategy.root_device)
         self._rehearsal: Rehearsal | None = Rehearsal()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
 
@@ -126,7 +127,8 @@ class Recording:
             positions = self._loaders.next_positions(trainer)
             names = self._loaders.names(batch, positions)
             seen = fingerprint(batch, len(names))
-            kept = self.keeper.packed(batch, positions, seen, trainer.current_epoch)
+            random = self._random.now()
+            kept = self.keeper.packed(batch, positions, seen, trainer.current_epoch, random)
         except Exception as error:  # theirs, too: sample_ids= is the user's
             if is_first:
                 raise
@@ -139,7 +141,7 @@ class Recording:
             positions=positions,
             epoch=trainer.current_epoch,
             batch_idx=batch_idx,
-            random=random_state(trainer.strategy.root_device),
+            random=random,
             digest=seen.digest,
             loader=self._loaders.number(trainer.current_epoch),
             global_step=trainer.global_step,
@@ -186,7 +188,7 @@ class Recording:
         Raises:
             SGDInfluenceError: If it cannot be followed.
         """
-        self.keeper.watch.batch_ends()
+        self.keeper.watch.batch_ends(self._random.now)
         if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
             return
         rehearsal, self._rehearsal = self._rehearsal, None

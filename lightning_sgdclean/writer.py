@@ -227,7 +227,7 @@ class TrajectoryWriter:
 
     def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
         for name, tensor in micro.random.items():
-            if name not in self._random or not torch.equal(self._random[name][1], tensor):
+            if name not in self._random or self._random[name][1] is not tensor:
                 self._hold(f"random/{key}/{name}", tensor)
                 self._random[name] = key, tensor
         self._hold(f"digest/{key}", micro.digest)
