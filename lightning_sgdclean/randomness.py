@@ -3,7 +3,7 @@
 
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sgdclean.errors import UnsupportedTrainingError
 
 RandomState = dict[str, Tensor]
+_TWISTER_BYTES = 4 * 625
 
 
 def random_state(device: torch.device) -> RandomState:
@@ -35,55 +36,71 @@ class RandomStates:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._state: RandomState = {}
-        self._python: tuple[Any, ...] | None = None
-        self._numpy: bytes | None = None
+        self._python, self._numpy = _Watched(_python_generator), _Watched(_numpy_generator)
 
     def now(self) -> RandomState:
         """The random state, as :func:`random_state` gives it."""
-        found = {"torch": torch.get_rng_state()} | self._moved_python() | self._moved_numpy()
+        found = {"torch": torch.get_rng_state()}
         if self._device.type == "cuda":
             found["cuda"] = torch.cuda.get_rng_state(self._device)
-        moved = {
-            name: now for name, now in found.items() if name not in self._state or not now.equal(self._state[name])
-        }
-        self._state = self._state | moved
+        if self._python.has_moved():
+            version, words, gauss = random.getstate()
+            python = np.array((version, *words), dtype=np.int64)
+            found["python"] = torch.from_numpy(python)
+            found["python_gauss"] = torch.from_numpy(np.array([] if gauss is None else [gauss], dtype=np.float64))
+            self._python.has_state(np.roll(python[1:], 1), waiting=gauss is not None)
+        if self._numpy.has_moved():
+            _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+            numpy = np.append(keys, position).astype(np.int64)
+            found["numpy"] = torch.from_numpy(numpy)
+            found["numpy_gauss"] = torch.from_numpy(np.array([has_gauss, cached], dtype=np.float64))
+            self._numpy.has_state(numpy, waiting=bool(has_gauss))
+        before = self._state
+        moved = {name: now for name, now in found.items() if name not in before or not now.equal(before[name])}
+        self._state = before | moved
         return self._state
 
-    def _moved_python(self) -> RandomState:
-        state = random.getstate()
-        if state == self._python:
-            return {}
-        self._python = state
-        version, words, gauss = state
-        return {
-            "python": torch.from_numpy(np.array((version, *words), dtype=np.int64)),
-            "python_gauss": torch.from_numpy(np.array([] if gauss is None else [gauss], dtype=np.float64)),
-        }
 
-    def _moved_numpy(self) -> RandomState:
-        words = _numpy_words()
-        if words == self._numpy:
-            return {}
-        _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        # A normal number that waits is handed out without a move of the words.
-        is_all = not has_gauss and words == keys.tobytes() + np.int32(position).tobytes()
-        self._numpy = words if is_all else None
-        return {
-            "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64)),
-            "numpy_gauss": torch.from_numpy(np.array([has_gauss, cached], dtype=np.float64)),
-        }
+class _Watched:
+    """Tells whether a Mersenne twister has moved, by its memory: to ask for its state takes 10 times as long.
+
+    What lies there is trusted only where it was seen to be the whole of the state.
+
+    Args:
+        find: Gives the generator, and the address of its 624 words and its position.
+    """
+
+    def __init__(self, find: Callable[[], tuple[Any, int]]) -> None:
+        self._find = find
+        self._generator: Any = None
+        self._known: bytes | None = None
+
+    def has_moved(self) -> bool:
+        generator, address = self._find()
+        if generator is not self._generator:
+            self._generator, self._known = generator, None
+            self._memory = (ctypes.c_char * _TWISTER_BYTES).from_address(address)
+        return self._known is None or self._memory.raw != self._known
+
+    def has_state(self, words: "np.ndarray[Any, Any]", waiting: bool) -> None:
+        """The state as it was asked for, in the order of its memory, and whether a normal number waits besides."""
+        known = words.astype(np.uint32).tobytes()
+        self._known = known if known == self._memory.raw and not waiting else None
 
 
-def _numpy_words() -> bytes:
-    """NumPy's global generator as it lies in memory: 624 words and a position. To ask for them takes 70 us."""
-    generator = np.random.get_bit_generator()
+def _python_generator() -> tuple[Any, int]:
+    generator = random._inst
+    return generator, id(generator) + object.__basicsize__
+
+
+def _numpy_generator() -> tuple[Any, int]:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if not isinstance(generator, np.random.MT19937):
         raise UnsupportedTrainingError(
             f"NumPy's global generator is a {type(generator).__name__}; only its own MT19937 is followed. Leave out "
             "np.random.set_bit_generator, and draw from a np.random.Generator of your own."
         )
-    with generator.lock:
-        return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+    return generator, generator.ctypes.state_address
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
