@@ -1,13 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank the training samples of a Lightning run by the harm they did to the validation loss."""
 
-from lightning_sgdclean.callback import SGDInfluence
-from lightning_sgdclean.comparing import compare
-from lightning_sgdclean.later import retrace
-from lightning_sgdclean.optimizers import register_update
-from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.updates import Update
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_sgdclean.callback import SGDInfluence
+    from lightning_sgdclean.comparing import compare
+    from lightning_sgdclean.later import retrace
+    from lightning_sgdclean.optimizers import register_update
+    from lightning_sgdclean.ranking import Ranking
+    from lightning_sgdclean.updates import Update
 
 __version__ = "0.1.0"
 
 __all__ = ["Ranking", "SGDInfluence", "Update", "__version__", "compare", "register_update", "retrace"]
+
+_HOMES = {
+    "Ranking": "ranking",
+    "SGDInfluence": "callback",
+    "Update": "updates",
+    "compare": "comparing",
+    "register_update": "optimizers",
+    "retrace": "later",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for: what needs no torch, as the command line, does not wait for it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,7 @@ from lightning_sgdclean.precision import is_low
 from lightning_sgdclean.progress import retrace_bar
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.surroundings import shown_bar
-from lightning_sgdclean.trajectory import Step, window_in_words
+from lightning_sgdclean.trajectory import MicroBatch, Step, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
 
 
@@ -107,6 +107,7 @@ def _about(
             "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
         },
         "end_point": _end_point_in_words(last, run),
+        "dataset_size": _dataset_size(last.micro[0], run),
         "window": {
             "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
             "first_step": steps[0].index,
@@ -125,6 +126,12 @@ def _about(
             "complaints": fidelity.complaints,
         },
     }
+
+
+def _dataset_size(micro: MicroBatch, run: RecordedRun) -> int | None:
+    """How many positions the ids could be of; None where they are names."""
+    loader = run.loaders[micro.loader]
+    return len(loader.dataset) if micro.ids == micro.positions and hasattr(loader.dataset, "__len__") else None
 
 
 def _end_point_in_words(last: Step, run: RecordedRun) -> str:

@@ -17,7 +17,7 @@ def write_parquet(path: Path, table: Table) -> None:
     Raises:
         ImportError: If pyarrow is not installed.
     """
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow()
     effects = [effect_of(influence) for influence in table.influence]
     ranks = range(1, len(effects) + 1)
     columns: dict[str, Any] = {
@@ -40,7 +40,7 @@ def read_parquet(path: Path) -> Table:
         ImportError: If pyarrow is not installed.
         ValueError: If the file is damaged, or no ranking.
     """
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow()
     try:
         found = parquet.read_table(path)
     except FileNotFoundError:
@@ -84,7 +84,12 @@ def _type_of(pa: Any, values: Any) -> Any:
     return pa.string() if str in kinds else pa.int64() if kinds == {int} else pa.float64()
 
 
-def _pyarrow() -> Any:
+def pyarrow() -> Any:
+    """``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        ImportError: If they are not installed.
+    """
     try:
         import pyarrow as pa
         from pyarrow import parquet

@@ -109,8 +109,9 @@ def test_every_test_that_the_limits_name_exists():
 
 def test_every_module_is_in_the_design():
     design = text_of("docs/design.md")
-    modules = {path.name for path in (ROOT / "lightning_sgdclean").glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"^\| `(\w+\.py)` \|", design, re.MULTILINE)) == modules
+    package = ROOT / "lightning_sgdclean"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", design, re.MULTILINE)) == modules
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)

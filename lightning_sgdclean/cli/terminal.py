@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for a terminal: as wide as it is, and nothing in it that a terminal would obey."""
+
+import math
+import shutil
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sgdclean.errors import SGDInfluenceError
+
+_LONGEST_CELL = 32
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: its text, and its kind where the text may not be meant for people."""
+    text = printable(" ".join(str(error).split()))
+    if text and isinstance(error, SGDInfluenceError | ValueError | OSError | ImportError):
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "FW" else 1 for c in text)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return max(20, shutil.get_terminal_size((80, 24)).columns)
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Names and values, one below the other, the values wrapped."""
+    margin = max((len(name) for name, _ in pairs), default=0) + 2
+    lines = []
+    for name, value in pairs:
+        wrapped = textwrap.wrap(printable(value), max(10, terminal_width() - margin), break_on_hyphens=False) or [""]
+        lines += [f"{name:<{margin}}{wrapped[0]}", *(" " * margin + more for more in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of as many columns as fit, from the left; what was left out is said below."""
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(width_of(row[i]) for row in cells) for i in range(len(header))]
+    while len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > terminal_width():
+        widths.pop()
+    is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(_padded(cell, width, left) for cell, width, left in zip(row, widths, is_text, strict=False)).rstrip()
+        for row in cells
+    ]
+    left_out = cells[0][len(widths) :]
+    return "\n".join([*lines, *([facts([("not shown:", ", ".join(left_out))])] if left_out else [])])
+
+
+def _padded(cell: str, width: int, left: bool) -> str:
+    space = " " * (width - width_of(cell))
+    return cell + space if left else space + cell
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    text = printable(str(value))
+    if width_of(text) <= _LONGEST_CELL:
+        return text
+    while width_of(text) > _LONGEST_CELL - 3:
+        text = text[:-1]
+    return f"{text}..."
