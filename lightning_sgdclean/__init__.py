@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_sgdclean.callback import SGDInfluence
+    from lightning_sgdclean.cleansed import Cleansed
     from lightning_sgdclean.comparing import compare
     from lightning_sgdclean.later import retrace
     from lightning_sgdclean.optimizers import register_update
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Ranking", "SGDInfluence", "Update", "__version__", "compare", "register_update", "retrace"]
+__all__ = ["Cleansed", "Ranking", "SGDInfluence", "Update", "__version__", "compare", "register_update", "retrace"]
 
 _HOMES = {
+    "Cleansed": "cleansed",
     "Ranking": "ranking",
     "SGDInfluence": "callback",
     "Update": "updates",

@@ -18,6 +18,7 @@ SEE_A_TRAINER = {
     "surroundings",
     "_lightning",
     "artifacts",
+    "cleansed",
 }
 
 
