@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_sgdclean.callback import SGDInfluence
     from lightning_sgdclean.cleansed import Cleansed
     from lightning_sgdclean.comparing import compare
+    from lightning_sgdclean.counterfactuals import Counterfactual, counterfactual
     from lightning_sgdclean.later import retrace
     from lightning_sgdclean.optimizers import register_update
     from lightning_sgdclean.ranking import Ranking
@@ -15,14 +16,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Cleansed", "Ranking", "SGDInfluence", "Update", "__version__", "compare", "register_update", "retrace"]
+__all__ = [
+    "Cleansed",
+    "Counterfactual",
+    "Ranking",
+    "SGDInfluence",
+    "Update",
+    "__version__",
+    "compare",
+    "counterfactual",
+    "register_update",
+    "retrace",
+]
 
 _HOMES = {
     "Cleansed": "cleansed",
+    "Counterfactual": "counterfactuals",
     "Ranking": "ranking",
     "SGDInfluence": "callback",
     "Update": "updates",
     "compare": "comparing",
+    "counterfactual": "counterfactuals",
     "register_update": "optimizers",
     "retrace": "later",
 }

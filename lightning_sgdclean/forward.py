@@ -6,7 +6,7 @@ live optimizer's own ``step`` with the flags it was given, its options set from 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.backward import load_state
-from lightning_sgdclean.fingerprints import batch_digest
-from lightning_sgdclean.randomness import set_random_state
+from lightning_sgdclean.batch_again import BatchAgain
 from lightning_sgdclean.recorder import current_state
-from lightning_sgdclean.replay import plain_training_loss
 from lightning_sgdclean.trajectory import State, Step
 from lightning_sgdclean.walk import Walk
 
@@ -119,15 +117,48 @@ def repeat_step(step: Step, walk: Walk, borrowed_optimizer: Borrowed) -> None:
     Raises:
         ReplayMismatchError: If a batch or a loss is not what was recorded.
     """
+    take_step(
+        step,
+        walk,
+        borrowed_optimizer,
+        loss_of=lambda number: BatchAgain(step, number, walk).loss(),
+        check=lambda losses: walk.fidelity.compare_losses(step, losses, counts=False),
+    )
+
+
+def take_step(
+    step: Step,
+    walk: Walk,
+    borrowed_optimizer: Borrowed,
+    loss_of: Callable[[int], Tensor],
+    check: Callable[[list[Tensor]], None] = lambda losses: None,
+) -> None:
+    """Take the live module and optimizer over a step as training does: accumulated, scaled, clipped.
+
+    Args:
+        step: Its record, which says how.
+        walk: The live module.
+        borrowed_optimizer: The live optimizer.
+        loss_of: The loss of a micro-batch, by number.
+        check: Gets the losses as they were differentiated, before the optimizer steps.
+    """
     params = borrowed_optimizer.params
     for param in params:
         param.grad = None
     scale = step.micro[0].scale
     scaler = None if scale == 1.0 else torch.amp.GradScaler(walk.surroundings.device.type, init_scale=scale)
-    losses = [_repeat_batch(step, number, walk, scaler) for number in range(len(step.micro))]
+    losses = []
+    for number in range(len(step.micro)):
+        loss = loss_of(number) / step.divisor
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if step.is_update:
+            walk.module.backward(loss)
+            walk.restore_attributes()
+        losses.append(loss.detach())
     if not step.is_update:
         return
-    walk.fidelity.compare_losses(step, losses, counts=False)
+    check(losses)
     if scaler is not None and not getattr(borrowed_optimizer.optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(borrowed_optimizer.optimizer)
     if step.clip is not None:
@@ -138,19 +169,3 @@ def repeat_step(step: Step, walk: Walk, borrowed_optimizer: Borrowed) -> None:
             nn.utils.clip_grad_norm_(params, value)
     borrowed_optimizer.set_options(step.groups)
     borrowed_optimizer.step(scaler)
-
-
-def _repeat_batch(step: Step, number: int, walk: Walk, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Forward and backward of one micro-batch; its loss as it was differentiated."""
-    micro = step.micro[number]
-    batch = walk.batch_of(step, number)
-    walk.fidelity.compare_batch(step, number, batch_digest(batch, len(micro.ids)))
-    set_random_state(walk.random_of(step, number), walk.surroundings.device)
-    walk.surroundings.set_clock(micro.epoch, micro.global_step)
-    loss = plain_training_loss(walk.module, batch, micro.batch_idx, walk.surroundings) / step.divisor
-    if scaler is not None:
-        loss = scaler.scale(loss)
-    if step.is_update:
-        walk.module.backward(loss)
-    walk.restore_attributes()
-    return loss.detach()

@@ -145,6 +145,37 @@ def training_loss(
     return Evaluated(loss, norms.updates, weighing.terms, norms.leaves)
 
 
+def weighted_training_loss(
+    module: Any,
+    batch: Any,
+    batch_idx: int,
+    weights: Tensor,
+    surroundings: Surroundings,
+    sample_losses: SampleLosses | None,
+    plan: Plan | None,
+) -> tuple[Tensor, list[Term]]:
+    """The loss with samples' weights in it, to be trained on: first derivatives by the parameters, any kernel.
+
+    Args:
+        module: As in :func:`training_loss`, and so the rest.
+        batch: See there.
+        batch_idx: See there.
+        weights: ``(B,)``, zero or one.
+        surroundings: See there.
+        sample_losses: See there.
+        plan: See there.
+
+    Returns:
+        The loss, and the loss calls that were seen.
+    """
+    weighing = SampleWeights(weights, plan)
+    with eagerly(), logging_to(module, _ignore), surroundings.train_context():
+        if sample_losses is not None:
+            return _mean_of(sample_losses(module, batch), weights), []
+        with weighing:
+            return _loss_of_step(module, batch, batch_idx), weighing.terms
+
+
 def plain_training_loss(module: Any, batch: Any, batch_idx: int, surroundings: Surroundings) -> Tensor:
     """The loss of ``training_step`` as training had it: nothing watched, nothing weighted, any kernel.
 

@@ -18,7 +18,7 @@ from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss, un
 from lightning_sgdclean.split import check_ids, prove_split, rest_depends_on_samples, rest_of
 from lightning_sgdclean.trajectory import MicroBatch
 from lightning_sgdclean.variants import Variant, neighbour_variant, tensor_shapes
-from lightning_sgdclean.weighting import CallPlan, Plan
+from lightning_sgdclean.weighting import CallPlan, Plan, Term
 
 _RECHECK_EVERY = 8  # batches; those of a new shape, and all where a penalty stands beside the loss, besides
 
@@ -121,7 +121,7 @@ class VerifiedSplit:
             if plan is None:
                 return False
             self._latest, base = plan, probe.ask(plan=plan)
-            if not _is_planned(base, plan):
+            if not is_planned(base.terms, plan):
                 return False
             if num == 1:
                 return True
@@ -141,7 +141,7 @@ class VerifiedSplit:
         return None if num > 1 and key in self._of_one else self._plans.get(key)
 
     def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
-        if not _is_planned(evaluated, plan):
+        if not is_planned(evaluated.terms, plan):
             return False
         if _key(plan) in self._with_rest:
             return True
@@ -225,11 +225,11 @@ def _joined(now: CallPlan, then: CallPlan) -> CallPlan:
     return replace(now, layouts=layouts, is_linear=now.is_linear and then.is_linear)
 
 
-def _is_planned(evaluated: Evaluated, plan: Plan) -> bool:
-    """Whether the calls are those of the plan, and have the owners that it promises."""
-    if calls_of(evaluated.terms) != _key(plan):
+def is_planned(terms: list[Term], plan: Plan) -> bool:
+    """Whether loss calls are those of a plan, and have the owners that it promises."""
+    if calls_of(terms) != _key(plan):
         return False
-    pairs: list[tuple[CallPlan, Any]] = list(zip(plan, evaluated.terms, strict=True))
+    pairs: list[tuple[CallPlan, Term]] = list(zip(plan, terms, strict=True))
     return all(term.owners is not None for call, term in pairs if call.layouts)
 
 

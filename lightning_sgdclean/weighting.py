@@ -73,7 +73,7 @@ class SampleWeights(TorchFunctionMode):
     """Gives every row of every torch loss its sample's weight; divisors stay as they were.
 
     The loss keeps its value to the last bit; only its derivatives learn of the weights. Where the
-    training loss is linear in a call's rows ``r``, they become ``w r``; elsewhere ``r0 + w (r - r0)``, with
+    training loss is linear in a call's rows ``r``, they become ``w r``; elsewhere ``r + (w - 1) (r - r0)``, with
     ``r0`` the value of ``r`` in the replayed step, whose derivatives by ``w`` and by the parameters are
     those of a weight outside, whatever function of a sample's own rows comes after.
 
@@ -142,7 +142,7 @@ class SampleWeights(TorchFunctionMode):
         if known is None or known.is_linear:
             return rows * weights
         reference = self._references.setdefault(len(self.terms), rows.detach())
-        return reference + weights * (rows - reference)
+        return rows + (weights - 1) * (rows - reference)  # at weight 1 the rows themselves, to the last bit
 
 
 def _reduced(rows: Tensor, divisor: Tensor | int) -> Tensor:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``counterfactual``: what leaving samples out really does to the objective, beside what was predicted."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.ids import prove_ids
+from lightning_sgdclean.leaving_out import leave_out
+from lightning_sgdclean.objective import ObjectiveFn
+from lightning_sgdclean.opened import OpenedRun
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.reopened import reopened
+from lightning_sgdclean.trajectory import SampleId, Step, window_in_words
+from lightning_sgdclean.walk import RetraceOptions
+
+Groups = Iterable[Any] | Mapping[Any, Iterable[SampleId]]
+
+
+@dataclass(frozen=True, eq=False)
+class Counterfactual:
+    """What leaving out each of ``R`` groups of samples really does, beside what was predicted.
+
+    Attributes:
+        names: A name for each group: the id of a single sample, the key in a mapping, else its position.
+        without: The ids of each group.
+        whole: The objective with nobody left out.
+        values: The objective without each group, shape ``(R,)``.
+        differences: ``values - whole``, for ``mode="max"`` with its sign turned: like an influence, **negative
+            means harmful**. Shape ``(R,)``.
+        predicted: The sum of the influences of each group in the ranking of the run directory, shape ``(R,)``; None
+            if there is none, or one of another objective or window.
+        visits: How often samples of each group were drawn in the window, shape ``(R,)``. Where they never were, the
+            difference is exactly zero.
+        is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
+        words: What was run, in words.
+    """
+
+    names: list[Any]
+    without: list[list[SampleId]]
+    whole: float
+    values: NDArray[np.float64]
+    differences: NDArray[np.float64]
+    predicted: NDArray[np.float64] | None
+    visits: NDArray[np.int64]
+    is_bitwise: bool
+    words: str
+
+
+def counterfactual(
+    run_dir: str | Path,
+    model: Any,
+    *,
+    without: Groups,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: Any = None,
+    monitor: str = "val_loss",
+    mode: Literal["min", "max"] = "min",
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None,
+    epochs: int | Literal["all"] = 1,
+    sample_losses: Callable[[Any, Any], Tensor] | None = None,
+    on_mismatch: Literal["raise", "warn"] = "raise",
+    tolerance: float | None = None,
+) -> Counterfactual:
+    """Run the recorded window again without some samples, and see what becomes of the objective.
+
+    The batches, their order, the randomness, the schedules and the user's own optimizer are those of the run. A sample
+    that is left out has weight zero in place, from the window's first step on: no other sample moves up, divisors
+    stay as they are, and it still counts in BatchNorm's statistics.
+
+    Args:
+        run_dir: The run directory, with its ``trajectory``.
+        model: The LightningModule, made as for the run.
+        without: What to leave out: ids, each for a run of its own; or lists of ids that are left out together; or a
+            mapping from names to such lists.
+        train_dataloaders: The training data, as ``fit`` got them.
+        val_dataloaders: The data that the objective is the mean over.
+        datamodule: Instead of the two.
+        monitor: As for :class:`SGDInfluence`, and so are the rest.
+        mode: See there.
+        objective: See there; of several, the first.
+        epochs: See there; the window has to lie in what was kept.
+        sample_losses: See there.
+        on_mismatch: See there.
+        tolerance: See there.
+
+    Returns:
+        The objectives, their differences, and what the ranking of the run directory had predicted.
+
+    Raises:
+        RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
+        ReplayMismatchError: If the window, run again with nobody left out, is not what was recorded.
+        SGDInfluenceError: One of its other subclasses, as from ``fit``.
+        TypeError: If ``without`` is something else.
+    """
+    names, groups = named_groups(without)
+    options = RetraceOptions(
+        monitor=monitor,
+        mode=mode,
+        objective=objective,
+        val_dataloaders=val_dataloaders,
+        epochs=epochs,
+        curvature="exact",
+        finite_radius=0.01,
+        sample_losses=sample_losses,
+        on_mismatch=on_mismatch,
+        tolerance=tolerance,
+        retrace_precision="auto",
+    )
+    found, complaints = reopened(
+        run_dir,
+        model,
+        options,
+        lambda this: _counterfactual(this, names, groups),
+        train_dataloaders=train_dataloaders,
+        val_dataloaders=val_dataloaders,
+        datamodule=datamodule,
+    )
+    for text in complaints:
+        warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+    return found
+
+
+def named_groups(without: Groups) -> tuple[list[Any], list[list[SampleId]]]:
+    """Names and ids of the groups; see :func:`counterfactual`.
+
+    Raises:
+        TypeError: If it holds anything but ids, or lists of ids.
+    """
+    if isinstance(without, str | bytes) or not isinstance(without, Iterable):
+        raise TypeError(f"without must be ids, lists of ids, or a mapping from names to lists, got {without!r:.80}.")
+    if isinstance(without, Mapping):
+        return list(without), [_ids_in(group) for group in without.values()]
+    entries = [_plain(entry) for entry in without]
+    if all(isinstance(entry, int | str) for entry in entries):
+        return entries, [[entry] for entry in entries]
+    return list(range(len(entries))), [_ids_in(entry) for entry in entries]
+
+
+def _ids_in(group: Any) -> list[SampleId]:
+    is_list = isinstance(group, Iterable) and not isinstance(group, str | bytes)
+    ids = [_plain(entry) for entry in group] if is_list else []
+    if not is_list or not all(isinstance(entry, int | str) for entry in ids):
+        raise TypeError(f"A group of without= must be a list of ids (int or str), got {group!r:.80}.")
+    return list(dict.fromkeys(ids))
+
+
+def _plain(entry: Any) -> Any:
+    """Numbers of NumPy and torch as Python's."""
+    return entry.item() if isinstance(entry, np.generic) or (isinstance(entry, Tensor) and not entry.ndim) else entry
+
+
+def _counterfactual(
+    this: OpenedRun, names: list[Any], groups: list[list[SampleId]]
+) -> tuple[Counterfactual, list[str]]:
+    steps, walk = this.steps, this.walk
+    complaints = [] if walk.split is None else prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
+    found = leave_out(this, [frozenset(group) for group in groups])
+    sign = 1.0 if this.options.mode == "min" else -1.0
+    values = np.array(found.values, dtype=np.float64)
+    last = steps[-1]
+    window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
+    result = Counterfactual(
+        names=names,
+        without=groups,
+        whole=found.whole,
+        values=values,
+        differences=sign * (values - found.whole),
+        predicted=_predicted(this, groups),
+        visits=_visits(steps, groups),
+        is_bitwise=found.is_bitwise,
+        words=f"{len(groups)} runs over {window}, one after another",
+    )
+    return result, [*walk.fidelity.complaints[:3], *complaints]
+
+
+def _visits(steps: list[Step], groups: list[list[SampleId]]) -> NDArray[np.int64]:
+    drawn: dict[SampleId, int] = {}
+    for micro in (micro for step in steps if step.is_update for micro in step.micro):
+        for name in micro.ids:
+            drawn[name] = drawn.get(name, 0) + 1
+    return np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64)
+
+
+def _predicted(this: OpenedRun, groups: list[list[SampleId]]) -> NDArray[np.float64] | None:
+    """What the ranking in the run directory says, if it is one of this objective over this window."""
+    try:
+        summary = json.loads((this.run.folder / "summary.json").read_text(encoding="utf-8"))
+        ranking = Ranking.load(this.run.folder)
+    except (OSError, ValueError):
+        return None
+    name, window = summary["objective"]["name"], summary["window"]
+    if summary["objective"]["mode"] != this.options.mode or name != next(iter(this.options.objectives)):
+        return None
+    if (window["first_step"], window["last_step"]) != (this.steps[0].index, this.steps[-1].index):
+        return None
+    influence = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
+    return np.array([sum(influence.get(name, 0.0) for name in group) for group in groups], dtype=np.float64)

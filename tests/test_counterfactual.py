@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A window run again without samples is a training with weight zero on them: whole fits are the judge."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.callbacks import LambdaCallback
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import test_losses
+import test_token_losses
+from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, objective
+from datasets import Augmented
+from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual, leaving_out
+from lightning_sgdclean.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
+from reference import one_hot, ranked
+from test_augmentation import Hooked
+
+IDS = [0, 7, 22]
+GROUPS = {"few": [3, 4], "many": [*range(1, 23, 2)], "all": [*range(23)]}
+MOMENTUM = {"options": {"momentum": 0.9}}
+
+
+def weights_without(group, num=23):
+    return 1 - sum(one_hot(i, num) for i in group)
+
+
+def without(case, group):
+    """The objective of a whole fit in which a group has weight zero."""
+    return objective(fit(case, weights=weights_without(group, len(case.train))), case.val)
+
+
+def again(callback, case, model=None, **options):
+    train, val = loaders(case.train, case.val, **case.loader)
+    options = {"train_dataloaders": train, "val_dataloaders": val, "epochs": "all", **options}
+    return counterfactual(callback.run_dir, model or case.make(**case.module), **options)
+
+
+def assert_is_the_fit_without(case, groups, callback=None, **options):
+    """To the last digits: the twin sums weighted losses in another order than torch's mean."""
+    callback = callback or ranked(case, snapshots=3)
+    found = again(callback, case, without=groups, **options)
+    assert found.is_bitwise
+    assert found.whole == callback.summary["objective"]["recomputed"]
+    assert found.values == pytest.approx([without(case, group) for group in found.without], rel=1e-12)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_are_those_of_whole_fits_with_weight_zero(case):
+    found = assert_is_the_fit_without(case, IDS)
+    assert found.names == IDS
+    assert found.without == [[i] for i in IDS]
+    assert np.array_equal(found.differences, found.values - found.whole)
+    assert (found.differences != 0).all()
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[6], CASES[12], CASES[13]], ids=str)
+def test_groups_are_left_out_together(case):
+    assert assert_is_the_fit_without(case, GROUPS).names == ["few", "many", "all"]
+
+
+@pytest.mark.parametrize("name", ["focal through the rows", "class weights", "bce with logits, weight and pos_weight"])
+def test_losses_of_every_form_are_left_out(name):
+    assert_is_the_fit_without(test_losses.case(name, *test_losses.class_loss(*test_losses.LOSSES[name])), IDS)
+
+
+@pytest.mark.parametrize("name", ["two views side by side", "terms with factors", "focal and a penalty"])
+def test_views_terms_and_penalties_are_left_out(name):
+    assert_is_the_fit_without(test_losses.case(name, *test_losses.STEPS[name]), IDS)
+
+
+@pytest.mark.parametrize("name", ["time first", "mean of each sequence's mean"])
+def test_whole_sequences_are_left_out(name):
+    plain, module = test_token_losses.LOSSES[name]
+    assert_is_the_fit_without(test_token_losses.case(name, plain, **module), [0, 5, 12])
+
+
+class ByHand(Plain):
+    """A loss that nobody can take apart."""
+
+    def training_step(self, batch, batch_idx):
+        rows = by_hand(self, batch)
+        return (rows if self.sample_weights is None else rows * self.sample_weights[batch[-1]]).mean()
+
+
+def by_hand(module, batch):
+    return -module.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None])[:, 0]
+
+
+def test_losses_that_the_user_splits_are_left_out():
+    case = Case("by hand", {"norm": True, "dropout": 0.2, **MOMENTUM}, make=ByHand)
+    callback = ranked(case, sample_losses=by_hand)
+    assert_is_the_fit_without(case, IDS, callback, sample_losses=by_hand)
+    with pytest.raises(ReplayMismatchError, match=r"loss .* instead of"):
+        again(callback, case, without=IDS, sample_losses=lambda m, b: 2 * by_hand(m, b))
+
+
+@pytest.mark.filterwarnings("ignore:.*are kept")
+@pytest.mark.parametrize("options", [{"train": Augmented()}, {"make": Hooked}], ids=["dataset", "hook"])
+def test_randomly_augmented_batches_are_those_of_the_run(options):
+    case = Case("augmented", {"dropout": 0.2, **MOMENTUM}, **options)
+    assert_is_the_fit_without(case, IDS, ranked(case, keep_batches=True))
+
+
+def from_the_last_epoch_on(weights):
+    def begin(trainer, module):
+        module.sample_weights = weights if trainer.current_epoch == 2 else None
+
+    return [LambdaCallback(on_train_epoch_start=begin)]
+
+
+def test_samples_are_left_out_of_the_window_only():
+    case = Case("window", {"make_optimizer": adam, "norm": True, "dropout": 0.2})
+    callback = SGDInfluence("val_loss", epochs=1)
+    fit(case, callback)
+    found = again(callback, case, without=IDS, epochs=1)
+    for i, value in zip(IDS, found.values, strict=True):
+        twin = Case("twin", case.module, callbacks=lambda i=i: from_the_last_epoch_on(weights_without([i])))
+        assert value == pytest.approx(objective(fit(twin)), rel=1e-12)
+    assert "steps 10 to 14: epoch 2" in found.words
+
+
+def test_in_float32_it_is_the_fit_to_rounding():
+    case = Case("float32", {"norm": True, "dropout": 0.2, **MOMENTUM}, {"precision": "32-true"})
+    found = again(ranked(case), case, without=IDS)
+    assert found.values == pytest.approx([without(case, [i]) for i in IDS], rel=1e-5)
+
+
+# Beside what was predicted ----------------------------------------------------------------------------
+
+
+def test_predicted_is_the_sum_of_the_influences():
+    case = CASES[3]
+    callback = ranked(case)
+    influence = dict(zip(callback.ranking.sample_id.tolist(), callback.ranking.influence.tolist(), strict=True))
+    found = again(callback, case, without=GROUPS)
+    assert found.predicted == pytest.approx([sum(influence[i] for i in group) for group in GROUPS.values()])
+    assert found.visits.tolist() == [6, 33, 69]
+    single = again(callback, case, without=[*range(23)])
+    assert np.corrcoef(single.predicted, single.differences)[0, 1] > 0.9
+
+
+def squared(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1]) ** 2
+
+
+def test_what_was_predicted_of_another_objective_or_window_is_not_shown(tmp_path):
+    case = CASES[1]
+    callback = ranked(case, dirpath=tmp_path / "run")
+    assert again(callback, case, without=IDS).predicted is not None
+    assert again(callback, case, without=IDS, objective=squared).predicted is None
+    assert again(callback, case, without=IDS, epochs=1).predicted is None
+    assert again(callback, case, without=IDS, mode="max").predicted is None
+    (tmp_path / "run" / "influence.csv").unlink()
+    assert again(callback, case, without=IDS).predicted is None
+
+
+def test_the_objective_may_be_another_one():
+    case = CASES[0]
+    found = again(ranked(case), case, without=IDS, objective=squared)
+    for i, value in zip(IDS, found.values, strict=True):
+        module = fit(case, weights=weights_without([i])).double().eval()
+        parts = [(len(y), F.cross_entropy(module.net(x.double()), y).item() ** 2) for x, y, _ in loaders()[1]]
+        assert value == pytest.approx(sum(num * part for num, part in parts) / len(VAL), rel=1e-12)
+
+
+def test_a_value_that_should_be_high_has_differences_of_the_other_sign():
+    case = CASES[0]
+    callback = ranked(case, mode="max")
+    found = again(callback, case, without=[*range(23)], mode="max")
+    assert np.array_equal(found.differences, found.whole - found.values)
+    assert np.corrcoef(found.predicted, found.differences)[0, 1] > 0.95
+
+
+# What is asked for --------------------------------------------------------------------------------------
+
+
+def test_ids_of_numpy_and_torch_and_groups_of_every_kind_are_taken():
+    case = CASES[0]
+    callback = ranked(case)
+    expected = again(callback, case, without=[3, 4]).values
+    for ids in (np.array([3, 4]), torch.tensor([3, 4]), (3, 4)):
+        found = again(callback, case, without=ids)
+        assert np.array_equal(found.values, expected)
+        assert found.names == [3, 4]
+    lists = again(callback, case, without=[[3], (4, 4)])
+    assert (lists.names, lists.without) == ([0, 1], [[3], [4]])
+    assert np.array_equal(lists.values, expected)
+
+
+def test_samples_that_were_never_drawn_change_nothing():
+    found = again(ranked(CASES[0]), CASES[0], without=[99, 3])
+    assert found.differences[0] == 0
+    assert found.differences[1] != 0
+    assert found.visits.tolist() == [0, 3]
+    nobody = again(ranked(CASES[0]), CASES[0], without=[])
+    assert len(nobody.values) == 0
+
+
+@pytest.mark.parametrize("asked", ["abc", 3, [3, [4]], {"a": 3}, [[3.5]], [None]])
+def test_anything_else_is_refused(asked):
+    with pytest.raises(TypeError, match=r"without"):
+        counterfactual("nowhere", Plain(), without=asked)
+
+
+def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
+    case = CASES[3]
+    callback = ranked(case)
+    together = again(callback, case, without=IDS)
+    for slots in (0, 2):
+        monkeypatch.setattr(leaving_out, "slots_for", lambda state_bytes, slots=slots: slots)
+        assert np.array_equal(again(callback, case, without=IDS).values, together.values)
+
+
+# Never wrong in silence -----------------------------------------------------------------------------------
+
+
+def test_weights_random_states_and_files_stay_as_they_are():
+    case = CASES[3]
+    callback = ranked(case)
+    model = case.make(**case.module)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    files = {path: path.read_bytes() for path in callback.run_dir.rglob("*") if path.is_file()}
+    randomness = torch.get_rng_state()
+    again(callback, case, model, without=IDS)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
+    assert torch.equal(torch.get_rng_state(), randomness)
+    assert {path: path.read_bytes() for path in callback.run_dir.rglob("*") if path.is_file()} == files
+
+
+def test_other_data_and_a_run_without_a_trajectory_are_refused(tmp_path):
+    callback = ranked(CASES[0], dirpath=tmp_path / "run")
+    other = torch.utils.data.Subset(TRAIN, range(22, -1, -1))
+    with pytest.raises(ReplayMismatchError, match="hold other data"):
+        again(callback, CASES[0], without=IDS, train_dataloaders=DataLoader(other, batch_size=5))
+    shutil.rmtree(tmp_path / "run" / "trajectory")
+    with pytest.raises(RunDirectoryError, match="holds no readable trajectory"):
+        again(callback, CASES[0], without=IDS)
+
+
+def test_an_end_that_is_missed_is_refused_or_warned_about():
+
+    callback = ranked(Case("plain"))
+    edited = Case("edited", {}, make=Edited)
+    with pytest.raises(ReplayMismatchError, match="miss the one after it"):
+        again(callback, edited, without=IDS)
+    with pytest.warns(SGDInfluenceWarning, match="miss the one after it"):
+        found = again(callback, edited, without=IDS, on_mismatch="warn")
+    assert not found.is_bitwise
+
+
+class Edited(Plain):
+    """Another gradient at the same loss, in the last step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step < 14:
+            return loss
+        extra = 0.1 * self.net[4].bias.sum()
+        return loss + extra - extra.detach()
+
+
+class Fickle(Plain):
+    """Turns to another loss as soon as its weights are beside those of the run; probes move them further."""
+
+    known = None
+
+    def training_step(self, batch, batch_idx):
+        if self.known is not None:
+            off = (self.net[0].weight - self.known[self.global_step]).abs().max()
+            if 0 < off < 0.01:
+                return F.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 3).to(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_loss_that_is_made_otherwise_without_the_samples_is_refused():
+    seen = []
+    note = LambdaCallback(on_train_batch_start=lambda t, module, *_: seen.append(module.net[0].weight.detach().clone()))
+    callback = ranked(Case("noted", {"options": {"lr": 0.01}}, callbacks=lambda: [note]))
+    model = Fickle(options={"lr": 0.01})
+    model.known = seen
+    with pytest.raises(LossSplitError, match=r"made by other loss calls once samples are left out.*sample_losses="):
+        again(callback, Case("again"), model, without=[*range(5)])
+
+
+def test_the_result_names_what_was_run():
+    callback = ranked(CASES[0])
+    found = again(callback, CASES[0], without=IDS)
+    assert isinstance(found, Counterfactual)
+    assert found.words == "3 runs over steps 0 to 14: epochs 0 to 2, one after another"
+    assert json.loads((callback.run_dir / "summary.json").read_text())["objective"]["recomputed"] == found.whole
+    assert Ranking.load(callback.run_dir) == callback.ranking
