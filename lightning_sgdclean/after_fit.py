@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_sgdclean import report
 from lightning_sgdclean.backward import Influences, retrace_steps
 from lightning_sgdclean.errors import ReplayMismatchError
 from lightning_sgdclean.ids import prove_ids
+from lightning_sgdclean.inspection import sample_columns
 from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient
 from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
@@ -59,15 +59,18 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
             if agreement.is_noise:
                 complaints.append(agreement.complaint(this.surroundings.precision))
         found = retrace_steps(this.states, steps, start(walk), walk, lambda found: advance(found.values[0]))
+        columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
-    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, options))
-    return ranking, about, [*walk.fidelity.complaints[:3], *complaints]
+    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, options) | columns)
+    return ranking, about, [*walk.fidelity.complaints[:3], *complaints, *gaps]
 
 
-def _columns(found: Influences, options: RetraceOptions) -> dict[str, Tensor]:
+def _columns(found: Influences, options: RetraceOptions) -> dict[str, Any]:
     """Influences on the further objectives, and what each epoch did, where that was asked for."""
     others = list(options.objectives)[1:]
-    columns = {f"influence:{name}": values for name, values in zip(others, found.values[1:], strict=True)}
+    columns: dict[str, Any] = {
+        f"influence:{name}": values for name, values in zip(others, found.values[1:], strict=True)
+    }
     by_epoch = {f"by_epoch:{epoch}": values for epoch, values in found.by_epoch.items()}
     return columns | (by_epoch if "by_epoch" in options.columns else {})
 

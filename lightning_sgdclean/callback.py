@@ -79,7 +79,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
             which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
-        columns: Further columns of the CSV: ``"by_epoch"`` (what each epoch of the window adds to the influence).
+        columns: Further columns of the CSV: ``"label"``, ``"prediction"`` and ``"loss"`` of each sample at the end
+            point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
+            ``"by_epoch"``, what each epoch of the window adds to the influence.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -112,7 +114,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
-        columns: Sequence[Literal["by_epoch"]] = (),
+        columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()

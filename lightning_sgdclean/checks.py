@@ -21,7 +21,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-FURTHER_COLUMNS = ("by_epoch",)
+FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch")
 
 
 def check_objective(objective: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of a finished run seen with its final weights: label, prediction, loss, and where each comes from."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,14 @@ from lightning_sgdclean.trajectory import MicroBatch, SampleId, Step
 from lightning_sgdclean.watched import WatchedLosses
 from lightning_sgdclean.weighting import Plan, unit_weights
 
+SAMPLE_COLUMNS = ("label", "prediction", "loss", "source")
+
 Visit = tuple[Step, int, int]  # step, number of the micro-batch in it, row
+
+_WHY_EMPTY = (
+    "labels and predictions are read where a loss of torch has one class or value a sample, losses where the training "
+    "loss is linear in what torch's losses give."
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,32 @@ def inspect_samples(this: OpenedRun, ids: Iterable[SampleId]) -> Inspection:
         f"Label, prediction and loss of {number} samples are not known: {text}" for text, number in problems.items()
     ]
     return found
+
+
+def sample_columns(
+    this: OpenedRun, ids: list[SampleId], names: Sequence[str]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """Columns of the ranking about the samples themselves.
+
+    Args:
+        this: The run, opened.
+        ids: Samples that were drawn in the window.
+        names: Any of :data:`SAMPLE_COLUMNS`; others are passed over.
+
+    Returns:
+        Values by column in the order of ``ids``, None where unknown, and why columns have gaps.
+    """
+    wanted = [name for name in names if name in SAMPLE_COLUMNS]
+    if wanted in ([], ["source"]):
+        sources = _sources(this, _last_visits(this.steps, ids)) if wanted else {}
+        return {name: [sources.get(sample) for sample in ids] for name in wanted}, []
+    found = inspect_samples(this, ids)
+    columns = {name: [getattr(found.seen[i], name) for i in ids] for name in wanted if name != "source"}
+    empty = [name for name, values in columns.items() if all(value is None for value in values)]
+    if empty and not found.complaints:
+        found.complaints.append(f"No sample has a {' or a '.join(empty)}: {_WHY_EMPTY}")
+    columns |= {"source": [found.sources.get(i) for i in ids]} if "source" in wanted else {}
+    return {name: columns[name] for name in wanted}, found.complaints
 
 
 def _last_visits(steps: list[Step], wanted: list[SampleId]) -> dict[SampleId, Visit]:

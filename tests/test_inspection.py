@@ -6,14 +6,17 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from cases import NUM_CLASSES, NUM_TRAIN, TRAIN, Case, Plain, fit, loaders, quiet_trainer
 from datasets import Augmented, noisy_collate
-from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean import Ranking, SGDInfluence, retrace
+from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.inspection import inspect_samples
 from lightning_sgdclean.randomness import random_state
+from lightning_sgdclean.readings import plain_numbers
 from lightning_sgdclean.reopened import reopened
 from lightning_sgdclean.sources import source_of
 from lightning_sgdclean.walk import RetraceOptions
@@ -326,8 +329,6 @@ def test_module_and_random_states_stay_as_they_were(tmp_path):
 
 
 def test_numbers_have_no_more_digits_than_their_precision():
-    from lightning_sgdclean.readings import plain_numbers
-
     assert plain_numbers(torch.tensor([0.3, math.nan, math.inf])) == [0.3, None, None]
     assert plain_numbers(torch.tensor([0.1], dtype=torch.float64)) == [0.1]
     assert plain_numbers(torch.tensor([0.5], dtype=torch.bfloat16)) == [0.5]
@@ -367,3 +368,105 @@ def test_the_source_of_a_file_is_its_path(tmp_path):
     assert source_of(Files(paths), 0) == str(paths[0])
     assert source_of(Files([("a text", 0), ("another", 1)]), 1) == "dataset[1]"
     assert source_of(Files([*paths, paths[0]]), 1) == "dataset[1]"  # a list of something else
+
+
+# --- as columns of the ranking
+
+ASKED = ("source", "label", "loss", "prediction")
+
+
+@pytest.fixture(scope="module")
+def with_columns(tmp_path_factory):
+    return trained(CLASSES["mean"], tmp_path_factory.mktemp("columns"), callback_options={"columns": ASKED})
+
+
+def test_the_columns_that_are_asked_for_stand_in_the_csv_in_that_order(with_columns):
+    callback, module = with_columns
+    ranking = callback.ranking
+    assert list(ranking.columns) == list(ASKED)
+    assert Ranking.load(callback.run_dir) == ranking
+    ids = ranking.sample_id.tolist()
+    assert ranking.columns["label"].tolist() == TRAIN.tensors[1][ids].tolist()
+    assert ranking.columns["prediction"].tolist() == outputs(module).argmax(1)[ids].tolist()
+    assert ranking.columns["loss"].tolist() == pytest.approx([alone(module, i) for i in ids], rel=1e-10)
+    assert ranking.columns["source"].tolist() == [f"dataset[{i}]" for i in ids]
+    assert len(set(ranking.columns["loss"].tolist())) > 20
+    assert ranking.by(dict(zip(ids, ranking.columns["label"].tolist(), strict=True))).keys() == {0, 1, 2}
+
+
+def test_a_later_retrace_gives_the_same_columns(with_columns):
+    callback, _ = with_columns
+    train, val = loaders()
+    options = {"train_dataloaders": train, "val_dataloaders": val, "epochs": "all", "columns": ASKED}
+    assert retrace(callback.run_dir, Trained(CLASSES["mean"]), **options) == callback.ranking
+
+
+def test_columns_leave_training_and_ranking_as_they_are(with_columns, tmp_path):
+    callback, module = with_columns
+    plain, other = trained(CLASSES["mean"], tmp_path)
+    assert (plain.ranking.influence == callback.ranking.influence).all()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+    assert plain.ranking.columns == {}
+
+
+def test_the_best_models_weights_are_those_of_the_columns(tmp_path):
+    """Label and loss belong to the end point, not to the last step."""
+    case = Case(
+        "best",
+        {"step": CLASSES["mean"]},
+        {"max_epochs": 4, "enable_checkpointing": True},
+        make=Trained,
+        callbacks=lambda: [ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_top_k=-1, filename="{epoch}")],
+    )
+    callback = SGDInfluence("val_loss", at="best", epochs="all", columns=("loss",), dirpath=tmp_path / "run")
+    module = fit(case, callback)
+    best = torch.load(module.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    ids = callback.ranking.sample_id.tolist()
+    assert callback.ranking.columns["loss"].tolist() == pytest.approx([alone(module, i) for i in ids], rel=1e-10)
+
+
+def test_text_of_the_users_is_no_formula_in_a_spreadsheet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "=1+1.png").touch()
+
+    class Named(Files):
+        def __len__(self):
+            return len(TRAIN)
+
+        def __getitem__(self, index):
+            return TRAIN[index]
+
+    data = Named([("=1+1.png", 0)] * len(TRAIN))
+    callback, _ = trained(CLASSES["mean"], tmp_path, data, {"columns": ("source",)})
+    assert {row.rpartition(",")[2] for row in (tmp_path / "run/influence.csv").read_text().splitlines()[1:]} == {
+        "'=1+1.png"
+    }
+    assert set(Ranking.load(callback.run_dir).columns["source"].tolist()) == {"=1+1.png"}
+
+
+def test_an_empty_column_is_explained(tmp_path):
+    with pytest.warns(
+        SGDInfluenceWarning, match=r"No sample has a label or a prediction: .*one class or value a sample"
+    ):
+        callback, _ = trained(
+            UNKNOWN["several values"], tmp_path, callback_options={"columns": ("label", "prediction")}
+        )
+    assert set(callback.ranking.columns["label"].tolist()) == {""}
+    assert Ranking.load(callback.run_dir) == callback.ranking
+
+
+def test_gaps_are_explained_and_the_ranking_stands(tmp_path):
+    def step(m, b):
+        assert m.training
+        return F.cross_entropy(m.net(b[0]), b[1])
+
+    with pytest.warns(SGDInfluenceWarning, match="loss of 23 samples are not known: AssertionError"):
+        callback, _ = trained(step, tmp_path, callback_options={"columns": ("loss", "source")})
+    assert set(callback.ranking.columns["loss"].tolist()) == {""}
+    assert callback.ranking.columns["source"][0].startswith("dataset[")
+
+
+def test_unknown_columns_are_refused():
+    with pytest.raises(ValueError, match=r"columns holds 'colour'; expected a sequence of some of label, prediction"):
+        SGDInfluence(columns=("colour",))
