@@ -34,9 +34,9 @@ def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.
     return found
 
 
-def hyper_parameters(module: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """All plain options of all parameter groups as they stand now, with the names of the parameters."""
-    names = {id(param): name for name, param in module.named_parameters()}
+def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """All plain options of all parameter groups as they stand now, with the names of the trained parameters."""
+    names = {id(param): name for name, param in params.items()}
     return [
         {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
         | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
@@ -112,7 +112,7 @@ class Recorder:
             UnsupportedTrainingError: If the optimizer was given other parameters on the way.
         """
         self._check_parameters(index)
-        groups = hyper_parameters(self._module, self._optimizer)
+        groups = hyper_parameters(self._optimizer, self._params)
         unused = [name for name, param in self._params.items() if param.grad is None]
         return self._write(Step(index, 0, ends_epoch, groups, clip, divisor, unused, []), is_last)
 
@@ -135,7 +135,7 @@ class Recorder:
                 "on_train_batch_start return -1 there? Let an epoch end behind a whole accumulation."
             )
         self._last_index = step.index
-        self._writer.append(step, self.state(), is_last)
+        self._writer.append(step, self.state, is_last)
         self.num_steps += 1
         self.last_epoch = step.epoch, step.ends_epoch
         return step

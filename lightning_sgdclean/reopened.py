@@ -104,7 +104,8 @@ def check_model(trajectory: Trajectory, module: nn.Module, optimizer: Optimizer)
         raise RunDirectoryError(
             f"The run was trained by {wanted}, but configure_optimizers of this model gives {found}."
         )
-    live = {name: list(param.shape) for name, param in trained_parameters(module, optimizer).items()}
+    params = trained_parameters(module, optimizer)
+    live = {name: list(param.shape) for name, param in params.items()}
     recorded = trajectory.shapes("param")
     other = sorted({*live} ^ {*recorded}) or [name for name in live if live[name] != recorded[name]]
     if other:
@@ -113,5 +114,5 @@ def check_model(trajectory: Trajectory, module: nn.Module, optimizer: Optimizer)
             f"{recorded.get(other[0], 'none')} in the trajectory and {live.get(other[0], 'none')} in this model."
         )
     groups = next((step.groups for step in reversed(trajectory.steps) if step.is_update), [])
-    if [group["params"] for group in groups] != [group["params"] for group in hyper_parameters(module, optimizer)]:
+    if [group["params"] for group in groups] != [group["params"] for group in hyper_parameters(optimizer, params)]:
         raise RunDirectoryError("The optimizer of this model has its parameters in other groups than the run's had.")

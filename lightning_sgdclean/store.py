@@ -22,6 +22,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 
@@ -33,21 +34,11 @@ def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None
         state: Live or not.
         buffer_for: Gives a tensor of that dtype and length to copy into; by default new ones are made.
     """
-    rows: Layout = []
+    entries = _entries(state)
+    rows: Layout = [[*where, _NAMES[tensor.dtype], list(tensor.shape)] for *where, tensor in entries]
     by_dtype: dict[str, list[Tensor]] = {}
-
-    def add(kind: str, name: str, key: str, tensor: Tensor) -> None:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        rows.append([kind, name, key, dtype, list(tensor.shape)])
-        by_dtype.setdefault(dtype, []).append(tensor.detach().reshape(-1))
-
-    for name, tensor in state.params.items():
-        add("param", name, "", tensor)
-    for name, tensor in state.buffers.items():
-        add("buffer", name, "", tensor)
-    for name, entries in state.optimizer.items():
-        for key, tensor in entries.items():
-            add("optimizer", name, key, tensor.to(state.params[name].device))
+    for *_, tensor in entries:
+        by_dtype.setdefault(_NAMES[tensor.dtype], []).append(tensor.detach().reshape(-1))
     if buffer_for is None:
         return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
     flat = {}
@@ -58,6 +49,19 @@ def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None
         else:
             flat[dtype].copy_(torch.cat(tensors))
     return rows, flat
+
+
+def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:
+    """Kind, name, key and tensor of all that a state holds; an optimizer's lie where their parameter lies."""
+    return [
+        *(("param", name, "", tensor) for name, tensor in state.params.items()),
+        *(("buffer", name, "", tensor) for name, tensor in state.buffers.items()),
+        *(
+            ("optimizer", name, key, tensor.to(state.params[name].device))
+            for name, entries in state.optimizer.items()
+            for key, tensor in entries.items()
+        ),
+    ]
 
 
 def unflatten(layout: Layout, flat: dict[str, Tensor]) -> State:

@@ -4,6 +4,7 @@
 import json
 import math
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ class TrajectoryWriter:
         self._current, self._is_start = self._flat(state), True
         self._background.submit(partial(self._write_manifest, list(self._segments)))
 
-    def append(self, step: Step, after: State, is_last: bool = False) -> None:
-        """Add one step and the state after it, which is copied where it is a snapshot or may be the last one."""
+    def append(self, step: Step, state_after: Callable[[], State], is_last: bool = False) -> None:
+        """Add one step and the state after it, which is asked for where it is a snapshot or may be the last one."""
         if not self._num_steps and self._current is None:
             raise RunDirectoryError("A step came before the first state; begin() must be called first.")
         self._background.check()
@@ -108,7 +109,7 @@ class TrajectoryWriter:
         self._steps.append(self._keep_step(step))
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
-        self._current = self._flat(after) if wanted else None
+        self._current = self._flat(state_after()) if wanted else None
 
     def close(self) -> None:
         """Write what is held in memory, and the state after the last step if it is known."""

@@ -2,6 +2,7 @@
 """What is written is what is read; what cannot be read says so."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def written(folder, interval=1, close=True):
     writer = TrajectoryWriter(folder, interval)
     writer.begin(state(0.0, False))
     for index in range(4):
-        writer.append(step(index, index // 2, index % 2 == 1), state(float(index + 1), True))
+        writer.append(step(index, index // 2, index % 2 == 1), partial(state, float(index + 1), True))
     if close:
         writer.close()
     return writer
@@ -104,7 +105,7 @@ def test_steps_with_gaps_between_their_numbers_have_their_states(tmp_path):
     writer = TrajectoryWriter(tmp_path)
     writer.begin(state(0.0, False))
     for value, index in enumerate((3, 5, 9)):
-        writer.append(step(index, 0, False), state(float(value + 1), True), is_last=index == 9)
+        writer.append(step(index, 0, False), partial(state, float(value + 1), True), is_last=index == 9)
     writer.close()
     trajectory = Trajectory(tmp_path)
     assert trajectory.kept == [0, 1, 2, 3]

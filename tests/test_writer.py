@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def record(folder, interval):
     writer.keeps_epochs = True
     writer.begin(state(0.0, False))
     for index in range(10):
-        writer.append(step(index, index // 2, index % 2 == 1), state(float(index + 1), True))
+        writer.append(step(index, index // 2, index % 2 == 1), partial(state, float(index + 1), True))
         if index % 2 == 1:
             writer.drop_before(index // 2 - 1)
     writer.close()
