@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from lightning_sgdclean.cleansed import Cleansed
     from lightning_sgdclean.comparing import compare
     from lightning_sgdclean.counterfactuals import Counterfactual, counterfactual
+    from lightning_sgdclean.decisions import apply_decisions
     from lightning_sgdclean.later import retrace
     from lightning_sgdclean.optimizers import register_update
+    from lightning_sgdclean.page.building import write_report
     from lightning_sgdclean.ranking import Ranking
     from lightning_sgdclean.updates import Update
 
@@ -23,10 +25,12 @@ __all__ = [
     "SGDInfluence",
     "Update",
     "__version__",
+    "apply_decisions",
     "compare",
     "counterfactual",
     "register_update",
     "retrace",
+    "write_report",
 ]
 
 _HOMES = {
@@ -35,10 +39,12 @@ _HOMES = {
     "Ranking": "ranking",
     "SGDInfluence": "callback",
     "Update": "updates",
+    "apply_decisions": "decisions",
     "compare": "comparing",
     "counterfactual": "counterfactuals",
     "register_update": "optimizers",
     "retrace": "later",
+    "write_report": "page.building",
 }
 
 

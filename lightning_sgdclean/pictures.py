@@ -30,39 +30,58 @@ def picture_of(sample: Any) -> NDArray[np.uint8] | None:
         return _first(list(sample.values()))
     if isinstance(sample, list | tuple):
         return _first(sample)
-    if isinstance(sample, Tensor | np.ndarray):
-        return _from_array(sample)
-    is_pil = hasattr(sample, "convert") and hasattr(sample, "getbands")  # without importing PIL, nor pixels of others
-    return _from_pil(sample) if is_pil else None
+    values = picture_values(sample)
+    if values is None:
+        return None
+    colours = values[..., 0] if values.shape[2] == 1 else values[..., :3]  # transparency is not shown
+    return np.ascontiguousarray(_as_bytes(colours))
+
+
+def picture_values(value: Any) -> NDArray[Any] | None:
+    """The picture that a single value is, its numbers as they are.
+
+    Args:
+        value: A PIL image, a tensor or an array, as for :func:`picture_of`.
+
+    Returns:
+        Numbers ``(H, W, C)`` with 1, 3 or 4 channels, or None if it is no picture.
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        return _from_array(value)
+    is_pil = hasattr(value, "convert") and hasattr(value, "getbands")  # without importing PIL, nor pixels of others
+    return _from_pil(value) if is_pil else None
 
 
 def _first(parts: Any) -> NDArray[np.uint8] | None:
     return next((found for part in parts if (found := picture_of(part)) is not None), None)
 
 
-def _from_pil(image: Any) -> NDArray[np.uint8] | None:
-    grey = image.mode in ("1", "L", "LA")
+def _from_pil(image: Any) -> NDArray[Any] | None:
     if image.mode.startswith(("I", "F")):  # 16 bits and more, which converting would cut off
         return _from_array(np.asarray(image))
-    return _from_array(np.asarray(image.convert("L" if grey else "RGB")))
+    clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    grey = image.mode in ("1", "L")
+    return _from_array(np.asarray(image.convert("RGBA" if clear else "L" if grey else "RGB")))
 
 
-def _from_array(values: Tensor | NDArray[Any]) -> NDArray[np.uint8] | None:
+def _from_array(values: Tensor | NDArray[Any]) -> NDArray[Any] | None:
+    if not 2 <= values.ndim <= 3:
+        return None
     array = _to_numpy(values) if isinstance(values, Tensor) else values
-    if array.dtype.kind not in "buif":
+    if array is None or array.dtype.kind not in "buif":
         return None
-    if array.ndim == 3:
-        if array.shape[0] in _CHANNELS:
-            array = np.moveaxis(array, 0, -1)
-        elif array.shape[2] not in _CHANNELS:
-            return None
-        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]  # transparency is not shown
-    if array.ndim not in (2, 3) or min(array.shape[:2]) < _SMALLEST:
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.shape[0] in _CHANNELS and min(array.shape[1:]) >= _SMALLEST:
+        array = np.moveaxis(array, 0, -1)
+    if array.shape[2] not in _CHANNELS or min(array.shape[:2]) < _SMALLEST:
         return None
-    return np.ascontiguousarray(_as_bytes(array))
+    return array
 
 
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+def _to_numpy(tensor: Tensor) -> NDArray[Any] | None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
     tensor = tensor.detach().cpu()
     found: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return found
