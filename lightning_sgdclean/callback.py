@@ -82,6 +82,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         columns: Further columns of the CSV: ``"label"``, ``"prediction"`` and ``"loss"`` of each sample at the end
             point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
             ``"by_epoch"``, what each epoch of the window adds to the influence.
+        formats: What the ranking is written as: ``"csv"``, in any case, and ``"parquet"``, which needs pyarrow.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -115,6 +116,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
         columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
+        formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
@@ -135,6 +137,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
         checks.check_objective(objective)
         checks.check_columns(columns)
+        checks.check_formats(formats)
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
@@ -142,6 +145,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.snapshots, self.max_bytes = snapshots, max_bytes
         self.on_mismatch, self.tolerance = on_mismatch, tolerance
         self.retrace_precision, self.columns = retrace_precision, tuple(columns)
+        self.formats = tuple(dict.fromkeys(("csv", *formats)))
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -342,9 +346,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             "batches": recording.keeper.summary(),
             "trajectory_bytes": recording.writer.bytes_written,
         }
-        csv_path = ranking.save(run_dir / "influence.csv")
+        files = [ranking.save(run_dir / f"influence.{kind}") for kind in self.formats]
         write_json(run_dir / "summary.json", self.summary)
-        publish(trainer.loggers, ranking, [csv_path, run_dir / "summary.json"], trainer.global_step, self._unit)
+        publish(trainer.loggers, ranking, [*files, run_dir / "summary.json"], trainer.global_step, self._unit)
         if not self.keep_trajectory:
             shutil.rmtree(run_dir / "trajectory")
         if shown_bar(trainer) is not None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sgdclean.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.optimizers import update_of
+from lightning_sgdclean.ranking_parquet import pyarrow
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
 
@@ -21,6 +22,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+FORMATS = ("csv", "parquet")
 FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch")
 
 
@@ -50,6 +52,20 @@ def check_columns(columns: Any) -> None:
     unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in FURTHER_COLUMNS]
     if unknown:
         raise ValueError(f"columns holds {unknown[0]!r}; expected a sequence of some of {', '.join(FURTHER_COLUMNS)}.")
+
+
+def check_formats(formats: Any) -> None:
+    """Files that the ranking can be written as, and what that needs.
+
+    Raises:
+        ValueError: If one is unknown.
+        ImportError: If pyarrow is needed and not installed.
+    """
+    unknown = [formats] if isinstance(formats, str) else [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"formats holds {unknown[0]!r}; expected a sequence of some of {', '.join(FORMATS)}.")
+    if "parquet" in formats:
+        pyarrow()
 
 
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:

@@ -34,7 +34,7 @@ def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -
         folder = Path(wanted)
         if overwrite and holds_run(folder):
             shutil.rmtree(folder / "trajectory", ignore_errors=True)
-            for name in ("influence.csv", "summary.json"):
+            for name in ("influence.csv", "influence.parquet", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
     else:
         folder, number = log_dir / "sgd_influence", 1

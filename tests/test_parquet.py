@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lightning_sgdclean import Ranking
+from cases import Case, fit
+from lightning_sgdclean import Ranking, SGDInfluence
 from test_ranking import STRANGE_IDS
 
 NUMBERS = [5e-324, -1.7976931348623157e308, 0.1, -0.0, 0.0, math.pi, -2.0]
@@ -108,3 +109,23 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install lightning-sgdclean\[parquet\]"):
         ranking.save(tmp_path / "x.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_writes_it_beside_the_csv_and_a_later_one_replaces_both(tmp_path):
+    for _ in range(2):
+        callback = SGDInfluence(formats=["parquet"], columns=["label"], dirpath=tmp_path / "run", overwrite=True)
+        fit(Case("parquet", trainer={"max_epochs": 1}), callback)
+        assert Ranking.load(tmp_path / "run" / "influence.parquet") == callback.ranking
+        assert Ranking.load(tmp_path / "run") == callback.ranking
+    fit(Case("csv", trainer={"max_epochs": 1}), SGDInfluence(dirpath=tmp_path / "run", overwrite=True))
+    assert not (tmp_path / "run" / "influence.parquet").exists()
+
+
+def test_formats_are_checked_when_the_callback_is_made(monkeypatch):
+    with pytest.raises(ValueError, match="formats holds 'xlsx'; expected a sequence of some of csv, parquet"):
+        SGDInfluence(formats=("xlsx",))
+    with pytest.raises(ValueError, match="formats holds 'parquet'"):
+        SGDInfluence(formats="parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install"):
+        SGDInfluence(formats=("parquet",))
