@@ -1,5 +1,6 @@
 # make demo     train on MNIST with flipped labels, find them, train again without them
-# make test     lint, format, types, tests
+# make test     lint, format, types, documentation, tests
+# make docs     the documentation as a site: build/docs/index.html
 # make bench    measure what recording and retracing cost
 # make clean    remove the environment, builds and caches
 #
@@ -17,18 +18,22 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test bench clean FORCE
+.PHONY: demo test docs bench clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/all.done
 	$(PY) examples/mnist_flipped_labels.py $(ARGS)
 
 # pytest comes last, so that the output ends in its summary. Of tests/zoo it runs what is installed.
-test: $(VENV)/test.done $(VENV)/zoo.done
+test: $(VENV)/test.done $(VENV)/zoo.done docs
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -m pytest
+
+# From scratch, since a page that did not change can still link to one that did. Warnings are errors.
+docs: $(VENV)/docs.done
+	$(PY) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
 
 bench: $(VENV)/all.done
 	$(PY) benchmarks/cost.py $(ARGS)
@@ -60,7 +65,7 @@ endif
 	touch $@
 
 # The package in place, with the extra that gives the file its name.
-$(VENV)/all.done $(VENV)/test.done: $(VENV)/%.done: $(VENV)/torch.done setup.cfg pyproject.toml
+$(VENV)/all.done $(VENV)/docs.done $(VENV)/test.done: $(VENV)/%.done: $(VENV)/torch.done setup.cfg pyproject.toml
 	@echo "Installing lightning-sgdclean[$*] into $(VENV)"
 	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[$*]'
 	touch $@

@@ -124,7 +124,7 @@ def precision_at_k(influence: Column, is_wrong: Column, k: int) -> float:
         k: How many of the most harmful samples to look at.
 
     Returns:
-        A number from 0 to 1. Samples that tie for the last places share them: the mean over all ways to choose.
+        A number from 0 to 1. Samples that tie for the last places share them, as in the mean over all ways to choose.
 
     Raises:
         TypeError: If ``influence`` holds anything but numbers, ``is_wrong`` other than bool, 0 and 1, or ``k`` is no

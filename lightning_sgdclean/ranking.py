@@ -113,7 +113,7 @@ class Ranking:
 
     @property
     def effect(self) -> list[str]:
-        """The sign in words: ``harmful``, ``helpful``, or ``none`` where the influence is exactly 0."""
+        """The sign in words, ``harmful`` or ``helpful``, and ``none`` where the influence is exactly 0."""
         return [effect_of(influence) for influence in self.influence.tolist()]
 
     def __len__(self) -> int:
@@ -203,7 +203,7 @@ class Ranking:
                 a sequence, array or tensor ``(M,)`` in which integer ids are positions.
 
         Returns:
-            Group to sum, ascending by sum (negative: harmful together), ties by the group's name.
+            Group to sum, ascending by sum (negative means harmful together), ties by the group's name.
 
         Raises:
             KeyError: If ``groups`` has no entry for a sample id.

@@ -16,7 +16,7 @@ from lightning_sgdclean import SGDInfluence, errors
 from lightning_sgdclean.ranking_csv import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -79,9 +79,15 @@ def test_every_key_of_the_trajectory_is_documented(run_dir):
     assert [kind for kind in kinds if f"`{kind}/t/" not in outputs] == []
 
 
-def test_every_public_name_is_in_the_readme():
-    public = [name for name in lightning_sgdclean.__all__ if not name.startswith("_")]
-    assert [name for name in public if name not in text_of("README.md")] == []
+def test_every_public_name_is_in_the_api():
+    named = set(re.findall(r":: (?:\w+\.)*(\w+)$", text_of("docs/api.md"), re.MULTILINE))
+    assert set(lightning_sgdclean.__all__) - {"__version__"} - named == set(), "give them a directive in docs/api.md"
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    lists = re.findall(r"^```{toctree}\n(.*?)^```", text_of("docs/index.md"), re.MULTILINE | re.DOTALL)
+    pages = {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in PAGES[1:]} - {"index"}
+    assert pages - set("\n".join(lists).split()) == set(), "name them in a toctree of docs/index.md"
 
 
 def test_every_option_stands_in_the_readme_with_its_default():
