@@ -43,24 +43,21 @@ def silent_logger(trainer: Any) -> Any:
     return importlib.import_module(f"{root}.loggers.logger").DummyLogger()
 
 
-def quiet_trainer(module: Any, trained: dict[str, str], callback: Any) -> Any:
-    """A Trainer from the module's own package that takes no step, on the kind of device that the run was on.
+def quiet_trainer(module: Any, trained: dict[str, str]) -> Any:
+    """A Trainer from the module's own package that shows and writes nothing, on the kind of device of the run.
 
     Args:
         module: The LightningModule that it is for.
         trained: ``precision`` and ``device`` of the run.
-        callback: Its only one.
     """
     package = next((p for p in _PACKAGES if isinstance(module, p.LightningModule)), _PACKAGES[0])
     return package.Trainer(
         accelerator="gpu" if trained["device"] == "cuda" else trained["device"],
         devices=1,
         precision=trained["precision"],
-        max_epochs=0,
+        max_epochs=1,
         logger=False,
-        callbacks=[callback],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
     )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from lightning_sgdclean import report
-from lightning_sgdclean.backward import Influences, retrace_steps
+from lightning_sgdclean.backward import retrace_steps
+from lightning_sgdclean.bookmark import Bookmark, key_of
 from lightning_sgdclean.errors import ReplayMismatchError
 from lightning_sgdclean.ids import prove_ids
+from lightning_sgdclean.influences import Influences
 from lightning_sgdclean.inspection import sample_columns
 from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient
@@ -42,7 +44,7 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
     """Rank the samples of an opened run, under a bar in the style of ``bar``; see :func:`rank_run`."""
     walk, steps, run, options = this.walk, this.steps, this.run, this.options
     objectives = this.objectives_at(this.end, this.surroundings)
-    complaints = [] if run.averaging else _compare_objective(objectives[0].value, steps[-1], run.logged, walk, options)
+    complaints = [] if run.averaging else _compare_objective(objectives[0].value, steps[-1], run, walk, options)
     if walk.split is not None:
         complaints += prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
 
@@ -58,11 +60,24 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
             agreement = float32_agreement(this.states, steps, walk, start)
             if agreement.is_noise:
                 complaints.append(agreement.complaint(this.surroundings.precision))
-        found = retrace_steps(this.states, steps, start(walk), walk, lambda found: advance(found.values[0]))
+        adjoints = start(walk)
+        bookmark = Bookmark(this.trajectory.folder, _key(this, adjoints))
+        found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, options) | columns)
     return ranking, about, [*walk.fidelity.complaints[:3], *complaints, *gaps]
+
+
+def _key(this: OpenedRun, adjoints: list[Adjoint]) -> str:
+    """What tells this walk from others over the same run."""
+    options = this.options
+    matters = {
+        "curvature": [options.curvature, options.finite_radius],
+        "widens": this.walk.widens,
+        "sample_losses": options.sample_losses,
+    }
+    return key_of(this.trajectory.run, [step.index for step in this.steps], matters, adjoints)
 
 
 def _columns(found: Influences, options: RetraceOptions) -> dict[str, Any]:
@@ -75,13 +90,11 @@ def _columns(found: Influences, options: RetraceOptions) -> dict[str, Any]:
     return columns | (by_epoch if "by_epoch" in options.columns else {})
 
 
-def _compare_objective(
-    value: float, last: Step, logged: dict[int, float], walk: Walk, options: RetraceOptions
-) -> list[str]:
+def _compare_objective(value: float, last: Step, run: RecordedRun, walk: Walk, options: RetraceOptions) -> list[str]:
     """Hold the recomputed value against the logged one, where both are of the same weights and data."""
     if options.objective is not None or options.val_dataloaders is not None:
         return []
-    at_end = logged.get(last.index + 1)
+    at_end = run.ending.logged_at(options.monitor, last.index + 1)
     # Lightning sums over batches in the precision of what is logged.
     slack = 4 * max(torch.finfo(param.dtype).eps for param in walk.params.values())
     if at_end is None or math.isclose(value, at_end, rel_tol=max(1e-4, slack), abs_tol=1e-12):
@@ -89,9 +102,9 @@ def _compare_objective(
     text = (
         f"{options.monitor!r} recomputed on the final weights is {value!r}, but {at_end!r} was logged for them. "
         "Likely causes: random validation data, weights moved after the last step, "
-        "or a value not averaged by batch size."
+        f"{'' if run.is_of_fit else 'other validation data than the fit had, '}or a value not averaged by batch size."
     )
-    if options.on_mismatch == "raise":
+    if options.on_mismatch == "raise" and run.is_of_fit:
         raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
     return [text]
 
@@ -106,10 +119,10 @@ def _about(
             "name": names[0],
             "mode": options.mode,
             "recomputed": objectives[0].value,
-            "logged": run.logged.get(last.index + 1),
+            "logged": run.ending.logged_at(options.monitor, last.index + 1),
             "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
         },
-        "end_point": _end_point_in_words(last, run),
+        "end_point": _end_point_in_words(last, run, options),
         "dataset_size": _dataset_size(last.micro[0], run),
         "window": {
             "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
@@ -137,9 +150,9 @@ def _dataset_size(micro: MicroBatch, run: RecordedRun) -> int | None:
     return len(loader.dataset) if micro.ids == micro.positions and hasattr(loader.dataset, "__len__") else None
 
 
-def _end_point_in_words(last: Step, run: RecordedRun) -> str:
+def _end_point_in_words(last: Step, run: RecordedRun, options: RetraceOptions) -> str:
     """Which weights the objective is of, e.g. ``after step 811, the ModelCheckpoint's best model``."""
-    words = f"after step {last.index}, {'the last' if run.best is None else 'at which the best model was saved'}"
+    words = f"after step {last.index}, {'the last' if options.at == 'last' else 'at which the best model was saved'}"
     if run.averaging:
         words += f"; the averaged weights of {', '.join(run.averaging)} are not what is ranked"
     return words

@@ -14,66 +14,31 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.batches import cloned
+from lightning_sgdclean.bookmark import Bookmark, Progress
 from lightning_sgdclean.buffers import check_moved_buffers
 from lightning_sgdclean.clipping import clip, clip_transpose
 from lightning_sgdclean.curvature import Engine, Finite, Linearised, gradient
 from lightning_sgdclean.errors import NonFiniteError
 from lightning_sgdclean.fidelity import Changes
 from lightning_sgdclean.fingerprints import batch_digest
+from lightning_sgdclean.influences import Influences
 from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
 from lightning_sgdclean.running_stats import BatchStatistic, pull_back_updates
-from lightning_sgdclean.trajectory import MicroBatch, SampleId, State, States, Step
+from lightning_sgdclean.trajectory import MicroBatch, State, States, Step
 from lightning_sgdclean.updates import Group
 from lightning_sgdclean.walk import Adjoint, Walk
 from lightning_sgdclean.weighting import Plan, unit_weights
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
-
-
-@dataclass
-class Influences:
-    """Influence of every sample drawn in a window on each objective; see :func:`retrace_steps`.
-
-    Attributes:
-        ids: The ``N`` samples drawn.
-        visits: How often each was drawn, ``(N,)``.
-        values: Influences in the objective's unit, ``(K, N)``, one row an objective; negative: harmful.
-        by_epoch: What each epoch adds to the first row, ``(N,)`` by epoch.
-    """
-
-    ids: list[SampleId]
-    visits: Tensor
-    values: Tensor
-    by_epoch: dict[int, Tensor]
-
-    @classmethod
-    def none_yet(cls, steps: list[Step], num_objectives: int) -> "Influences":
-        """Zeros for all that is drawn in ``steps``."""
-        drawn = [micro for step in steps if step.is_update for micro in step.micro]
-        ids = list(dict.fromkeys(name for micro in drawn for name in micro.ids))
-        by_epoch = {epoch: torch.zeros(len(ids), dtype=torch.float64) for epoch in sorted({m.epoch for m in drawn})}
-        values = torch.zeros(num_objectives, len(ids), dtype=torch.float64)
-        return cls(ids, torch.zeros(len(ids), dtype=torch.int64), values, by_epoch)
-
-    def __post_init__(self) -> None:
-        self._rows = {name: row for row, name in enumerate(self.ids)}
-
-    def add(self, micro: MicroBatch, scores: Tensor) -> None:
-        """Take in the ``scores`` of a micro-batch, ``(K, B)``: what a weight more of each sample does."""
-        rows = torch.tensor([self._rows[name] for name in micro.ids])
-        moved = -scores.double().cpu()
-        self.values.index_add_(1, rows, moved)
-        self.by_epoch[micro.epoch].index_add_(0, rows, moved[0])
-        self.visits.index_add_(0, rows, torch.ones_like(rows))
 
 
 def retrace_steps(
@@ -82,6 +47,7 @@ def retrace_steps(
     adjoints: list[Adjoint],
     walk: Walk,
     progress: Callable[[Influences], None],
+    bookmark: Bookmark | None = None,
 ) -> Influences:
     """Influence of every sample drawn in ``steps`` on each objective, the steps gone over once for all of them.
 
@@ -91,21 +57,31 @@ def retrace_steps(
         adjoints: One an objective, at the end of the last step; carried to the window's first step in place.
         walk: Module, engine, optimizer's rule and tolerances.
         progress: Called after every step with what was found so far.
+        bookmark: Where the walk is marked, and goes on from.
 
     Raises:
         ReplayMismatchError: If a step, run again, differs from the record.
         NonFiniteError: If an influence is not finite.
     """
     found = Influences.none_yet(steps, len(adjoints))
-    after = states.state(steps[-1].index + 1)
-    for number, step in enumerate(reversed(steps)):
+    carried = Progress(adjoints, found, walk.fidelity)
+    done = 0 if bookmark is None else bookmark.restore(carried)
+    for _ in range(done):
+        progress(found)
+    after = None
+    for number, step in list(enumerate(reversed(steps)))[done:]:
+        after = states.state(step.index + 1) if after is None else after
         before = states.state(step.index)
         for micro, scores in retrace_step(step, before, after, adjoints, walk, number % _FULL_CHECK_EVERY == 0):
             found.add(micro, scores)
         if not bool(torch.isfinite(found.values).all()):
             raise NonFiniteError(f"The influences stopped being finite at step {step.index} (epoch {step.epoch}).")
         after = before
+        if bookmark is not None:
+            bookmark.pass_by(number + 1, carried)
         progress(found)
+    if bookmark is not None:
+        bookmark.remove()
     return found
 
 

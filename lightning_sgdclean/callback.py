@@ -179,12 +179,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_optimizers(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
+        known_best = self._mark.best if self._mark and self.run_dir else None
         if self.run_dir is None:
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
-        options = RecordingOptions(self.at, self.keep_batches, self.snapshots, self.max_bytes)
+        options = RecordingOptions(self.keep_batches, self.snapshots, self.max_bytes)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
-        self._recording = Recording(trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say)
+        self._recording = Recording(
+            trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say, known_best
+        )
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 
@@ -285,10 +288,12 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             self.run_dir,
             self._loaders.loaders,
             trainer.optimizers[0],
-            self._recording.logged,
+            self._recording.ending(trainer),
+            trainer.val_dataloaders,
+            trainer.num_val_batches,
+            is_of_fit=True,
             hooks=checks.gradient_hooks(trainer, pl_module),
             averaging=self._recording.averaging,
-            best=self._recording.best,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
         )
@@ -315,6 +320,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             objective=self.objective,
             val_dataloaders=self.val_dataloaders,
             epochs=self.epochs,
+            at=self.at,
             curvature=self.curvature,
             finite_radius=self.finite_radius,
             sample_losses=self.sample_losses,

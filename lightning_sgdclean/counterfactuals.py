@@ -107,14 +107,10 @@ def counterfactual(
         monitor=monitor,
         mode=mode,
         objective=objective,
-        val_dataloaders=val_dataloaders,
         epochs=epochs,
-        curvature="exact",
-        finite_radius=0.01,
         sample_losses=sample_losses,
         on_mismatch=on_mismatch,
         tolerance=tolerance,
-        retrace_precision="auto",
     )
     found, complaints = reopened(
         run_dir,

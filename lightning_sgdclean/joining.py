@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lightning_sgdclean.ending import forget_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.run_directory import fresh_directory
@@ -31,12 +32,14 @@ class Mark:
         step: Number that the next step would have had.
         folder: The run directory.
         is_between_steps: Whether no batch waited for its step.
+        best: See :class:`lightning_sgdclean.best_model.BestModel`.
     """
 
     run: str
     step: int
     folder: str
     is_between_steps: bool
+    best: list[int] | None = None
 
 
 def join(mark: Mark, wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
@@ -119,9 +122,10 @@ def cut_off(folder: Path, mark: Mark) -> None:
             kept.append(_shortened(folder, segment, mark.step, max(numbers) + 1))
     manifest["segments"] = kept
     manifest["joints"] = [index for index in manifest["joints"] if index < mark.step]
+    forget_ending(folder)
     write_sealed(folder / "manifest.json", manifest)
     names = {segment["file"] for segment in kept}
-    for path in (*folder.glob("segment-*.safetensors"), *folder.glob(".*.tmp")):
+    for path in (*folder.glob("segment-*.safetensors"), *folder.glob("retracing-*"), *folder.glob(".*.tmp")):
         if path.name not in names:
             path.unlink()
 

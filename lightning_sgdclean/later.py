@@ -13,6 +13,7 @@ from lightning_sgdclean.after_fit import rank_opened
 from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.reopened import reopened
+from lightning_sgdclean.surroundings import shown_bar
 from lightning_sgdclean.walk import RetraceOptions
 
 
@@ -26,7 +27,9 @@ def retrace(
     monitor: str = "val_loss",
     mode: Literal["min", "max"] = "min",
     objective: Callable[[Any, Any], Any] | dict[str, Callable[[Any, Any], Any]] | None = None,
+    limit_val_batches: float | None = None,
     epochs: int | Literal["all"] = 1,
+    at: Literal["last", "best"] = "last",
     curvature: Literal["exact", "finite", "none"] = "exact",
     finite_radius: float = 0.01,
     sample_losses: Callable[[Any, Any], Tensor] | None = None,
@@ -34,22 +37,27 @@ def retrace(
     tolerance: float | None = None,
     retrace_precision: Literal["auto", "run", "float32"] = "auto",
     columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
+    trainer: Any = None,
 ) -> Ranking:
     """Rank the samples of a run from its recorded trajectory: another objective, window or engine, no training.
 
-    A quiet Trainer is made with the precision and the kind of device that the run had; it takes no step.
+    Where it is killed, the next call with the same arguments goes on from about there, to the same bits.
 
     Args:
         run_dir: The run directory, with its ``trajectory``.
         model: The LightningModule, made as for the run. Its trained weights do not matter and are left as they are;
             weights that the run did not train have to be those of the run.
         train_dataloaders: The training data, as ``fit`` got them.
-        val_dataloaders: The data that the objective is the mean over.
+        val_dataloaders: The data that the objective is the mean over. Where its value is not the one that the fit
+            logged, a warning tells.
         datamodule: Instead of the two.
         monitor: As for :class:`SGDInfluence`, and so are the rest.
         mode: See there.
         objective: See there.
+        limit_val_batches: How many validation batches of each loader count, or as a float which share; by default as
+            many as the fit took.
         epochs: See there; the window has to lie in what was kept.
+        at: See there; ``"best"`` needs a run that was recorded with it.
         curvature: See there.
         finite_radius: See there.
         sample_losses: See there.
@@ -57,6 +65,8 @@ def retrace(
         tolerance: See there.
         retrace_precision: See there.
         columns: See there.
+        trainer: The Trainer to retrace under; it takes no step, and is afterwards as it was. By default a quiet one
+            with the precision and the kind of device that the run had.
 
     Returns:
         The ranking; nothing is written.
@@ -66,13 +76,14 @@ def retrace(
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
     checks.check_objective(objective)
+    checks.check_choice("at", at, ("last", "best"))
     checks.check_columns(columns)
     options = RetraceOptions(
         monitor=monitor,
         mode=mode,
         objective=objective,
-        val_dataloaders=val_dataloaders,
         epochs=epochs,
+        at=at,
         curvature=curvature,
         finite_radius=finite_radius,
         sample_losses=sample_losses,
@@ -85,10 +96,12 @@ def retrace(
         run_dir,
         model,
         options,
-        lambda this: rank_opened(this, bar=None),
+        lambda this: rank_opened(this, bar=None if trainer is None else shown_bar(trainer)),
         train_dataloaders=train_dataloaders,
         val_dataloaders=val_dataloaders,
         datamodule=datamodule,
+        limit_val_batches=limit_val_batches,
+        trainer=trainer,
     )
     for text in complaints:
         warnings.warn(text, SGDInfluenceWarning, stacklevel=2)

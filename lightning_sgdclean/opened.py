@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_sgdclean.backward import check_finite, load_state
-from lightning_sgdclean.best_model import BestModel
+from lightning_sgdclean.ending import Ending
 from lightning_sgdclean.errors import ObjectiveError, UnsupportedTrainingError
 from lightning_sgdclean.fetching import fetch_batch
 from lightning_sgdclean.ids import check_positions
@@ -34,10 +34,12 @@ class RecordedRun:
         folder: The run directory.
         loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
         optimizer: The user's optimizer.
-        logged: The monitored value after each validation, by the number of steps made by then.
+        ending: How its fit ended.
+        val_dataloaders: The validation loaders that the Trainer had; None where it made none.
+        limits: How many batches of each of them count; None: all.
+        is_of_fit: Whether those are surely the data that were validated on.
         hooks: Hooks of the user's that could have edited gradients.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
-        best: Where the best model was saved, if that is where the walk is to start.
         classes: Classes that kept batches are made of, by name.
         as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
     """
@@ -45,10 +47,12 @@ class RecordedRun:
     folder: Path
     loaders: list[Any]
     optimizer: Optimizer
-    logged: dict[int, float]
+    ending: Ending
+    val_dataloaders: Any
+    limits: list[float] | None
+    is_of_fit: bool
     hooks: list[str]
     averaging: list[str]
-    best: BestModel | None
     classes: Classes
     as_delivered: Callable[[Any], Any]
 
@@ -109,13 +113,12 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: RetraceOptions)
     module.to(surroundings.device)
     try:
         with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(module) as restore:
-            yield _opened(trainer, module, run, options, surroundings, restore)
+            yield _opened(module, run, options, surroundings, restore)
     finally:
         module.to(home)
 
 
 def _opened(
-    trainer: Any,
     module: Any,
     run: RecordedRun,
     options: RetraceOptions,
@@ -148,7 +151,7 @@ def _opened(
         surroundings=surroundings,
         restore=restore,
         end=states.state(steps[-1].index + 1),
-        objectives=lambda around: _objectives(trainer, walk, around, options),
+        objectives=lambda around: _objectives(run, walk, around, options),
     )
 
 
@@ -159,13 +162,14 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
         UnsupportedTrainingError: If there are none.
     """
     steps = recorded
-    if run.best is not None:
-        if run.best.step is None:
+    if options.at == "best":
+        best = run.ending.best_step
+        if best is None:
             raise UnsupportedTrainingError(
-                "The ModelCheckpoint saved no new best model in this fit, so there is no end point. "
-                'Use at="last", or a ModelCheckpoint that monitors a value which is logged.'
+                "The ModelCheckpoint saved no new best model in this fit, or none was watched, so there is no end "
+                'point. Use at="last", or at="best" in the fit with a ModelCheckpoint that monitors a logged value.'
             )
-        steps = [step for step in recorded if step.index < run.best.step]
+        steps = [step for step in recorded if step.index < best]
     if not any(step.is_update for step in steps):
         raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
     first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
@@ -173,16 +177,16 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
 
 
 def _objectives(
-    trainer: Any, walk: Walk, surroundings: Surroundings, options: RetraceOptions
+    run: RecordedRun, walk: Walk, surroundings: Surroundings, options: RetraceOptions
 ) -> list[ObjectiveGradient]:
     own = options.val_dataloaders is not None
-    loaders = options.val_dataloaders if own else trainer.val_dataloaders
+    loaders = options.val_dataloaders if own else run.val_dataloaders
     if loaders is None:
         raise ObjectiveError(
             "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
         )
     num_loaders = len(loaders_in(loaders))
-    batches = validation_batches(loaders, None if own else trainer.num_val_batches)
+    batches = validation_batches(loaders, None if own else run.limits)
     params = list(walk.params.values())
     with surroundings.as_stage("validate"):
         return objective_gradients(

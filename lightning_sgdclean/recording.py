@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_sgdclean import checks
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
+from lightning_sgdclean.ending import Ending, write_ending
 from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
@@ -36,7 +37,6 @@ from lightning_sgdclean.writer import TrajectoryWriter
 class RecordingOptions:
     """The callback's options that matter while training; see there."""
 
-    at: str
     keep_batches: KeepBatches
     snapshots: Literal["auto", "every", "sqrt"] | int
     max_bytes: int | None
@@ -64,13 +64,13 @@ class Recording:
         options: RecordingOptions,
         retrace: RetraceOptions,
         say: Callable[[str], None],
+        known_best: list[int] | None = None,
     ) -> None:
         self._loaders, self._folder, self._options, self._retrace, self._say = loaders, folder, options, retrace, say
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
         self.averaging = checks.check_callbacks(trainer)
-        self.best = BestModel(checks.best_model_checkpoint(trainer)) if options.at == "best" else None
-        self._best_epoch: tuple[int, bool] | None = None
+        self.best = BestModel(checks.best_model_checkpoint(trainer), known_best) if retrace.at == "best" else None
         optimizer = trainer.optimizers[0]
         trained = {
             "precision": str(trainer.precision),
@@ -221,8 +221,8 @@ class Recording:
             ends_epoch = _is_at_end_of_epoch(trainer)
             self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
         kept = first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), self._retrace.epochs)
-        if self._best_epoch is not None:
-            kept = min(kept, first_epoch_kept(*self._best_epoch, self._retrace.epochs))
+        if self.best is not None and self.best.epoch is not None:
+            kept = min(kept, first_epoch_kept(*self.best.epoch, self._retrace.epochs))
         with self._never_breaking_the_training(trainer):
             self.writer.drop_before(kept)
         self._loaders.let_go(kept)
@@ -239,14 +239,24 @@ class Recording:
         if self.failure is None:
             with self._never_breaking_the_training(trainer):
                 self.writer.close()
+                write_ending(self._folder / "trajectory", self.writer.run, self.ending(trainer))
         self._hook.remove()
+
+    def ending(self, trainer: Any) -> Ending:
+        """What is known when the fit is over."""
+        num_val_batches = list(trainer.num_val_batches) if trainer.val_dataloaders is not None else None
+        best = None if self.best is None else self.best.step
+        return Ending(self._retrace.monitor, self.logged, best, num_val_batches)
 
     def mark(self) -> Mark | None:
         """What a checkpoint written now is to say of the trajectory."""
         if self.failure is not None:
             return None
-        folder = str(self._folder.resolve())
-        return Mark(self.writer.run, self.writer.next_index, folder, not self.recorder.has_pending)
+        folder, best = str(self._folder.resolve()), self.best
+        if best is not None:  # the checkpoint may be that of the best model itself
+            best.look(self.writer.next_index, self.recorder.last_epoch)
+        known, is_between_steps = None if best is None else best.known, not self.recorder.has_pending
+        return Mark(self.writer.run, self.writer.next_index, folder, is_between_steps, known)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training(trainer):
@@ -255,8 +265,8 @@ class Recording:
             self._rehearsal.leave()
 
     def _look_for_best(self, trainer: Any) -> None:
-        if self.best is not None and self.best.look(trainer.global_step):
-            self._best_epoch = self.recorder.last_epoch
+        if self.best is not None:
+            self.best.look(trainer.global_step, self.recorder.last_epoch)
 
     def _plan(self, trainer: Any) -> Plan:
         """What is known of the run when batches are first to be kept."""

@@ -82,6 +82,7 @@ class Trajectory:
     """A recorded run, read back. Steps are light and held in memory; states are read when asked for.
 
     Attributes:
+        folder: Where it lies.
         run: What tells the run from others.
         trained: The ``precision``, ``device`` and ``optimizer`` of the run.
         steps: In order; their positions in this list are those that states are asked for by.
@@ -94,7 +95,7 @@ class Trajectory:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         manifest = _manifest(folder)
         self.run: str = manifest["run"]
         self.trained: dict[str, str] = manifest["trained"]
@@ -168,7 +169,7 @@ class Trajectory:
         """
         position = self.position(index)
         if position not in self._states:
-            raise RunDirectoryError(f"{self._folder} keeps no state before step {index}.")
+            raise RunDirectoryError(f"{self.folder} keeps no state before step {index}.")
         file, number, layout = self._states[position]
         handle, dtypes = self._handle(file), dict.fromkeys(row[3] for row in self._layouts[layout])
         flat = {dtype: handle.get_tensor(f"state/{number}/{dtype}") for dtype in dtypes}
@@ -177,9 +178,9 @@ class Trajectory:
     def _handle(self, file: str) -> Any:
         if self._open is None or self._open[0] != file:
             try:
-                self._open = file, safe_open(self._folder / file, "pt")
+                self._open = file, safe_open(self.folder / file, "pt")
             except Exception as error:  # safetensors raises its own class, and OSError
-                raise RunDirectoryError(f"{self._folder / file} cannot be read: {error}") from error
+                raise RunDirectoryError(f"{self.folder / file} cannot be read: {error}") from error
         return self._open[1]
 
 

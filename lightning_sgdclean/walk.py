@@ -27,17 +27,18 @@ from lightning_sgdclean.verified_split import VerifiedSplit
 class RetraceOptions:
     """The callback's options that matter to a retrace; see there."""
 
-    monitor: str
-    mode: str
-    objective: ObjectiveFn | dict[str, ObjectiveFn] | None
-    val_dataloaders: Any
-    epochs: int | str
-    curvature: str
-    finite_radius: float
-    sample_losses: SampleLosses | None
-    on_mismatch: str
-    tolerance: float | None
-    retrace_precision: str
+    monitor: str = "val_loss"
+    mode: str = "min"
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None
+    val_dataloaders: Any = None
+    epochs: int | str = 1
+    at: str = "last"
+    curvature: str = "exact"
+    finite_radius: float = 0.01
+    sample_losses: SampleLosses | None = None
+    on_mismatch: str = "raise"
+    tolerance: float | None = None
+    retrace_precision: str = "auto"
     columns: tuple[str, ...] = ()
 
     @property

@@ -8,6 +8,7 @@ import lightning_sgdclean
 
 PACKAGE = Path(lightning_sgdclean.__file__).parent
 SEE_A_TRAINER = {
+    "later",
     "callback",
     "recording",
     "train_loaders",

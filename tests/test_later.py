@@ -2,6 +2,7 @@
 """What was recorded is retraced later, elsewhere, without the Trainer of then, to the same result."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,14 @@ from torch.utils.data import DataLoader
 
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
 from datasets import noisy_collate
-from lightning_sgdclean import Ranking, SGDInfluence, retrace
-from lightning_sgdclean.errors import ObjectiveError, ReplayMismatchError, RunDirectoryError
+from lightning_sgdclean import Ranking, SGDInfluence, backward, bookmark, retrace
+from lightning_sgdclean.errors import (
+    ObjectiveError,
+    ReplayMismatchError,
+    RunDirectoryError,
+    SGDInfluenceWarning,
+    UnsupportedTrainingError,
+)
 from reference import ranked
 
 MODEL = {"make_optimizer": adam, "norm": True, "dropout": 0.2}
@@ -177,6 +184,165 @@ def test_error_after_fit_gives_the_call_that_finishes_the_job(tmp_path):
     train, val = loaders()
     ranking = retrace(tmp_path / "run", Plain(), train_dataloaders=train, val_dataloaders=val, epochs="all")
     assert len(ranking) == 23
+
+
+class Interrupted(Exception):
+    """Stands for a kill in the middle of the walk."""
+
+
+def interrupt(monkeypatch, run, after, **options):
+    """Retrace so many steps, each of them marked, and no further."""
+    monkeypatch.setattr(bookmark, "_SECONDS", 0.0)
+    monkeypatch.setattr(bookmark, "_SHARE", math.inf)
+    passed = bookmark.Bookmark.pass_by
+
+    def pass_by(self, done, progress):
+        passed(self, done, progress)
+        if done == after:
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bookmark.Bookmark, "pass_by", pass_by)
+        with pytest.raises(Interrupted):
+            later(run, **options)
+
+
+def steps_walked(monkeypatch, retracing):
+    walked, original = [], backward.retrace_step
+    with monkeypatch.context() as patched:
+        patched.setattr(backward, "retrace_step", lambda *args: walked.append(args[0].index) or original(*args))
+        return retracing(), walked
+
+
+def two_objectives(module, batch):
+    return module.net(batch[0]).pow(2).mean()
+
+
+@pytest.mark.parametrize("after", [1, 6, 14])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"objective": {"a": Plain.loss, "b": two_objectives}, "columns": ("by_epoch",)}, {"curvature": "finite"}],
+    ids=["one", "several", "finite"],
+)
+def test_interrupted_it_goes_on_where_it_was_to_the_same_bits(monkeypatch, run, after, options):
+    whole, all_steps = steps_walked(monkeypatch, lambda: later(run, **options))
+    interrupt(monkeypatch, run, after, **options)
+    again, remaining = steps_walked(monkeypatch, lambda: later(run, **options))
+    assert remaining == all_steps[after:]
+    assert again == whole
+    assert not list(run.run_dir.rglob("*retracing*"))
+
+
+def test_a_mark_of_another_walk_is_not_taken_and_stays(monkeypatch, run):
+    interrupt(monkeypatch, run, 6)
+    for options in ({"curvature": "none"}, {"mode": "max"}, {"epochs": 1}):
+        _, walked = steps_walked(monkeypatch, lambda options=options: later(run, **options))
+        assert walked[0] == 14
+    _, walked = steps_walked(monkeypatch, lambda: later(run))
+    assert walked[0] == 8
+
+
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_damaged_mark_is_no_mark(monkeypatch, run, kind):
+    interrupt(monkeypatch, run, 6)
+    (path,) = (run.run_dir / "trajectory").glob(f"retracing-*.{kind}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    ranking, walked = steps_walked(monkeypatch, lambda: later(run))
+    assert len(walked) == 15
+    assert_same(ranking, run.ranking)
+
+
+def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bookmark, "_SECONDS", 0.0)
+    monkeypatch.setattr(bookmark, "save_file", full)
+    assert_same(later(run), run.ranking)
+
+
+def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run, tmp_path):
+    code = (
+        "import os, signal, sys, torch; torch.set_num_threads(1)\n"
+        "import test_later as t\nfrom types import SimpleNamespace\n"
+        "t.bookmark._SECONDS = 0.0\nt.bookmark._SHARE = float('inf')\n"
+        "original, walked = t.backward.retrace_step, []\n"
+        "def dying(*args):\n"
+        "    walked.append(args[0])\n"
+        "    if len(walked) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(*args)\n"
+        "t.backward.retrace_step = dying\n"
+        f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r}))\n"
+    )
+    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    ended = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, timeout=120, check=False)
+    assert ended.returncode == -9, ended.stderr.decode()
+    ranking, walked = steps_walked(monkeypatch, lambda: later(run))
+    assert len(walked) == 8
+    assert_same(ranking, run.ranking)
+
+
+def test_the_end_point_can_be_the_best_model(tmp_path):
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    callback = SGDInfluence("val_loss", epochs="all", at="best", dirpath=tmp_path / "run")
+    case = Case("best", MODEL | {"options": {"lr": 0.3}}, {"enable_checkpointing": True}, callbacks=lambda: [saving])
+    fit(case, callback)
+    best = callback.summary["window"]["last_step"]
+    assert best < 14  # else it would be the last one
+    assert_same(later(callback, at="best"), callback.ranking)
+    assert not np.array_equal(later(callback).influence, callback.ranking.influence)
+
+
+def test_the_best_model_of_a_run_that_watched_none_is_refused(run):
+    with pytest.raises(UnsupportedTrainingError, match=r"none was watched.*Use at=\"last\""):
+        later(run, at="best")
+
+
+def test_as_many_validation_batches_count_as_the_fit_took(tmp_path):
+    callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run")
+    fit(Case("limited", MODEL, {"limit_val_batches": 2}), callback)
+    assert_same(later(callback), callback.ranking)
+    assert_same(later(callback, limit_val_batches=2), callback.ranking)
+    assert_same(later(callback, limit_val_batches=0.7), callback.ranking)  # of three
+    with pytest.warns(SGDInfluenceWarning, match="other validation data than the fit had"):
+        whole = later(callback, limit_val_batches=1.0)
+    assert not np.array_equal(whole.influence, callback.ranking.influence)
+    for wrong in (0, 1.5, -1):
+        with pytest.raises(ValueError, match="limit_val_batches must be a positive int, or a share"):
+            later(callback, limit_val_batches=wrong)
+
+
+def test_other_validation_data_are_ranked_by_with_a_warning(run):
+    val = DataLoader(torch.utils.data.Subset(VAL, range(5)), batch_size=4)
+    with pytest.warns(SGDInfluenceWarning, match="recomputed on the final weights"):
+        later(run, val_dataloaders=val)
+
+
+def test_a_trainer_of_the_users_is_lent_and_comes_back_as_it_was(run):
+    class Noticing(pl.Callback):
+        def setup(self, *_, **__):
+            raise AssertionError("the user's callbacks have no part in it")
+
+    trainer = quiet_trainer([Noticing()], num_sanity_val_steps=2, max_epochs=7)
+    before = trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.max_epochs
+    assert_same(later(run, trainer=trainer), run.ranking)
+    assert (trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.max_epochs) == before
+
+
+@pytest.mark.parametrize("change", ["flip", "swap"])
+def test_a_damaged_or_foreign_ending_is_refused(tmp_path, change):
+    runs = [SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / name) for name in ("one", "other")]
+    for callback in runs:
+        fit(CASE, callback)
+    one, other = (callback.run_dir / "trajectory" / "ending.json" for callback in runs)
+    if change == "swap":
+        one.write_bytes(other.read_bytes())
+    else:
+        one.write_text(one.read_text().replace("val_loss", "val_lost"))
+    with pytest.raises(RunDirectoryError, match=r"ending\.json (belongs to another run|is damaged)"):
+        later(runs[0])
 
 
 def test_manifest_tells_what_the_run_was_trained_with(run):

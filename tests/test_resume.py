@@ -83,6 +83,27 @@ def test_killed_and_resumed_run_is_ranked_as_an_uninterrupted_one_to_the_last_bi
     assert resumed.summary["replay"]["segments"] == resumed.summary["replay"]["segments_bit_for_bit"]
 
 
+def test_a_best_model_of_before_the_checkpoint_is_known_when_the_fit_goes_on(tmp_path):
+    def run(folder, max_epochs, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss", at="best", dirpath=folder / "run", overwrite=True)
+        best = pl.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_loss")
+        every = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_epochs=1, save_top_k=-1)
+        settings = {"max_epochs": max_epochs, "precision": "32-true", "enable_checkpointing": True}
+        trainer = quiet_trainer([callback, best, every], **settings)
+        loader = DataLoader(TRAIN, batch_size=5, sampler=ByEpoch())
+        model = Plain(adam, {"lr": 0.3})  # which does harm from the second epoch on
+        trainer.fit(model, loader, DataLoader(VAL, batch_size=4), ckpt_path=ckpt_path)
+        return callback
+
+    whole = run(tmp_path / "whole", 4)
+    assert whole.summary["window"]["last_step"] < 10
+    run(tmp_path / "parts", 3)
+    later = run(tmp_path / "parts", 4, tmp_path / "parts" / "step=15.ckpt")
+    assert later.summary["window"] == whole.summary["window"]
+    assert later.ranking == whole.ranking
+
+
 def interrupted(folder, step, snapshots=4):
     class Stop(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
@@ -115,6 +136,7 @@ def test_checkpoint_stays_small_and_loads_with_weights_only(tmp_path):
         "step": 10,
         "folder": str(tmp_path / "run"),
         "is_between_steps": True,
+        "best": None,
     }
 
 
