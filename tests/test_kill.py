@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``kill -9`` at random moments of the fit and of the retrace: the ranking is that of a run never killed."""
 
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from cases import TRAIN, VAL, Plain, adam
-from lightning_sgdclean import retrace
+from lightning_sgdclean import bookmark, retrace
 from lightning_sgdclean.store import Trajectory
 from test_resume import ByEpoch, train
 
@@ -76,7 +77,9 @@ def killed_retrace(folder, chance):
 
 
 @pytest.mark.parametrize("kill", [killed_fit, killed_retrace])
-def test_killed_at_random_moments_the_ranking_is_that_of_a_run_never_killed(tmp_path, kill):
+def test_killed_at_random_moments_the_ranking_is_that_of_a_run_never_killed(tmp_path, monkeypatch, kill):
+    monkeypatch.setattr(bookmark, "_SECONDS", 0.0)  # a mark at every step of the walk, so that kills meet their writing
+    monkeypatch.setattr(bookmark, "_SHARE", math.inf)
     whole = train(tmp_path / "whole", 4).ranking
     chance = random.Random(kill.__name__)
     for number in range(NUM_KILLS):
