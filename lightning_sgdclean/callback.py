@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import rank_run
-from lightning_sgdclean.artifacts import publish
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
+from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
 from lightning_sgdclean.opened import RecordedRun
 from lightning_sgdclean.ranking import Ranking
@@ -354,12 +354,13 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         }
         files = [ranking.save(run_dir / f"influence.{kind}") for kind in self.formats]
         write_json(run_dir / "summary.json", self.summary)
-        publish(trainer.loggers, ranking, [*files, run_dir / "summary.json"], trainer.global_step, self._unit)
+        self._publish(trainer, ranking, [*files, run_dir / "summary.json", run_dir / "report.html"])
         if not self.keep_trajectory:
             shutil.rmtree(run_dir / "trajectory")
         if shown_bar(trainer) is not None:
             tqdm.write(report.closing_text(ranking, self.summary, run_dir))
 
-    @property
-    def _unit(self) -> str:
-        return str(self.summary["objective"]["name"])
+    def _publish(self, trainer: Any, ranking: Ranking, files: list[Path]) -> None:
+        if trainer.is_global_zero:
+            files = [file for file in files if file.exists()]
+            publish(trainer.loggers, ranking, files, summary=self.summary, step=trainer.global_step)

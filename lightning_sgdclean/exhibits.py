@@ -57,6 +57,22 @@ class Exhibit:
         return [short(line) for line in (f"#{self.rank}: {self.influence:.3g}", f"sample {self.sample_id}", *notes)]
 
 
+def worst_pictures(ranked: Ranked, dataset: Any, n: int = 16) -> list[Exhibit]:
+    """The ``n`` most harmful samples, fewer if fewer are harmful, none if the worst one holds no picture.
+
+    Args:
+        ranked: The ranking.
+        dataset: The dataset in which the sample ids are positions.
+        n: How many.
+    """
+    places = range(min(n, int((ranked.influence < 0).sum())))
+    if not places or not hasattr(dataset, "__getitem__"):
+        return []
+    with untouched_randomness(torch.device("cpu")):
+        has_picture = picture_of(dataset[ranked.sample_id.tolist()[0]]) is not None
+    return exhibits(ranked, places, dataset) if has_picture else []
+
+
 def exhibits(
     ranked: Ranked, places: Sequence[int], dataset: Any, render: Callable[[Any], Any] | None = None
 ) -> list[Exhibit]:

@@ -58,7 +58,7 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
-        writer.writerow(map(_guarded, header))
+        writer.writerow(map(guarded, header))
         writer.writerows(map(_cell, row) for row in rows)
 
 
@@ -71,7 +71,7 @@ def _rows(table: Table) -> Iterator[list[Any]]:
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else repr(value)
-    return _guarded(value)
+    return guarded(value)
 
 
 class _UnixLines:
@@ -84,7 +84,7 @@ class _UnixLines:
         self._file.write(row.removesuffix("\r\n") + "\n")
 
 
-def _guarded(value: SampleId) -> SampleId:
+def guarded(value: Any) -> Any:
     """Text that a spreadsheet could take for a formula gets an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_START) else value
 

@@ -18,7 +18,6 @@ SEE_A_TRAINER = {
     "reopened",
     "surroundings",
     "_lightning",
-    "artifacts",
     "cleansed",
 }
 
