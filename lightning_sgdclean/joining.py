@@ -5,7 +5,6 @@ What was recorded after the checkpoint is cut off. A run that was killed is cont
 that came to its end is left alone, and its segments are linked into a new run's directory.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -13,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from lightning_sgdclean.ending import forget_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.run_directory import fresh_directory
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.segments import Segment, write_segment
+from lightning_sgdclean.store import Layout, Trajectory
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def cut_off(folder: Path, mark: Mark) -> None:
         if segment["last"] < mark.step and all(index < mark.step for index, _ in segment["states"]):
             kept.append(segment)
         elif segment["first"] < mark.step:
-            kept.append(_shortened(folder, segment, mark.step, max(numbers) + 1))
+            kept.append(_shortened(folder, segment, manifest["layouts"], mark.step, max(numbers) + 1))
     manifest["segments"] = kept
     manifest["joints"] = [index for index in manifest["joints"] if index < mark.step]
     forget_ending(folder)
@@ -130,23 +127,20 @@ def cut_off(folder: Path, mark: Mark) -> None:
             path.unlink()
 
 
-def _shortened(folder: Path, segment: dict[str, Any], step: int, number: int) -> dict[str, Any]:
+def _shortened(folder: Path, segment: dict[str, Any], layouts: list[Layout], step: int, number: int) -> dict[str, Any]:
     """A new file with the part of a segment that lies before a step; the old one stays until no manifest names it."""
-    with safe_open(folder / segment["file"], "pt") as file:
-        rows = [row for row in json.loads(file.metadata()["steps"]) if row["index"] < step]
-        tensors = {
-            key: file.get_tensor(key)
-            for key in file.keys()  # noqa: SIM118 - no mapping
-            if int(key.split("/")[1]) < step
-        }
+    whole = Segment(folder / segment["file"])
+    steps = list(whole.whole_steps(step))
+    before = [(index, layout) for index, layout in segment["states"] if index < step]
+    states = {index: whole.state(index, dict.fromkeys(row[3] for row in layouts[layout])) for index, layout in before}
     name = f"segment-{number:06d}.safetensors"
     with appearing_whole(folder / name) as temporary:
-        save_file(tensors, temporary, metadata={"steps": json.dumps(rows)})
+        write_segment(temporary, steps, states)
         return segment | {
             "file": name,
-            "last": rows[-1]["index"],
-            "epoch": rows[-1]["epoch"],
-            "states": [[index, layout] for index, layout in segment["states"] if index < step],
+            "last": steps[-1].index,
+            "epoch": steps[-1].epoch,
+            "states": before,
             "bytes": temporary.stat().st_size,
             "checksum": checksum_of(temporary),
         }

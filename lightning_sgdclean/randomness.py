@@ -21,7 +21,7 @@ def random_state(device: torch.device) -> RandomState:
     """Random states of torch (CPU and ``device``), NumPy's global generator and Python's ``random``.
 
     Returns:
-        Tensors by name, small enough to keep one set a micro-batch (about 10 kB).
+        Tensors by name, each of the same length at any time.
     """
     return RandomStates(device).now()
 
@@ -47,13 +47,13 @@ class RandomStates:
             version, words, gauss = random.getstate()
             python = np.array((version, *words), dtype=np.int64)
             found["python"] = torch.from_numpy(python)
-            found["python_gauss"] = torch.from_numpy(np.array([] if gauss is None else [gauss], dtype=np.float64))
+            found["python_gauss"] = torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64)
             self._python.has_state(np.roll(python[1:], 1), waiting=gauss is not None)
         if self._numpy.has_moved():
             _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
             numpy = np.append(keys, position).astype(np.int64)
             found["numpy"] = torch.from_numpy(numpy)
-            found["numpy_gauss"] = torch.from_numpy(np.array([has_gauss, cached], dtype=np.float64))
+            found["numpy_gauss"] = torch.tensor([has_gauss, cached], dtype=torch.float64)
             self._numpy.has_state(numpy, waiting=bool(has_gauss))
         before = self._state
         moved = {name: now for name, now in found.items() if name not in before or not now.equal(before[name])}
@@ -105,15 +105,15 @@ def _numpy_generator() -> tuple[Any, int]:
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
     """Undo whatever was drawn since :func:`random_state` returned ``state``."""
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].clone())  # torch takes a row of a larger tensor for its first one
     version, *words = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_gauss else None))
     *keys, position = state["numpy"].tolist()
     has_gauss, cached = state["numpy_gauss"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trajectory on disk, read back: segments of steps (safetensors) and a manifest (JSON)."""
+"""The trajectory on disk, read back: a manifest (JSON), and the segments that it names."""
 
 import json
 from bisect import bisect_left
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Size, Tensor
 
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.files import checksum_of, read_sealed
-from lightning_sgdclean.options import unpacked
 from lightning_sgdclean.packing import PackedBatch
-from lightning_sgdclean.trajectory import MicroBatch, State, Step
+from lightning_sgdclean.randomness import RandomState
+from lightning_sgdclean.segments import Flat, Segment
+from lightning_sgdclean.trajectory import State, Step
 
 FORMAT = 1
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
@@ -27,7 +27,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 
 
-def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None) -> tuple[Layout, dict[str, Tensor]]:
+def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None) -> tuple[Layout, Flat]:
     """Copy a state into one flat tensor a dtype, and say what lies where.
 
     Args:
@@ -64,7 +64,7 @@ def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:
     ]
 
 
-def unflatten(layout: Layout, flat: dict[str, Tensor]) -> State:
+def unflatten(layout: Layout, flat: Flat) -> State:
     """Undo :func:`flatten`; the tensors are views into ``flat``."""
     state, offset = State(), dict.fromkeys(flat, 0)
     for kind, name, key, dtype, shape in layout:
@@ -100,12 +100,10 @@ class Trajectory:
         self.run: str = manifest["run"]
         self.trained: dict[str, str] = manifest["trained"]
         self._layouts: list[Layout] = manifest["layouts"]
-        self._open: tuple[str, Any] | None = None
+        self._open: tuple[str, Segment] | None = None
         self._files: list[str] = []  # of each step
         self._states: dict[int, tuple[str, int, int]] = {}  # file, index, layout of each state kept
         self.steps: list[Step] = []
-        self._num_tensors: dict[str, int] = {}
-        self._random_keys: dict[str, dict[str, str]] = {}
         for segment in manifest["segments"]:
             _check_segment(folder, segment)
             self._read_steps(segment)
@@ -113,26 +111,11 @@ class Trajectory:
         self.joints = {self.steps[self.position(i) - 1].index for i in manifest["joints"] if self.position(i) > 0}
 
     def _read_steps(self, segment: dict[str, Any]) -> None:
-        handle = self._handle(segment["file"])
-        for row in json.loads(handle.metadata()["steps"]):
-            index = row["index"]
-            row["micro"] = [self._micro(handle, f"{index}/{i}", micro) for i, micro in enumerate(row["micro"])]
-            row["groups"] = unpacked(row["groups"])
-            row["clip"] = tuple(row["clip"]) if row["clip"] else None
-            self._files.append(segment["file"])
-            self.steps.append(Step(**row))
+        steps = self._segment(segment["file"]).steps()
+        self._files += [segment["file"]] * len(steps)
+        self.steps += steps
         for index, layout in segment["states"]:
             self._states[self.position(index)] = segment["file"], index, layout
-
-    def _micro(self, handle: Any, key: str, row: dict[str, Any]) -> MicroBatch:
-        # Of batches and random states the skeletons and names only: the rest is large, and wanted a step at a time.
-        kept, num = row.pop("batch"), row.pop("num_tensors")
-        self._num_tensors[key] = num
-        kept = None if kept is None else PackedBatch(kept, [])
-        self._random_keys[key] = row["random"]
-        row["random"] = dict.fromkeys(row["random"], torch.empty(0))
-        digest, loss = handle.get_tensor(f"digest/{key}"), handle.get_tensor(f"loss/{key}")
-        return MicroBatch(**row, digest=digest, loss=loss, batch=kept)
 
     @property
     def state_bytes(self) -> int:
@@ -148,18 +131,13 @@ class Trajectory:
         """Where in ``steps`` the step ``index`` stands, or would stand."""
         return bisect_left(self.steps, index, key=lambda step: step.index)
 
-    def random(self, step: Step, micro: int) -> dict[str, Tensor]:
+    def random(self, step: Step, micro: int) -> RandomState:
         """Random state before micro-batch ``micro`` of a step."""
-        handle = self._handle(self._files[self.position(step.index)])
-        keys = self._random_keys[f"{step.index}/{micro}"]
-        return {name: handle.get_tensor(f"random/{key}/{name}") for name, key in keys.items()}
+        return self._segment(self._files[self.position(step.index)]).random(step.index, micro)
 
     def batch(self, step: Step, micro: int) -> PackedBatch | None:
         """Micro-batch ``micro`` of a step, if it was kept."""
-        handle, kept = self._handle(self._files[self.position(step.index)]), step.micro[micro].batch
-        key = f"{step.index}/{micro}"
-        names = [f"batch/{key}/{i}" for i in range(self._num_tensors[key])]
-        return None if kept is None else PackedBatch(kept.skeleton, [handle.get_tensor(name) for name in names])
+        return self._segment(self._files[self.position(step.index)]).batch(step.index, micro)
 
     def state(self, index: int) -> State:
         """The state before step ``index`` (after the last step, for the end point).
@@ -171,16 +149,12 @@ class Trajectory:
         if position not in self._states:
             raise RunDirectoryError(f"{self.folder} keeps no state before step {index}.")
         file, number, layout = self._states[position]
-        handle, dtypes = self._handle(file), dict.fromkeys(row[3] for row in self._layouts[layout])
-        flat = {dtype: handle.get_tensor(f"state/{number}/{dtype}") for dtype in dtypes}
-        return unflatten(self._layouts[layout], flat)
+        dtypes = dict.fromkeys(row[3] for row in self._layouts[layout])
+        return unflatten(self._layouts[layout], self._segment(file).state(number, dtypes))
 
-    def _handle(self, file: str) -> Any:
+    def _segment(self, file: str) -> Segment:
         if self._open is None or self._open[0] != file:
-            try:
-                self._open = file, safe_open(self.folder / file, "pt")
-            except Exception as error:  # safetensors raises its own class, and OSError
-                raise RunDirectoryError(f"{self.folder / file} cannot be read: {error}") from error
+            self._open = file, Segment(self.folder / file)
         return self._open[1]
 
 

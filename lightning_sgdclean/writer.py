@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a run to disk as it goes on: its steps, snapshots of its states, and a manifest of what belongs to what."""
 
-import json
 import math
 import uuid
 from collections.abc import Callable
@@ -10,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.keeping import in_bytes
-from lightning_sgdclean.options import packed
-from lightning_sgdclean.packing import PackedBatch
+from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.schedule import is_snapshot
+from lightning_sgdclean.segments import Flat, write_segment
 from lightning_sgdclean.store import DTYPES, FORMAT, Layout, flatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 
@@ -64,11 +61,12 @@ class TrajectoryWriter:
         self._joints: list[int] = []
         self._num_segments = 0
         self._num_steps = 0
-        self._current: tuple[int, dict[str, Tensor]] | None = None  # the state after the last step, where it is wanted
+        self._current: tuple[int, Flat] | None = None  # the state after the last step, where it is wanted
         self._is_start = False  # whether that state is what a fit began with
         self._has_ended_epoch = False
         self._background = Background()
         self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
+        self._random: RandomState = {}  # before the last micro-batch
         self._forget()
         if (folder / "manifest.json").exists():
             self._continue()
@@ -82,10 +80,8 @@ class TrajectoryWriter:
 
     def _forget(self) -> None:
         """Hold nothing in memory."""
-        self._tensors: dict[str, Tensor] = {}
-        self._steps: list[dict[str, Any]] = []
-        self._states: list[tuple[int, int]] = []
-        self._random: dict[str, tuple[str, Tensor]] = {}  # the last ones held, and where
+        self._steps: list[Step] = []
+        self._states: dict[int, tuple[int, Flat]] = {}  # layout and tensors, by the step that they lie before
         self._held = 0
 
     def begin(self, state: State) -> None:
@@ -98,7 +94,7 @@ class TrajectoryWriter:
         if not self._num_steps and self._current is None:
             raise RunDirectoryError("A step came before the first state; begin() must be called first.")
         self._background.check()
-        if self._steps and (self._is_full() or self._steps[-1]["ends_epoch"]):
+        if self._steps and (self._is_full() or self._steps[-1].ends_epoch):
             self._hand_over()
         begins_epoch = self.keeps_epochs and self._has_ended_epoch
         if self._is_start or begins_epoch or is_snapshot(self._num_steps, self.interval):
@@ -106,7 +102,8 @@ class TrajectoryWriter:
         elif self._current is not None:
             self._give_back(self._current[1])
         self._is_start, self._has_ended_epoch = False, step.ends_epoch
-        self._steps.append(self._keep_step(step))
+        self._steps.append(step)
+        self._held += sum(self._nbytes_of(micro) for micro in step.micro)
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
         self._current = self._flat(state_after()) if wanted else None
@@ -130,38 +127,36 @@ class TrajectoryWriter:
         following = self.next_index
         segment = {
             "file": f"segment-{self._num_segments:06d}.safetensors",
-            "first": self._steps[0]["index"] if self._steps else following,
+            "first": self._steps[0].index if self._steps else following,
             "last": following - 1,
-            "epoch": self._steps[-1]["epoch"] if self._steps else self._segments[-1]["epoch"],
-            "states": self._states,
+            "epoch": self._steps[-1].epoch if self._steps else self._segments[-1]["epoch"],
+            "states": [(index, layout) for index, (layout, _) in self._states.items()],
         }
         self._num_segments += 1
         self._segments.append(segment)
-        self._background.submit(partial(self._write, list(self._segments), self._tensors, self._steps))
+        states = {index: flat for index, (_, flat) in self._states.items()}
+        self._background.submit(partial(self._write, list(self._segments), self._steps, states))
         self._forget()
 
-    def _write(self, segments: list[dict[str, Any]], tensors: dict[str, Tensor], steps: list[dict[str, Any]]) -> None:
+    def _write(self, segments: list[dict[str, Any]], steps: list[Step], states: dict[int, Flat]) -> None:
         """Write the last of these segments, and the manifest."""
         *others, segment = segments
-        path = self._folder / segment["file"]
-        with appearing_whole(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"steps": json.dumps(steps)})
-            except SafetensorError as error:
-                raise OSError(f"{path} cannot be written: {error}") from error
+        with appearing_whole(self._folder / segment["file"]) as temporary:
+            write_segment(temporary, steps, states)
             size = temporary.stat().st_size
             self._check_fits(size + sum(other["bytes"] for other in others))
             segment |= {"bytes": size, "checksum": checksum_of(temporary)}
         self.bytes_written += size
         self._write_manifest(segments)
-        self._give_back({key: tensor for key, tensor in tensors.items() if key.startswith("state/")})
+        for flat in states.values():
+            self._give_back(flat)
 
     def drop_before(self, epoch: int) -> None:
         """Forget what no window will reach any more: all before the last snapshot at or before this epoch."""
         firsts = [segment["first"] for segment in self._segments if segment["epoch"] >= epoch]
-        firsts += [step["index"] for step in self._steps if step["epoch"] >= epoch]
+        firsts += [step.index for step in self._steps if step.epoch >= epoch]
         states = [index for segment in self._segments for index, _ in segment["states"]]
-        states += [index for index, _ in self._states]
+        states += self._states
         needed = max((index for index in states if firsts and index <= firsts[0]), default=0)
         gone = [segment for segment in self._segments if segment["last"] < needed]
         if gone:
@@ -186,14 +181,17 @@ class TrajectoryWriter:
     @property
     def next_index(self) -> int:
         """One more than the number of the last step."""
-        last: int = (self._steps or [{"index": self._segments[-1]["last"] if self._segments else -1}])[-1]["index"]
-        return last + 1
+        if self._steps:
+            return self._steps[-1].index + 1
+        return int(self._segments[-1]["last"]) + 1 if self._segments else 0
 
-    def _hold(self, key: str, tensor: Tensor) -> None:
-        self._tensors[key] = tensor
-        self._held += tensor.nbytes
+    def _nbytes_of(self, micro: MicroBatch) -> int:
+        """About what a micro-batch takes besides ids; of random states only what moved."""
+        moved = [tensor for name, tensor in micro.random.items() if tensor is not self._random.get(name)]
+        self._random = micro.random
+        return micro.digest.nbytes + sum(t.nbytes for t in moved) + (0 if micro.batch is None else micro.batch.nbytes)
 
-    def _flat(self, state: State) -> tuple[int, dict[str, Tensor]]:
+    def _flat(self, state: State) -> tuple[int, Flat]:
         layout, flat = flatten(state, self._buffer)
         if not self._layouts or self._layouts[-1] != layout:
             self._layouts.append(layout)
@@ -203,52 +201,14 @@ class TrajectoryWriter:
         free = self._buffers.setdefault((dtype, length), [])
         return free.pop() if free else torch.empty(length, dtype=DTYPES[dtype])
 
-    def _give_back(self, flat: dict[str, Tensor]) -> None:
+    def _give_back(self, flat: Flat) -> None:
         for tensor in flat.values():
             self._buffers[str(tensor.dtype).removeprefix("torch."), tensor.numel()].append(tensor)
 
     def _keep_current(self, index: int) -> None:
         assert self._current is not None
-        layout, flat = self._current
-        self._states.append((index, layout))
-        for dtype, tensor in flat.items():
-            self._hold(f"state/{index}/{dtype}", tensor)
-
-    def _keep_step(self, step: Step) -> dict[str, Any]:
-        return {
-            "index": step.index,
-            "epoch": step.epoch,
-            "ends_epoch": step.ends_epoch,
-            "groups": packed(step.groups),
-            "clip": step.clip,
-            "divisor": step.divisor,
-            "unused": step.unused,
-            "micro": [self._keep_micro(f"{step.index}/{i}", micro) for i, micro in enumerate(step.micro)],
-        }
-
-    def _keep_micro(self, key: str, micro: MicroBatch) -> dict[str, Any]:
-        for name, tensor in micro.random.items():
-            if name not in self._random or self._random[name][1] is not tensor:
-                self._hold(f"random/{key}/{name}", tensor)
-                self._random[name] = key, tensor
-        self._hold(f"digest/{key}", micro.digest)
-        assert micro.loss is not None
-        self._hold(f"loss/{key}", micro.loss.detach().cpu().clone())
-        kept = micro.batch or PackedBatch(None, [])
-        for i, tensor in enumerate(kept.tensors):
-            self._hold(f"batch/{key}/{i}", tensor)
-        return {
-            "ids": micro.ids,
-            "positions": micro.positions,
-            "epoch": micro.epoch,
-            "batch_idx": micro.batch_idx,
-            "global_step": micro.global_step,
-            "scale": micro.scale,
-            "loader": micro.loader,
-            "random": {name: self._random[name][0] for name in micro.random},
-            "batch": kept.skeleton,
-            "num_tensors": len(kept.tensors),
-        }
+        self._states[index] = self._current
+        self._held += sum(tensor.nbytes for tensor in self._current[1].values())
 
     def _write_manifest(self, segments: list[dict[str, Any]]) -> None:
         manifest = {

@@ -52,6 +52,17 @@ def test_a_state_that_is_set_gives_the_same_numbers_again(draw):
     assert [draw() for _ in range(5)] == first
 
 
+def test_a_state_may_be_a_row_of_a_larger_tensor():
+    states = [random_state(CPU)]
+    first = torch.rand(1), random.random(), np.random.rand()
+    states.append(random_state(CPU))
+    second = torch.rand(1), random.random(), np.random.rand()
+    rows = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    for number, drawn in ((1, second), (0, first)):
+        set_random_state({name: tensor[number] for name, tensor in rows.items()}, CPU)
+        assert (torch.rand(1), random.random(), np.random.rand()) == drawn
+
+
 def test_another_generator_in_the_place_of_numpys_is_refused():
     own = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(0))

@@ -27,7 +27,7 @@ def step(index, epoch, ends_epoch):
         epoch=epoch,
         batch_idx=0,
         random={"torch": torch.get_rng_state()},
-        digest=torch.tensor([1, 2]),
+        digest=torch.tensor([index, -index]),
         loss=torch.tensor(0.1),
         batch=pack_batch({"x": torch.ones(2), "meta": ["p", (1, None)]}, {}),
     )
@@ -62,7 +62,9 @@ def test_states_and_steps_come_back_as_they_went(tmp_path):
     kept = unpack_batch(trajectory.batch(trajectory.steps[1], 0), {}, torch.device("cpu"))
     assert kept["meta"] == ["p", (1, None)]
     assert torch.equal(kept["x"], torch.ones(2))
-    assert trajectory.random(trajectory.steps[0], 0).keys() >= {"torch"}
+    assert [s.micro[0].digest.tolist() for s in trajectory.steps] == [[0, 0], [1, -1], [2, -2], [3, -3]]
+    assert [float(s.micro[0].loss) for s in trajectory.steps] == [float(torch.tensor(0.1))] * 4
+    assert trajectory.random(trajectory.steps[3], 0)["torch"].equal(torch.get_rng_state())
 
 
 def test_only_snapshots_and_the_last_state_are_kept(tmp_path):
