@@ -14,8 +14,9 @@ function readDecisions() {
   } catch {
     return; // not ours
   }
-  for (const [id, choice, label] of Array.isArray(entries) ? entries : []) {
-    if (rowOfId.has(id) && choice in WORDS) decisions.set(id, { choice, label: String(label) });
+  for (const entry of Array.isArray(entries) ? entries : []) {
+    const [id, choice, label] = Array.isArray(entry) ? entry : [];
+    if (rowOfId.has(id) && Object.hasOwn(WORDS, choice) && typeof label === "string") decisions.set(id, { choice, label });
   }
 }
 
@@ -38,7 +39,9 @@ function decisionInWords(row) {
 }
 
 // Text that a spreadsheet could take for a formula gets an apostrophe in front, as in influence.csv.
-const guarded = (text) => (/^[=+\-@\t\r']/.test(text) && !/^-\d+(\.\d+)?(e[-+]?\d+)?$/.test(text) ? `'${text}` : text);
+const guarded = (text) => (/^[=+\-@\t\r']/.test(text) ? `'${text}` : text);
+
+const guardedLabel = (text) => (/^-\d+(\.\d+)?(e[-+]?\d+)?$/.test(text) ? text : guarded(text));
 
 const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
@@ -48,7 +51,7 @@ function decisionsAsCsv() {
   for (const row of rows) {
     const { choice, label } = decisions.get(idOf(row));
     const id = data.textIds ? guarded(idOf(row)) : idOf(row);
-    lines.push([id, choice, guarded(label), guarded(labelInDataset(row)), data.run].map(cell).join(","));
+    lines.push([id, choice, guardedLabel(label), guardedLabel(labelInDataset(row)), data.run].map(cell).join(","));
   }
   return `${lines.join("\n")}\n`;
 }

@@ -140,7 +140,8 @@ function refreshRow(row) {
 function markSelected(before) {
   refreshRow(before);
   refreshRow(state.selected);
-  byId("options")?.setAttribute("aria-activedescendant", `row-${state.selected}`);
+  if (state.selected === null) byId("options")?.removeAttribute("aria-activedescendant");
+  else byId("options")?.setAttribute("aria-activedescendant", `row-${state.selected}`);
 }
 
 function statusText() {
