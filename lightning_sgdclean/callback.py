@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
 from lightning_sgdclean.loggers.publish import publish
@@ -83,6 +85,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
             ``"by_epoch"``, what each epoch of the window adds to the influence.
         formats: What the ranking is written as: ``"csv"``, in any case, and ``"parquet"``, which needs pyarrow.
+        show_samples: Whether the loggers get pictures of the worst samples, if there are any; ``False`` keeps all of a
+            sample but its id and the columns above where it is.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -117,6 +121,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
         columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
         formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
+        show_samples: bool = True,
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
@@ -145,6 +150,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.snapshots, self.max_bytes = snapshots, max_bytes
         self.on_mismatch, self.tolerance = on_mismatch, tolerance
         self.retrace_precision, self.columns = retrace_precision, tuple(columns)
+        self.show_samples = show_samples
         self.formats = tuple(dict.fromkeys(("csv", *formats)))
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
@@ -361,6 +367,20 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             tqdm.write(report.closing_text(ranking, self.summary, run_dir))
 
     def _publish(self, trainer: Any, ranking: Ranking, files: list[Path]) -> None:
-        if trainer.is_global_zero:
-            files = [file for file in files if file.exists()]
-            publish(trainer.loggers, ranking, files, summary=self.summary, step=trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        publish(
+            trainer.loggers,
+            ranking,
+            [file for file in files if file.exists()],
+            summary=self.summary,
+            step=trainer.global_step,
+            pictures=partial(self._pictures, ranking),
+        )
+
+    def _pictures(self, ranking: Ranking) -> list[Exhibit]:
+        """The worst samples, where the ids are known to be positions in the one dataset that there was."""
+        loaders = self._loaders.loaders if self._loaders is not None else []
+        if not self.show_samples or self.summary["dataset_size"] is None or len(loaders) != 1:
+            return []
+        return worst_pictures(ranking, loaders[0].dataset)

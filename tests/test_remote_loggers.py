@@ -67,7 +67,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def fit(package: Any, loggers: list[Any], tmp_path: Path) -> SGDInfluence:
+def fit(package: Any, loggers: list[Any], tmp_path: Path, **wishes: Any) -> SGDInfluence:
     """A fit whose ranking goes to these loggers, from a run directory that holds a page."""
 
     class Classifier(package.LightningModule):
@@ -86,7 +86,7 @@ def fit(package: Any, loggers: list[Any], tmp_path: Path) -> SGDInfluence:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    callback = SGDInfluence("val_loss", dirpath=tmp_path / "run")
+    callback = SGDInfluence("val_loss", dirpath=tmp_path / "run", **wishes)
     options = {"logger": loggers, "max_epochs": 2, "log_every_n_steps": 1, "precision": "32-true"}
     trainer = quiet_trainer([callback], package, **options)
     trainer.fit(Classifier(), DataLoader(IMAGES, 8, shuffle=True), DataLoader(IMAGES, 12))
@@ -147,7 +147,7 @@ def test_wandb_holds_artifact_numbers_figure_and_table(package: Any, wandb: Any,
     (artifact,) = (record.artifact for record in records if record.artifact.type == "influence")
     assert artifact.name == f"sgd_influence-{run_id}"
     staged = {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
-    assert set(staged) == {"influence.csv", "summary.json", "influence.png"}
+    assert set(staged) == {"influence.csv", "summary.json", "influence.png", "worst_samples.png"}
     for name in ("influence.csv", "summary.json"):
         assert staged[name] == (callback.run_dir / name).read_bytes()
     assert json.loads(artifact.metadata) == numbers(callback)
@@ -156,8 +156,10 @@ def test_wandb_holds_artifact_numbers_figure_and_table(package: Any, wandb: Any,
     assert {name: history[name] for name in numbers(callback)} == numbers(callback)
     assert history["trainer/global_step"] == 6
     assert history["sgd_influence/influence/_type"] == "images/separated"
-    (figure,) = (media / "images" / "sgd_influence").iterdir()
+    (figure,) = (media / "images" / "sgd_influence").glob("influence_*")
     assert figure.read_bytes() == staged["influence.png"]
+    captions = history["sgd_influence/worst_pictures/captions"]
+    assert [caption.split("\n")[1] for caption in captions] == [f"sample {i}" for i in callback.ranking.harmful(16)]
     (file,) = (media / "table" / "sgd_influence").iterdir()
     table = json.loads(file.read_text())
     assert table["columns"] == ["rank", "sample_id", "influence", "effect", "visits"]
@@ -205,7 +207,7 @@ def test_mlflow_holds_artifacts_and_numbers(package: Any, tmp_path: Path, store:
     client = tracking.MlflowClient(store)
     assert client.get_run(logger.run_id).info.status == "FINISHED"  # Lightning's finalize came after
     found = {Path(item.path).name for item in client.list_artifacts(logger.run_id, "sgd_influence")}
-    assert found == {"influence.csv", "summary.json", "influence.png"}
+    assert found == {"influence.csv", "summary.json", "influence.png", "worst_samples.png"}
     folder = Path(client.download_artifacts(logger.run_id, "sgd_influence", str(tmp_path)))
     assert Ranking.load(folder) == callback.ranking
     with Image.open(folder / "influence.png") as picture:
@@ -258,6 +260,22 @@ def test_a_table_in_comet_is_no_formula(tmp_path: Path) -> None:
 # --- all of them
 
 
+def brightness(batch: Any) -> list[str]:
+    return [str(image.sum().item()) for image in batch[0]]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "is_shown"), [({}, True), ({"show_samples": False}, False), ({"sample_ids": brightness}, False)]
+)
+def test_pictures_are_shown_where_wanted_and_where_ids_are_positions(
+    wishes: dict[str, Any], is_shown: bool, tmp_path: Path
+) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path / "csv")
+    fit(pl, [logger], tmp_path, **wishes)
+    assert (Path(logger.log_dir) / "influence.png").exists()
+    assert (Path(logger.log_dir) / "worst_samples.png").exists() is is_shown
+
+
 def test_one_that_fails_costs_the_others_nothing(wandb: Any, tmp_path: Path, store: str) -> None:
     class Broken(pl.loggers.Logger):
         name, version = "broken", 0
@@ -283,7 +301,7 @@ def test_one_that_fails_costs_the_others_nothing(wandb: Any, tmp_path: Path, sto
     for logger in (loggers[1], loggers[4]):
         assert Ranking.load(logger.log_dir) == callback.ranking
     assert any(record.artifact.type == "influence" for record in records_of(next(tmp_path.rglob("*.wandb"))))
-    assert len(loggers[3].experiment.list_artifacts(loggers[3].run_id, "sgd_influence")) == 3
+    assert len(loggers[3].experiment.list_artifacts(loggers[3].run_id, "sgd_influence")) == 4
 
 
 def test_random_states_are_left_as_they_were(wandb: Any, tmp_path: Path) -> None:
