@@ -61,3 +61,15 @@ def quiet_trainer(module: Any, trained: dict[str, str]) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def package_of(module_class: type) -> ModuleType:
+    """The package that a LightningModule comes from.
+
+    Raises:
+        TypeError: If the class is none.
+    """
+    for package in _PACKAGES:
+        if issubclass(module_class, package.LightningModule):
+            return package
+    raise TypeError(f"{module_class.__module__}.{module_class.__qualname__} is no LightningModule.")

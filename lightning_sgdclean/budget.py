@@ -58,11 +58,15 @@ class Budget:
         interval: Steps from one snapshot to the next, or None for one that grows.
         nbytes: Expected size of the trajectory, or None if that cannot be known.
         text: The same in words, for people.
+        num_steps: Steps that the window can have, or None if that cannot be known.
+        cost: What retracing one of them takes, in training steps.
     """
 
     interval: int | None
     nbytes: int | None
     text: str
+    num_steps: int | None
+    cost: float
 
 
 def window_length(
@@ -116,12 +120,16 @@ def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
         BudgetError: If the policy, or for ``"auto"`` any, takes more than there may be taken.
     """
     if needs.num_steps is None:
-        return Budget(interval_of("sqrt" if policy == "auto" else policy, None), None, _unknown(needs))
+        cost = _WALK_COST[needs.curvature] + 1
+        return Budget(
+            interval_of("sqrt" if policy == "auto" else policy, None), None, _unknown(needs, cost), None, cost
+        )
     candidates = _auto_intervals(needs.num_steps, needs) if policy == "auto" else [interval_of(policy, needs.num_steps)]
     for interval in candidates:
         nbytes = _nbytes(interval, needs)
         if nbytes <= needs.max_bytes:
-            return Budget(interval, nbytes, _in_words(interval, nbytes, needs))
+            cost = _cost(interval, needs)
+            return Budget(interval, nbytes, _in_words(interval, nbytes, needs, cost), needs.num_steps, cost)
     raise BudgetError(
         f"The trajectory would take about {in_bytes(nbytes)} ({_counts(interval, needs)}), of "
         f"{in_bytes(needs.max_bytes)} that it may take. Choose {'' if policy == 'auto' else 'fewer snapshots, '}"
@@ -152,18 +160,22 @@ def _counts(interval: int | None, needs: Needs) -> str:
     return f"{snapshots} and {in_bytes(needs.record_bytes)} of records"
 
 
-def _in_words(interval: int | None, nbytes: int, needs: Needs) -> str:
+def _cost(interval: int | None, needs: Needs) -> float:
     cost = _WALK_COST[needs.curvature]
     if interval is not None and interval > 1:
         cost += (repeated_steps(interval, needs.slots) + 1) / interval
+    return cost
+
+
+def _in_words(interval: int | None, nbytes: int, needs: Needs, cost: float) -> str:
     return (
         f"Trajectory: about {in_bytes(nbytes)} ({_counts(interval, needs)}). "
         f"Retrace: about {cost:.1f} times the training of at most {needs.num_steps} steps."
     )
 
 
-def _unknown(needs: Needs) -> str:
+def _unknown(needs: Needs, cost: float) -> str:
     return (
         f"Trajectory: snapshots of {in_bytes(needs.state_bytes)}, as many as the run turns out to need. "
-        f"Retrace: about {_WALK_COST[needs.curvature] + 1:.1f} times the training of the window."
+        f"Retrace: about {cost:.1f} times the training of the window."
     )

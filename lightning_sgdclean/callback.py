@@ -103,7 +103,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         monitor: str = "val_loss",
         *,
         mode: Literal["min", "max"] = "min",
-        objective: Callable[[Any, Any], Any] | dict[str, Callable[[Any, Any], Any]] | None = None,
+        objective: dict[str, Callable[[Any, Any], Any]] | Callable[[Any, Any], Any] | None = None,
         val_dataloaders: Any = None,
         epochs: int | Literal["all"] = 1,
         at: Literal["last", "best"] = "last",

@@ -26,7 +26,7 @@ def retrace(
     datamodule: Any = None,
     monitor: str = "val_loss",
     mode: Literal["min", "max"] = "min",
-    objective: Callable[[Any, Any], Any] | dict[str, Callable[[Any, Any], Any]] | None = None,
+    objective: dict[str, Callable[[Any, Any], Any]] | Callable[[Any, Any], Any] | None = None,
     limit_val_batches: float | None = None,
     epochs: int | Literal["all"] = 1,
     at: Literal["last", "best"] = "last",

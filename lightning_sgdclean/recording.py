@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sgdclean import checks
 from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
+from lightning_sgdclean.budget import Budget, Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.ending import Ending, write_ending
 from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.fingerprints import fingerprint
@@ -30,6 +30,7 @@ from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.trajectory import MicroBatch, first_epoch_kept
 from lightning_sgdclean.verified_split import VerifiedSplit
 from lightning_sgdclean.walk import RetraceOptions
+from lightning_sgdclean.weighting import Plan as SplitPlan
 from lightning_sgdclean.writer import TrajectoryWriter
 
 
@@ -53,6 +54,8 @@ class Recording:
         logged: The monitored value after each validation, by the number of steps made by then.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         best: Where the best model was saved, if that is where the walk is to start.
+        budget: What the trajectory will take, once training has started.
+        split: Whose the rows of the first batch's loss calls are, once that is proved.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Recording:
         self.logged: dict[int, float] = {}
         self.averaging = checks.check_callbacks(trainer)
         self.best = BestModel(checks.best_model_checkpoint(trainer), known_best) if retrace.at == "best" else None
+        self.budget: Budget | None = None
+        self.split: SplitPlan | None = None
         optimizer = trainer.optimizers[0]
         trained = {
             "precision": str(trainer.precision),
@@ -106,7 +111,7 @@ class Recording:
             curvature=self._retrace.curvature,
             num_epochs=0 if self._retrace.epochs == "all" else int(self._retrace.epochs) + 1,
         )
-        budget = budget_for(self._options.snapshots, needs)
+        self.budget = budget = budget_for(self._options.snapshots, needs)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
         self.writer.keeps_epochs = self._retrace.epochs != "all"
         self._say(budget.text)
@@ -152,7 +157,7 @@ class Recording:
             self._rehearsal.begin_batch(micro, batch, self.recorder.state())
         if is_first and self._retrace.sample_losses is None:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
-            VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
+            self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
 
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""

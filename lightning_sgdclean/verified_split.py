@@ -79,14 +79,17 @@ class VerifiedSplit:
                 )
             return plan, evaluated
 
-    def prove(self, micro: MicroBatch, batch: Any) -> None:
+    def prove(self, micro: MicroBatch, batch: Any) -> Plan:
         """Prove the split on a batch, for the batches like it.
+
+        Returns:
+            Whose the rows of its loss calls are.
 
         Raises:
             LossSplitError: As :func:`lightning_sgdclean.split.prove_split`.
         """
         with self._advised(batch, len(micro.ids)):
-            self._prove(micro, batch)
+            return self._prove(micro, batch)
 
     def prove_ids(self, micro: MicroBatch, batch: Any, variant: Variant) -> None:
         """Prove on a batch that rows move with the ids whose samples are replaced before collating.

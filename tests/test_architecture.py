@@ -18,6 +18,9 @@ SEE_A_TRAINER = {
     "reopened",
     "surroundings",
     "_lightning",
+    "configured",
+    "dry_run",
+    "artifacts",
     "cleansed",
 }
 

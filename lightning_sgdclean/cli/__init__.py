@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Sequence
 
 from lightning_sgdclean import __version__
-from lightning_sgdclean.cli import clean, show
+from lightning_sgdclean.cli import check, clean, show
 from lightning_sgdclean.cli.terminal import one_line
 
-COMMANDS = (show, clean)
+COMMANDS = (show, clean, check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
