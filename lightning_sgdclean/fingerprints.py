@@ -17,7 +17,7 @@ from lightning_sgdclean.batches import attributes_of
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
-_PIECE = 1 << 16  # words
+_PIECE = 1 << 24  # products held at once
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
 
 
@@ -28,7 +28,7 @@ def _multipliers(length: int, device: torch.device) -> Tensor:
     return (drawn | 1).to(device)
 
 
-def _row_digests(tensor: Tensor, rows: int) -> Tensor:
+def _row_digests(tensor: Tensor, rows: int) -> "np.ndarray[Any, Any]":
     flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, tensor.numel() // rows).contiguous()
     words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat
     if words.is_complex():
@@ -36,15 +36,18 @@ def _row_digests(tensor: Tensor, rows: int) -> Tensor:
     words = words.view(_WORD[words.element_size()])
     length = words.shape[1]  # tables of a few sizes serve all lengths that padding may lead to
     table = _multipliers(1 << max(length - 1, 0).bit_length(), words.device)[:length]
-    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around. In pieces: the
-    # products are wider than the words, and many times faster while they stay in the cache.
-    width = max(1, (_PIECE if words.device.type == "cpu" else _PIECE << 8) // rows)
-    if length <= width:
-        return (words * table).sum(1)
+    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around.
+    if words.device.type == "cpu":  # the products are wider than the words: here they stay in the cache
+        return np.asarray(np.einsum("ij,j->i", words.numpy(), table.numpy()))
+    return _dot(words, table).cpu().numpy()
+
+
+def _dot(words: Tensor, table: Tensor) -> Tensor:
+    rows = len(words)
     digests = torch.zeros(rows, dtype=torch.int64, device=words.device)
-    products = torch.empty(rows, width, dtype=torch.int64, device=words.device)
+    width = max(1, _PIECE // rows)
     for piece, factors in zip(torch.split(words, width, 1), torch.split(table, width), strict=True):
-        digests += torch.mul(piece, factors, out=products[:, : len(factors)]).sum(1)
+        digests += (piece * factors).sum(1)
     return digests
 
 
@@ -79,22 +82,27 @@ def _of_plain(value: Any) -> int:
     return zlib.crc32(text.encode())
 
 
+@lru_cache(maxsize=256)
+def _of_kind(dtype: torch.dtype, shape: torch.Size) -> int:
+    return _of_plain((str(dtype), tuple(shape)))
+
+
 @dataclass
 class Fingerprint:
     """What a batch holds, told by numbers.
 
     Attributes:
-        rows: ``(B,)`` int64 on the CPU: what belongs to one sample each.
+        rows: ``(B,)`` int64: what belongs to one sample each.
         setting: What the samples share: shapes, keys, and tensors without a row for each of them.
     """
 
-    rows: Tensor
+    rows: "np.ndarray[Any, Any]"
     setting: int = 0
 
     @property
     def digest(self) -> Tensor:
         """One int64 a sample, ``(B,)``, of its own content and of what it shares with the others."""
-        return self.rows * _MIX + self.setting
+        return torch.from_numpy(self.rows * _MIX + self.setting)
 
     def add(self, value: Any, above: tuple[int, ...] = ()) -> None:
         """Take in one more value, whatever it is made of; ``above`` are the objects that hold it."""
@@ -118,18 +126,18 @@ class Fingerprint:
     def _share(self, part: int) -> None:
         self.setting = _mix(self.setting, part)
 
-    def _own(self, parts: Tensor) -> None:
+    def _own(self, parts: "np.ndarray[Any, Any] | list[int]") -> None:
         self.rows = self.rows * _MIX + parts
 
     def _add_tensor(self, tensor: Tensor) -> None:
         num = len(self.rows)
         for part in _strided(tensor):
             by_row = part is tensor and _is_by_row(tensor, num)
-            self._share(_of_plain((str(part.dtype), tuple(part.shape[by_row:]))))
+            self._share(_of_kind(part.dtype, part.shape[by_row:]))
             if by_row:
-                self._own(_row_digests(part, num).cpu())
+                self._own(_row_digests(part, num))
             else:
-                self._share(int(_row_digests(part, 1)))
+                self._share(int(_row_digests(part, 1)[0]))
 
     def _add_array(self, array: "np.ndarray[Any, Any]") -> None:
         try:
@@ -139,7 +147,7 @@ class Fingerprint:
 
     def _add_sequence(self, items: list[Any] | tuple[Any, ...], above: tuple[int, ...]) -> None:
         if is_entry_each(items, len(self.rows)):
-            self._own(torch.tensor([_mix(*_whole(item, above)) for item in items]))
+            self._own([_mix(*_whole(item, above)) for item in items])
         else:
             self._share(len(items))
             for item in items:
@@ -159,9 +167,9 @@ def is_entry_each(items: list[Any] | tuple[Any, ...], num: int) -> bool:
 
 
 def _whole(item: Any, above: tuple[int, ...]) -> tuple[int, int]:
-    alone = Fingerprint(torch.zeros(1, dtype=torch.int64))
+    alone = Fingerprint(np.zeros(1, dtype=np.int64))
     alone.add(item, above)
-    return int(alone.rows), alone.setting
+    return int(alone.rows[0]), alone.setting
 
 
 def fingerprint(batch: Any, num_samples: int) -> Fingerprint:
@@ -175,7 +183,7 @@ def fingerprint(batch: Any, num_samples: int) -> Fingerprint:
     Returns:
         Equal batches have equal fingerprints; of unequal ones about one in 2**32 goes unnoticed.
     """
-    found = Fingerprint(torch.zeros(num_samples, dtype=torch.int64))
+    found = Fingerprint(np.zeros(num_samples, dtype=np.int64))
     found.add(batch)
     return found
 

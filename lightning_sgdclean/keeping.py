@@ -79,15 +79,13 @@ class RandomnessWatch:
 
     def _compare(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
         """Hold each sample against its last visit, if that was in a like setting: padded as long, and so on."""
-        setting, changed = (print_.setting & 0xFFFFFFFF) << 32, []
-        for name, row in zip(ids, print_.rows.tolist(), strict=False):
-            now = setting | ((row ^ (row >> 32)) & 0xFFFFFFFF)
-            before = self._seen.get(name)
-            self._seen[name] = now
-            self._num_again += before is not None
-            self._num_equal += before == now
-            if before is not None and before != now and before >> 32 == now >> 32:
-                changed.append(name)
+        setting, own = (print_.setting & 0xFFFFFFFF) << 32, (print_.rows ^ (print_.rows >> 32)) & 0xFFFFFFFF
+        prints = list(zip(ids, (setting | row for row in own.tolist()), strict=False))
+        visits = [(name, self._seen[name], now) for name, now in prints if name in self._seen]
+        self._seen.update(prints)
+        self._num_again += len(visits)
+        self._num_equal += sum(before == now for _, before, now in visits)
+        changed = [name for name, before, now in visits if before != now and before >> 32 == now >> 32]
         if changed:
             self.evidence = (
                 f"sample {changed[0]!r} holds other data in epoch {epoch} than when it was last drawn (random "
