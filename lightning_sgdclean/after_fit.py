@@ -20,6 +20,7 @@ from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.precision import is_low
 from lightning_sgdclean.progress import retrace_bar
 from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.relabel import predicted_labels
 from lightning_sgdclean.surroundings import shown_bar
 from lightning_sgdclean.trajectory import MicroBatch, Step, window_in_words
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
@@ -60,12 +61,16 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
             agreement = float32_agreement(this.states, steps, walk, start)
             if agreement.is_noise:
                 complaints.append(agreement.complaint(this.surroundings.precision))
+        if "relabel" in options.columns:
+            drawn = (name for step in steps for micro in step.micro for name in micro.ids)
+            walk.labels_of, problems = predicted_labels(this, drawn)
+            complaints += problems
         adjoints = start(walk)
         bookmark = Bookmark(this.trajectory.folder, _key(this, adjoints))
         found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
-    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, options) | columns)
+    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, this) | columns)
     return ranking, about, [*walk.fidelity.complaints[:3], *complaints, *gaps]
 
 
@@ -76,18 +81,21 @@ def _key(this: OpenedRun, adjoints: list[Adjoint]) -> str:
         "curvature": [options.curvature, options.finite_radius],
         "widens": this.walk.widens,
         "sample_losses": options.sample_losses,
+        "relabel": "relabel" in options.columns,
     }
     return key_of(this.trajectory.run, [step.index for step in this.steps], matters, adjoints)
 
 
-def _columns(found: Influences, options: RetraceOptions) -> dict[str, Any]:
-    """Influences on the further objectives, and what each epoch did, where that was asked for."""
-    others = list(options.objectives)[1:]
+def _columns(found: Influences, this: OpenedRun) -> dict[str, Any]:
+    """Influences on the further objectives, and what each epoch and another label did, where that was asked for."""
+    wanted, others = this.options.columns, list(this.options.objectives)[1:]
     columns: dict[str, Any] = {
         f"influence:{name}": values for name, values in zip(others, found.values[1:], strict=True)
     }
     by_epoch = {f"by_epoch:{epoch}": values for epoch, values in found.by_epoch.items()}
-    return columns | (by_epoch if "by_epoch" in options.columns else {})
+    columns |= by_epoch if "by_epoch" in wanted else {}
+    changes = [None] * len(found.ids) if this.walk.labels_of is None else found.relabelled
+    return columns | ({"relabel": changes} if "relabel" in wanted else {})
 
 
 def _compare_objective(value: float, last: Step, run: RecordedRun, walk: Walk, options: RetraceOptions) -> list[str]:

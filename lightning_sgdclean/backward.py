@@ -29,6 +29,7 @@ from lightning_sgdclean.errors import NonFiniteError
 from lightning_sgdclean.fidelity import Changes
 from lightning_sgdclean.fingerprints import batch_digest
 from lightning_sgdclean.influences import Influences
+from lightning_sgdclean.other_labels import OtherLabels
 from lightning_sgdclean.precision import as_float32, summable
 from lightning_sgdclean.randomness import set_random_state
 from lightning_sgdclean.replay import Evaluated, Surroundings, training_loss
@@ -101,8 +102,8 @@ def retrace_step(
         check_update: Whether to compare the update also where that alone costs the gradient.
 
     Returns:
-        ``<c, grad l_i> / (k |S|)`` for each objective and the samples of each micro-batch, ``(K, B)``; none for a
-        step without an update.
+        ``<c, grad l_i> / (k |S|)`` for each objective and the samples of each micro-batch, ``(K, B)``, and where other
+        labels are asked for, the same for their amounts besides, ``(K, 2 B)``; none for a step without an update.
 
     Raises:
         ReplayMismatchError: If the step, run again, differs from the record.
@@ -135,7 +136,10 @@ def retrace_step(
         for batch in reversed(batches):
             keeps = len(batches) == 1 and not walk.widens
             linearised = opened[0] if keeps else batch.open(params, walk.engine, surroundings)
-            scores.append((batch.micro, _pull_back(linearised, pulls, adjoints)))
+            found = _pull_back(linearised, pulls, adjoints)
+            if walk.labels_of is not None:
+                found[:, len(batch.micro.ids) :][:, batch.unknown] = math.nan
+            scores.append((batch.micro, found))
     return scores
 
 
@@ -224,14 +228,24 @@ class _MicroStep:
         self._buffers: dict[str, Tensor] | None = None
         self._plan: Plan | None = None
         self._references: dict[str, dict[int, Tensor]] = {}
+        self._labels = None if walk.labels_of is None else walk.labels_of(self.micro.ids)
+        self._is_relabelled = True
 
     def open(
         self, params: list[nn.Parameter], engine: Engine, surroundings: Surroundings, needs_gradient: bool = False
     ) -> Linearised:
         """Evaluate with an engine: in the run's own surroundings, or in those that widen it to float32."""
         weights = unit_weights(len(self.micro.ids), params)
+        if self._labels is not None:  # the engine does not mind that half of the weights are amounts
+            weights = torch.cat([weights, torch.zeros_like(weights)]).detach().requires_grad_()
         evaluate = partial(self._evaluate, surroundings)
         return engine(evaluate, params, weights, needs_gradient)
+
+    @property
+    def unknown(self) -> Tensor:
+        """Which samples' labels could not be changed, ``(B,)``."""
+        assert self._labels is not None
+        return (self._labels < 0) | (not self._is_relabelled)
 
     def statistics(self, params: list[nn.Parameter], surroundings: Surroundings) -> list[BatchStatistic]:
         """Its updates of running statistics, with their graph."""
@@ -263,17 +277,22 @@ class _MicroStep:
         set_random_state(self._random, surroundings.device)
         surroundings.set_clock(self.micro.epoch, self.micro.global_step)
         batch = cloned(self._batch)  # training_step may write to it
+        num, others = len(self.micro.ids), None
+        if self._labels is not None and len(weights) > num:
+            others = OtherLabels(self._labels, weights[num:])
         evaluated = training_loss(
             walk.module,
             batch if is_own else as_float32(batch),
             self.micro.batch_idx,
-            weights,
+            weights[:num],
             surroundings,
             walk.sample_losses,
             plan=plan,
             references=self._references.setdefault(surroundings.precision, {}),
+            others=others,
         )
         walk.restore_attributes()
+        self._is_relabelled &= others is None or (others.is_whole and walk.sample_losses is None)
         return evaluated
 
 

@@ -69,7 +69,8 @@ class Bookmark:
         for row, adjoint in enumerate(progress.adjoints):
             flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
             _put_back(adjoint, unflatten(content["layouts"][row], flat))
-        progress.found.values, progress.found.visits = tensors["values"], tensors["visits"]
+        for name in ("values", "visits", "relabelled"):
+            setattr(progress.found, name, tensors[name])
         progress.found.by_epoch = dict(zip(progress.found.by_epoch, tensors["by_epoch"], strict=True))
         for name, value in content["fidelity"].items():
             setattr(progress.fidelity, name, value)
@@ -91,7 +92,8 @@ class Bookmark:
         states = [flatten(State(one.params, one.buffers, one.optimizer)) for one in progress.adjoints]
         tensors = {f"{row}/{dtype}": tensor for row, (_, flat) in enumerate(states) for dtype, tensor in flat.items()}
         found = progress.found
-        tensors |= {"values": found.values, "visits": found.visits, "by_epoch": torch.stack([*found.by_epoch.values()])}
+        tensors |= {"values": found.values, "visits": found.visits, "relabelled": found.relabelled}
+        tensors["by_epoch"] = torch.stack([*found.by_epoch.values()])
         old, self._number = self._number, self._number + 1
         path = self._tensors(self._number)
         with appearing_whole(path) as temporary:

@@ -83,7 +83,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
         columns: Further columns of the CSV: ``"label"``, ``"prediction"`` and ``"loss"`` of each sample at the end
             point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
-            ``"by_epoch"``, what each epoch of the window adds to the influence.
+            ``"by_epoch"``, what each epoch of the window adds to the influence; ``"relabel"``, what the objective would
+            change by had the sample had the class that the final model predicts (negative: for the better).
         formats: What the ranking is written as: ``"csv"``, in any case, and ``"parquet"``, which needs pyarrow.
         show_samples: Whether the loggers get pictures of the worst samples, if there are any; ``False`` keeps all of a
             sample but its id and the columns above where it is.
@@ -119,7 +120,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
-        columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
+        columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
         formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
         show_samples: bool = True,
         keep_trajectory: bool = True,

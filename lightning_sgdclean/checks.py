@@ -23,7 +23,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 FORMATS = ("csv", "parquet")
-FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch")
+FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
 
 
 def check_objective(objective: Any) -> None:

@@ -36,7 +36,7 @@ def retrace(
     on_mismatch: Literal["raise", "warn"] = "raise",
     tolerance: float | None = None,
     retrace_precision: Literal["auto", "run", "float32"] = "auto",
-    columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch"]] = (),
+    columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
     trainer: Any = None,
 ) -> Ranking:
     """Rank the samples of a run from its recorded trajectory: another objective, window or engine, no training.

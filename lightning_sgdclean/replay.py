@@ -14,6 +14,7 @@ from lightning_sgdclean.apart import SamplesApart
 from lightning_sgdclean.attributes import Attributes
 from lightning_sgdclean.errors import LossSplitError
 from lightning_sgdclean.lookups import RefusedLookups
+from lightning_sgdclean.other_labels import LabelledWeights, OtherLabels
 from lightning_sgdclean.running_stats import BatchStatistic, RunningStatistics
 from lightning_sgdclean.weighting import Plan, SampleWeights, Term
 
@@ -117,6 +118,7 @@ def training_loss(
     samples_apart: bool = False,
     plan: Plan | None = None,
     references: dict[int, Tensor] | None = None,
+    others: OtherLabels | None = None,
 ) -> Evaluated:
     """The loss of ``training_step`` as a function of parameters and sample weights.
 
@@ -130,12 +132,15 @@ def training_loss(
         samples_apart: Whether BatchNorm and dropout are to be fixed, so that no sample feels another.
         plan: Which rows of which loss call belong to which sample.
         references: As :class:`lightning_sgdclean.weighting.SampleWeights`.
+        others: Labels that the samples could have had.
 
     Raises:
         LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
     """
     norms = SamplesApart() if samples_apart else RunningStatistics(module)
     weighing = SampleWeights(weights, plan, references)
+    if others is not None:
+        weighing = LabelledWeights(weights, plan, references, others)
     with eagerly(), logging_to(module, _ignore), surroundings.train_context(), norms, RefusedLookups(module):
         if sample_losses is not None:
             loss = _mean_of(sample_losses(module, batch), weights)

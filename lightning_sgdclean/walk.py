@@ -18,7 +18,7 @@ from lightning_sgdclean.precision import in_float32, in_half, is_low, summable
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
-from lightning_sgdclean.trajectory import Step
+from lightning_sgdclean.trajectory import SampleId, Step
 from lightning_sgdclean.updates import Update
 from lightning_sgdclean.verified_split import VerifiedSplit
 
@@ -68,6 +68,7 @@ class Walk:
         sample_losses: The user's own split of the loss.
         split: The split that was found, where the user gives none.
         widens: Whether derivatives of a run in 16 bits are taken in float32.
+        labels_of: Gives labels that the samples could have had, ``(B,)``, where the influence of that is wanted.
     """
 
     module: Any
@@ -82,6 +83,7 @@ class Walk:
     sample_losses: SampleLosses | None = None
     split: VerifiedSplit | None = None
     widens: bool = False
+    labels_of: Callable[[list[SampleId]], Tensor] | None = None
 
     def pulling(self) -> AbstractContextManager[Surroundings]:
         """Context to take derivatives in, and what stands for the Trainer there."""
