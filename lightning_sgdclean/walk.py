@@ -23,7 +23,7 @@ from lightning_sgdclean.updates import Update
 from lightning_sgdclean.verified_split import VerifiedSplit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RetraceOptions:
     """The callback's options that matter to a retrace; see there."""
 

@@ -37,7 +37,7 @@ class Trained(Plain):
 
 
 def inspected(callback, module, ids, train=TRAIN, sample_losses=None, **loader):
-    options = RetraceOptions("val_loss", "min", None, None, "all", "exact", 0.01, sample_losses, "raise", None, "auto")
+    options = RetraceOptions(epochs="all", sample_losses=sample_losses)
     train, val = loaders(train, **loader)
     module.train()
     return reopened(
