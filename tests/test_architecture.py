@@ -22,6 +22,7 @@ SEE_A_TRAINER = {
     "dry_run",
     "artifacts",
     "cleansed",
+    "training",
 }
 
 
