@@ -38,7 +38,7 @@ class ConfiguredTraining:
             ImportError: If jsonargparse, or a class of the file's, cannot be imported.
             ValueError: If the file does not fit the classes.
         """
-        with _from_here():
+        with _own_arguments():
             module_class = imported(self.model or self._class_path("model"))
             cli_class = _cli_class(package_of(module_class).__name__, dict(trainer or {}), seeded)
             given = {
@@ -56,6 +56,22 @@ class ConfiguredTraining:
             except import_module("jsonargparse").ArgumentError as error:
                 raise ValueError(f"{self.path}: {error}") from error
         return cli.trainer, cli.model, cli.datamodule
+
+    def dataset(self) -> Any:
+        """The training data.
+
+        Raises:
+            ImportError: As :meth:`make`.
+            ValueError: As :meth:`make`, or if there is no training loader with a dataset.
+        """
+        _, module, datamodule = self.make({"logger": False})
+        source = module if datamodule is None else datamodule
+        source.prepare_data()
+        source.setup("fit")
+        loader = source.train_dataloader()
+        if not hasattr(loader, "dataset"):
+            raise ValueError(f"{self.path}: no dataset can be seen in a training loader of {type(loader).__name__}.")
+        return loader.dataset
 
     def _class_path(self, key: str) -> str:
         found = self._content().get(key)
@@ -116,14 +132,13 @@ def _cli_class(package: str, options: dict[str, Any], seeded: bool) -> Any:
 
 
 @contextmanager
-def _from_here() -> Iterator[None]:
-    """Modules in the working directory can be imported, and nobody mistakes our arguments for a LightningCLI's."""
-    argv, path = sys.argv, list(sys.path)
+def _own_arguments() -> Iterator[None]:
+    """Nobody mistakes our arguments for a LightningCLI's."""
+    argv = sys.argv
     sys.argv = argv[:1]
-    sys.path.insert(0, str(Path.cwd()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of jsonargparse, for Lightning's authors
             yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv = argv

@@ -76,6 +76,10 @@ class Collating(Data):
         return DataLoader(self.data, batch_size=4, collate_fn=lambda items: default_collate(items[::-1]))
 
 
+def make_data():
+    return Data().data
+
+
 def losses(module, batch):
     return F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
 """
@@ -85,6 +89,7 @@ def losses(module, batch):
 def folder(tmp_path, monkeypatch):
     """A folder with a module file for each package, of a name that no other test has imported."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("pytorch_lightning", "lightning.pytorch"):
         file = tmp_path / f"{name.partition('.')[0]}_{abs(hash(tmp_path))}.py"
@@ -236,6 +241,20 @@ def test_a_file_of_arguments_alone_needs_the_classes(folder, capsys):
     code, out, _ = check(capsys, path, "--model", f"{module}.Good", "--data", f"{module}.Data")
     assert code == 0
     assert "of 8 in the data set" in out
+
+
+# --- the page with the samples of a configuration
+
+
+def test_a_page_shows_the_samples_of_a_configuration_or_of_a_dataset(folder, capsys):
+    path, module = config(folder), f"lightning_{abs(hash(folder))}"
+    Ranking.from_influence(range(12), [i - 5.5 for i in range(12)], [1] * 12).save(folder / "run" / "influence.csv")
+    sizes = []
+    for words in ([], ["--config", path], ["--dataset", f"{module}.make_data"]):
+        assert cli.main(["report", "run", *words]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "run/report.html"
+        sizes.append(len((folder / "run" / "report.html").read_bytes()))
+    assert sizes[0] + 500 < sizes[1] == sizes[2]
 
 
 # --- the example of a LightningCLI

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cases import TRAIN, Plain, loaders, quiet_trainer
-from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli
+from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli, compare
 from lightning_sgdclean.cli.terminal import printable, table, width_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,9 +191,12 @@ def test_the_commands_of_the_documentation_do_what_it_says(run_dir, tmp_path):
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^    sgdclean (.*)", page, re.MULTILINE)]
     assert {words[0] for words in commands} == {command.NAME for command in cli.COMMANDS}
-    commands = [words for words in commands if "--model" not in words]
+    commands = [words for words in commands if not {"--model", "--dataset"} & {*words}]
     shutil.copytree(ROOT / "examples" / "lightning_cli", tmp_path, dirs_exist_ok=True)
+    other = shutil.copytree(run_dir, tmp_path / "other")
     for words in commands:
+        if words.count("RUN") == 2:
+            words[words.index("RUN")] = str(other)
         done = sgdclean(*[str(run_dir) if word == "RUN" else word for word in words], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     namespace = {}
@@ -232,6 +235,46 @@ def test_show_as_json_has_every_digit_and_null_for_what_is_unknown(run_dir, tmp_
 def test_show_of_nothing_and_of_an_empty_ranking(run_dir, tmp_path):
     assert "rank" not in sgdclean("show", run_dir, "--top", 0).stdout
     assert "samples  0: 0 harmful, 0 helpful" in sgdclean("show", saved(tmp_path, [], [])).stdout
+
+
+# --- report
+
+
+def test_the_page_is_written_into_the_run_directory(run_dir):
+    (run_dir / "report.html").unlink(missing_ok=True)
+    done = sgdclean("report", run_dir)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run_dir / 'report.html'}\n", "")
+    assert "<script" in (run_dir / "report.html").read_text(encoding="utf-8")
+    done = sgdclean("report", run_dir / "influence.csv")
+    assert (done.returncode, "There is no run directory at" in done.stderr) == (1, True)
+    done = sgdclean("report", run_dir, "--dataset", "nowhere.data")
+    assert done.stderr == "sgdclean report: No module named 'nowhere'\n"
+
+
+# --- compare
+
+
+def test_compare_says_what_the_runs_have_in_common(tmp_path):
+    ids = list(range(40))
+    paths = [saved(tmp_path, ids, [(i * k) % 41 - 20.5 for i in ids], name=f"{k}/influence.csv") for k in (1, 2, 3)]
+    done = sgdclean("compare", *paths, "--worst", 4, "--top", 2, "-o", "found.csv", cwd=tmp_path)
+    found = compare(paths, worst=4)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("3 runs, 40 samples in all of them\n")
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == [str(i) for i in found.sample_id[:2]]
+    assert (tmp_path / "found.csv").read_bytes() == found.save(tmp_path / "again.csv").read_bytes()
+    content = json.loads(sgdclean("compare", *paths, "--json", "--worst", 4).stdout)
+    assert content["agreement"]["kendall_tau"] == found.agreement["kendall_tau"].tolist()
+    assert [sample["sample_id"] for sample in content["samples"]] == found.sample_id[:10].tolist()
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    one, other = saved(tmp_path, [1, 2]), saved(tmp_path, ["a", "b"], name="other.csv")
+    done = sgdclean("compare", one, other)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert sgdclean("compare", one).returncode == 2
+    assert sgdclean("compare", one, one, "-o", "x.txt").returncode == 2
 
 
 # --- clean

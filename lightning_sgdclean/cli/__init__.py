@@ -8,13 +8,16 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_sgdclean import __version__
-from lightning_sgdclean.cli import check, clean, show
-from lightning_sgdclean.cli.terminal import one_line
+from lightning_sgdclean.cli import check, clean, compare, report, show
+from lightning_sgdclean.cli.terminal import one_line, printable
+from lightning_sgdclean.errors import SGDInfluenceWarning
 
-COMMANDS = (show, clean, check)
+COMMANDS = (show, report, clean, compare, check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # ids are written in any alphabet, terminals are not
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.insert(0, os.getcwd())  # as for a script that lies here: import paths are those of the user's modules
     try:
-        code: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note  # type: ignore[assignment]
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sgdclean {arguments.command}: {one_line(error)}", file=sys.stderr)
         return 1
     return code
+
+
+def _note(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Our own warnings in one line on stderr; those of others are for the authors of the code that is run."""
+    if issubclass(category, SGDInfluenceWarning):
+        print(f"note: {' '.join(printable(str(message)).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,13 +28,13 @@ _SHOWN_IDS = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_config(parser)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, as for `fit --config`")
+    add_classes(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Declare what names a configured training."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, as for `fit --config`")
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """Declare what completes a configuration."""
     parser.add_argument(
         "--model", metavar="CLASS", help="the LightningModule's import path, if CONFIG has no class_path"
     )

@@ -46,6 +46,16 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def wrapped(text: str) -> str:
+    """Lines of text, each wrapped and indented as it begins."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        filled = textwrap.wrap(printable(line.strip()), terminal_width() - len(indent), break_on_hyphens=False)
+        lines += [indent + part for part in filled] or [""]
+    return "\n".join(lines)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table of as many columns as fit, from the left; what was left out is said below."""
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
