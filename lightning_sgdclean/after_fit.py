@@ -2,6 +2,7 @@
 """From a finished fit to a ranking: the objective, the walk backwards, and what is to be said of them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -27,9 +28,20 @@ from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
 
 
 def rank_run(
-    trainer: Any, module: Any, run: RecordedRun, options: RetraceOptions
+    trainer: Any,
+    module: Any,
+    run: RecordedRun,
+    options: RetraceOptions,
+    look: Callable[[OpenedRun, Ranking], None] = lambda this, ranking: None,
 ) -> tuple[Ranking, dict[str, Any], list[str]]:
     """Rank the samples of a run that has just ended; the module is left as it was found.
+
+    Args:
+        trainer: The Trainer of the fit.
+        module: Its module.
+        run: What the recording left.
+        options: What is asked of it.
+        look: Called with the ranking while the run is still open.
 
     Returns:
         The ranking, the summary's entries about it, and complaints to warn of.
@@ -38,7 +50,9 @@ def rank_run(
         SGDInfluenceError: If the run cannot be ranked right.
     """
     with opened(trainer, module, run, options) as this:
-        return rank_opened(this, bar=shown_bar(trainer))
+        ranking, about, complaints = rank_opened(this, bar=shown_bar(trainer))
+        look(this, ranking)
+        return ranking, about, complaints
 
 
 def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:

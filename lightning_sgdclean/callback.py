@@ -24,6 +24,7 @@ from lightning_sgdclean.joining import Mark, join
 from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
 from lightning_sgdclean.opened import RecordedRun
+from lightning_sgdclean.page.of_run import PageOfRun
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recording import Recording, RecordingOptions
 from lightning_sgdclean.run_directory import check_free, fresh_directory
@@ -86,8 +87,12 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             ``"by_epoch"``, what each epoch of the window adds to the influence; ``"relabel"``, what the objective would
             change by had the sample had the class that the final model predicts (negative: for the better).
         formats: What the ranking is written as: ``"csv"``, in any case, and ``"parquet"``, which needs pyarrow.
-        show_samples: Whether the loggers get pictures of the worst samples, if there are any; ``False`` keeps all of a
-            sample but its id and the columns above where it is.
+        page: Whether to write ``report.html``, on which the worst and the best samples are looked at.
+        render: What the page shows of a sample: callable from a sample to an image, text or a dict of these. By default
+            it is found from the sample.
+        class_names: Names of the classes, a sequence or by label; by default the dataset's ``classes``.
+        show_samples: Whether the page shows samples and the loggers get pictures of the worst ones; ``False`` keeps all
+            of a sample but its id and the columns above where it is.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -122,6 +127,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
         columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
         formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
+        page: bool = True,
+        render: Callable[[Any], Any] | None = None,
+        class_names: Sequence[str] | dict[Any, str] | None = None,
         show_samples: bool = True,
         keep_trajectory: bool = True,
     ) -> None:
@@ -144,6 +152,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_objective(objective)
         checks.check_columns(columns)
         checks.check_formats(formats)
+        checks.check_render(render)
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
@@ -153,6 +162,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.retrace_precision, self.columns = retrace_precision, tuple(columns)
         self.show_samples = show_samples
         self.formats = tuple(dict.fromkeys(("csv", *formats)))
+        self.page, self.render, self.class_names = page, render, class_names
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -304,9 +314,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
         )
+        page = PageOfRun(self.page, self.show_samples, self.render, self.class_names)
         try:
             self._recording.recorder.check_constants()
-            ranking, about, complaints = rank_run(trainer, pl_module, run, self._options())
+            ranking, about, complaints = rank_run(trainer, pl_module, run, self._options(), page.look)
         except SGDInfluenceError as error:
             error.add_note(
                 f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
@@ -318,7 +329,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._seconds["retrace"] = time.perf_counter() - began
         for text in complaints:
             warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
-        self._finish(trainer, ranking, about, self._recording, self.run_dir)
+        self._finish(trainer, ranking, about, self._recording, self.run_dir, page)
 
     def _options(self) -> RetraceOptions:
         return RetraceOptions(
@@ -338,7 +349,13 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         )
 
     def _finish(
-        self, trainer: Any, ranking: Ranking, about: dict[str, Any], recording: Recording, run_dir: Path
+        self,
+        trainer: Any,
+        ranking: Ranking,
+        about: dict[str, Any],
+        recording: Recording,
+        run_dir: Path,
+        page: PageOfRun,
     ) -> None:
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
@@ -361,6 +378,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         }
         files = [ranking.save(run_dir / f"influence.{kind}") for kind in self.formats]
         write_json(run_dir / "summary.json", self.summary)
+        for text in page.write(run_dir, ranking, self.summary):
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
         self._publish(trainer, ranking, [*files, run_dir / "summary.json", run_dir / "report.html"])
         if not self.keep_trajectory:
             shutil.rmtree(run_dir / "trajectory")

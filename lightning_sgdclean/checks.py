@@ -68,6 +68,16 @@ def check_formats(formats: Any) -> None:
         pyarrow()
 
 
+def check_render(render: Any) -> None:
+    """What the page shows of a sample.
+
+    Raises:
+        ValueError: If it cannot be called.
+    """
+    if render is not None and not callable(render):
+        raise ValueError(f"render must be a callable from a sample to what is shown, got {type(render).__name__}.")
+
+
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
 

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from lightning_sgdclean.identity import run_id
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import CSV_NAME, SampleId
+from lightning_sgdclean.relabelling import RelabelledDataset
+from lightning_sgdclean.run_directory import check_dataset, read_summary
 from lightning_sgdclean.sample_labels import Label, Place, converted_label, label_of, place_or_refuse, with_label
 
 DECISIONS_NAME = "decisions.csv"
@@ -40,26 +42,6 @@ class Decision:
     label: str
     was: str
     where: str
-
-
-class Relabelled(Dataset[Any]):
-    """A dataset some of whose samples have another label.
-
-    Args:
-        dataset: The dataset; it is left as it is.
-        labels: New labels as text, by position.
-        change: What makes of a sample and such a text the relabelled sample.
-    """
-
-    def __init__(self, dataset: "Dataset[Any]", labels: dict[int, str], change: Relabel) -> None:
-        self.dataset, self.labels, self.change = dataset, labels, change
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: Any) -> Any:
-        sample = self.dataset[index]
-        return self.change(sample, self.labels[index]) if index in self.labels else sample
 
 
 def apply_decisions(
@@ -92,14 +74,17 @@ def apply_decisions(
     Raises:
         FileNotFoundError: If there is no such file.
         IndexError: If an id is no position in the dataset.
-        TypeError: If the dataset has no positions, ids are str without ``ids=``, or a label's place is not clear.
+        TypeError: If the dataset has no positions, ids are names without ``ids=``, or a label's place is not clear.
         ValueError: If the file is damaged, of another run, names unknown ids, or does not fit the dataset; the
             message names file and line.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(f"Decisions need a dataset with a length and positions, found {type(dataset).__name__}.")
     path = Path(path)
-    decisions = read_decisions(path, _ranking_of(path, run))
+    ranking, summary = _run_of(path, run)
+    decisions = read_decisions(path, ranking)
+    if ids is None:
+        check_dataset(summary, dataset, "ids=, the id of each of the dataset's samples")
     position_of = _positions(decisions, len(dataset), ids)
     dropped, labels = set(), {}
     for decision in decisions:
@@ -110,7 +95,7 @@ def apply_decisions(
             dropped.add(position)
         elif decision.choice == "relabel":
             labels[position] = decision.label
-    changed = Relabelled(dataset, labels, _change_by(label)) if labels else dataset
+    changed = RelabelledDataset(dataset, labels, _change_by(label)) if labels else dataset
     return Subset(changed, [position for position in range(len(dataset)) if position not in dropped])
 
 
@@ -166,11 +151,13 @@ def _rows(path: Path) -> list[tuple[str, list[str]]]:
     return rows[1:]
 
 
-def _ranking_of(path: Path, run: "Ranking | str | os.PathLike[str] | None") -> Ranking:
+def _run_of(path: Path, run: "Ranking | str | os.PathLike[str] | None") -> tuple[Ranking, dict[str, Any]]:
+    """Ranking and summary of the run that was decided on."""
     if isinstance(run, Ranking):
-        return run
+        return run, {}
     if run is not None:
-        return Ranking.load(run)
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        return Ranking.load(run), read_summary(folder)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if not (path.parent / CSV_NAME).is_file():
@@ -178,7 +165,7 @@ def _ranking_of(path: Path, run: "Ranking | str | os.PathLike[str] | None") -> R
             f"Which run was decided on? There is no {CSV_NAME} beside {path}. Give run=, the Ranking or the run "
             f"directory, or put {path.name} into that directory."
         )
-    return Ranking.load(path.parent)
+    return Ranking.load(path.parent), read_summary(path.parent)
 
 
 def _positions(decisions: list[Decision], size: int, ids: "Sequence[SampleId] | None") -> dict[SampleId, int]:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_sgdclean.ending import forget_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
-from lightning_sgdclean.run_directory import fresh_directory
+from lightning_sgdclean.run_directory import fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
 from lightning_sgdclean.store import Layout, Trajectory
 
@@ -79,8 +79,7 @@ def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Pa
             raise
         return target
     cut_off(source / "trajectory", mark)
-    for name in ("influence.csv", "summary.json"):
-        (source / name).unlink(missing_ok=True)
+    remove_results(source)
     return source
 
 

@@ -44,4 +44,6 @@ def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str
         f"  replay   {summary['replay']['words']}",
         f"  worst    {worst}",
     ]
+    if (folder / "report.html").is_file():
+        lines.insert(2, f"  page     {folder / 'report.html'}")
     return "\n".join(lines)

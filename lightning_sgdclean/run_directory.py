@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a run writes to: found, refused or made empty."""
+"""The folder that a run writes to: found, refused or made empty; and what its summary says."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning_sgdclean.errors import RunDirectoryError
 
@@ -34,8 +36,7 @@ def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -
         folder = Path(wanted)
         if overwrite and holds_run(folder):
             shutil.rmtree(folder / "trajectory", ignore_errors=True)
-            for name in ("influence.csv", "influence.parquet", "summary.json"):
-                (folder / name).unlink(missing_ok=True)
+            remove_results(folder)
     else:
         folder, number = log_dir / "sgd_influence", 1
         while folder.exists():
@@ -48,3 +49,50 @@ def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -
             f"{folder} was just taken by another run. Give each run a dirpath= of its own."
         ) from error
     return folder
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what a ranking left, but for the trajectory."""
+    for name in ("influence.csv", "influence.parquet", "summary.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What ``summary.json`` holds; nothing where there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error}). Mend or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}. Mend or remove it.")
+    return content
+
+
+def check_dataset(summary: dict[str, Any], dataset: Any, remedy: str) -> None:
+    """Are the run's sample ids positions in this dataset, as far as its summary says?
+
+    Args:
+        summary: The run's.
+        dataset: What the ids are to be positions in.
+        remedy: The option that says where samples lie whose ids are names.
+
+    Raises:
+        TypeError: If they are names.
+        ValueError: If the run drew from a dataset of another size.
+    """
+    if "dataset_size" not in summary:
+        return
+    if summary["dataset_size"] is None:
+        raise TypeError(f"The run's sample ids are names, not positions in its dataset. Give {remedy}.")
+    if hasattr(dataset, "__len__") and len(dataset) != summary["dataset_size"]:
+        raise ValueError(
+            f"The run drew from a dataset of {summary['dataset_size']} samples, but this one has {len(dataset)}. "
+            "Give the dataset that the training loader had."
+        )

@@ -163,7 +163,7 @@ def test_long_vectors_say_how_many_are_left_out():
 
 
 def test_tokens_stand_in_one_row():
-    assert shown({"input_ids": torch.tensor([101, 7, 102])})[0].features == (("values", "101 7 102"),)
+    assert shown({"input_ids": torch.tensor([101, 7, 102])})[0].features == (("input_ids", "101 7 102"),)
 
 
 def test_a_dict_shows_its_entries_by_name():

@@ -67,7 +67,11 @@ def test_files_hold_what_is_promised(tmp_path, capsys):
 def test_trajectory_goes_when_it_is_not_to_be_kept(tmp_path):
     callback = SGDInfluence("val_loss", dirpath=tmp_path / "run", keep_trajectory=False)
     quiet_trainer([callback]).fit(Plain(), *loaders())
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["influence.csv", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "influence.csv",
+        "report.html",
+        "summary.json",
+    ]
 
 
 def test_only_the_window_stays_on_disk(tmp_path):

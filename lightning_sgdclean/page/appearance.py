@@ -119,8 +119,8 @@ def _collect(name: str, value: Any, parts: _Parts, depth: int) -> None:
 
 def _collect_inner(name: str, value: Any, parts: _Parts, depth: int) -> None:
     if isinstance(value, Mapping):
-        # The only value of a dict needs no name.
-        inner = [(str(key) if len(value) > 1 else "", item) for key, item in value.items()]
+        is_text = len(value) == 1 and isinstance(next(iter(value.values())), str)  # which then needs no name
+        inner = [("" if is_text else str(key), item) for key, item in value.items()]
     elif hasattr(value, "_fields"):
         inner = list(zip(value._fields, value, strict=True))
     elif isinstance(value, tuple | list):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a run: samples fetched, labels found, written; what goes wrong is a warning."""
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from lightning_sgdclean.page.shown import Shown, fetch_shown, ids_to_show
 from lightning_sgdclean.page.writing import PAGE_NAME, write_page
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import SampleId
+from lightning_sgdclean.run_directory import check_dataset, read_summary
 from lightning_sgdclean.sample_labels import Label
 
 Positions = Mapping[SampleId, Any]
@@ -62,14 +62,17 @@ def write_report(
 
     Raises:
         FileNotFoundError: If there is no ranking.
-        ValueError: If ranking or summary are damaged.
+        TypeError: If the ids are not positions and ``positions=`` is missing.
+        ValueError: If ranking or summary are damaged, or the dataset is of another size than the run's.
 
     Warns:
         SGDInfluenceWarning: If samples could not be shown.
     """
     folder = Path(run_dir)
     ranking = Ranking.load(folder)
-    summary = _summary_of(folder / "summary.json")
+    summary = read_summary(folder)
+    if dataset is not None and positions is None:
+        check_dataset(summary, dataset, "positions=")
     shown, complaints = shown_of(ranking, dataset, positions, render)
     labels = None if dataset is None else labels_of(ranking, dataset, positions)
     path = write_page(
@@ -86,8 +89,6 @@ def shown_of(
     """The worst and the best samples, fetched; and complaints."""
     if dataset is None:
         return [], []
-    if ranking.sample_id.dtype == object and positions is None:
-        return [], ["The sample ids are str, no positions in the dataset: the page shows no samples. Give positions=."]
     return fetch_shown(dataset, ids_to_show(ranking), positions, render)
 
 
@@ -123,15 +124,3 @@ def names_of(given: ClassNames | None, dataset: Any, shown: Sequence[Shown]) -> 
     found = {row.target: row.label for row in shown if isinstance(row.target, int) and isinstance(row.label, str)}
     is_clear = all(found.get(row.target) == row.label for row in shown if isinstance(row.target, int))
     return {target: str(label) for target, label in found.items()} if found and is_clear else None
-
-
-def _summary_of(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({error}). Mend or remove it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}. Mend or remove it.")
-    return content

@@ -79,7 +79,7 @@ def _kept(summary: Mapping[str, Any]) -> list[TrustLine]:
         return []
     words = (
         f"{batches['kept']} batches were stored as they were trained on ({batches['why']}); the samples on this page "
-        "were fetched once more and may look different"
+        "were fetched once more where they could be, and may look different"
     )
     return [TrustLine("Data", words)]
 
