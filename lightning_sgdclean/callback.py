@@ -323,7 +323,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
                 f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
                 f"val_dataloaders=..., monitor={self.monitor!r}, mode={self.mode!r}, epochs={self.epochs!r}, "
-                f"curvature={self.curvature!r})."
+                f"at={self.at!r}, curvature={self.curvature!r})."
             )
             raise
         self._seconds["retrace"] = time.perf_counter() - began
