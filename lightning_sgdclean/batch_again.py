@@ -36,19 +36,19 @@ class BatchAgain:
         self._random = walk.random_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
 
-    def loss(self) -> Tensor:
-        """The loss at the live parameters, as training had it."""
-        batch = self._set_up()
-        loss = plain_training_loss(self._walk.module, batch, self.micro.batch_idx, self._walk.surroundings)
-        self._walk.restore_attributes()
-        return loss
+    def loss(self, weights: Tensor | None = None) -> Tensor:
+        """The loss at the live parameters: as training had it, or with weights ``(B,)`` on its samples.
 
-    def weighted_loss(self, weights: Tensor) -> Tensor:
-        """The same with weights ``(B,)`` on its samples; see :meth:`find_plan`.
+        What the step does to the module's plain attributes is left to be undone.
 
         Raises:
-            LossSplitError: If the loss is made otherwise than when its plan was found.
+            LossSplitError: If the loss is made otherwise than when its plan was found; see :meth:`find_plan`.
         """
+        if weights is not None:
+            return self._weighted_loss(weights)
+        return plain_training_loss(self._walk.module, self._set_up(), self.micro.batch_idx, self._walk.surroundings)
+
+    def _weighted_loss(self, weights: Tensor) -> Tensor:
         loss, terms = self._weighted(weights, self.plan)
         if self.plan is not None and not is_planned(terms, self.plan):
             raise LossSplitError(
@@ -64,13 +64,14 @@ class BatchAgain:
             LossSplitError: If it cannot be split by sample.
         """
         walk = self._walk
-        buffers = [(buffer, buffer.detach().clone()) for buffer in walk.module.buffers()]
+        contents = {name: buffer.detach().clone() for name, buffer in walk.module.named_buffers()}
 
         def evaluate(plan: Plan | None) -> Evaluated:
             loss, terms = self._weighted(unit_weights(len(self.micro.ids), list(walk.params.values())), plan)
             with torch.no_grad():
-                for buffer, content in buffers:
-                    buffer.copy_(content)
+                for name, buffer in walk.module.named_buffers():  # by name: a step may put a new one in its place
+                    buffer.copy_(contents[name])
+            walk.restore_attributes()
             return Evaluated(loss, [], terms)
 
         if walk.split is None:
@@ -80,11 +81,9 @@ class BatchAgain:
 
     def _weighted(self, weights: Tensor, plan: Plan | None) -> tuple[Tensor, list[Term]]:
         walk = self._walk
-        found = weighted_training_loss(
+        return weighted_training_loss(
             walk.module, self._set_up(), self.micro.batch_idx, weights, walk.surroundings, walk.sample_losses, plan
         )
-        walk.restore_attributes()
-        return found
 
     def _set_up(self) -> Any:
         """Random state and clock as they were, and a copy of the batch: ``training_step`` may write to it."""

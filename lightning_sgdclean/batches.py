@@ -48,8 +48,13 @@ def cloned(batch: Any) -> Any:
     """
     # Not deepcopy's way with tensors: of a view it would copy all that lies behind.
     tensors = (leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
-    seen: dict[int, Any] = {id(leaf): leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in tensors}
+    seen: dict[int, Any] = {id(leaf): _cloned(leaf) for leaf in tensors}
     try:
         return copy.deepcopy(batch, seen)
     except TypeError:
         return batch
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return copied.requires_grad_() if tensor.requires_grad else copied

@@ -2,6 +2,7 @@
 """``counterfactual``: what leaving samples out really does to the objective, beside what was predicted."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_sgdclean import checks
 from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.ids import prove_ids
-from lightning_sgdclean.leaving_out import leave_out
+from lightning_sgdclean.leaving_out import Batched, leave_out
 from lightning_sgdclean.objective import ObjectiveFn
 from lightning_sgdclean.opened import OpenedRun
 from lightning_sgdclean.ranking import Ranking
@@ -40,6 +42,7 @@ class Counterfactual:
             if there is none, or one of another objective or window.
         visits: How often samples of each group were drawn in the window, shape ``(R,)``. Where they never were, the
             difference is exactly zero.
+        is_batched: Whether the runs were made at once, by ``torch.func.vmap``.
         is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
         words: What was run, in words.
     """
@@ -51,6 +54,7 @@ class Counterfactual:
     differences: NDArray[np.float64]
     predicted: NDArray[np.float64] | None
     visits: NDArray[np.int64]
+    is_batched: bool
     is_bitwise: bool
     words: str
 
@@ -66,10 +70,14 @@ def counterfactual(
     monitor: str = "val_loss",
     mode: Literal["min", "max"] = "min",
     objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None,
+    limit_val_batches: float | None = None,
     epochs: int | Literal["all"] = 1,
+    at: Literal["last", "best"] = "last",
     sample_losses: Callable[[Any, Any], Tensor] | None = None,
+    batched: bool | Literal["auto"] = "auto",
     on_mismatch: Literal["raise", "warn"] = "raise",
     tolerance: float | None = None,
+    trainer: Any = None,
 ) -> Counterfactual:
     """Run the recorded window again without some samples, and see what becomes of the objective.
 
@@ -88,10 +96,15 @@ def counterfactual(
         monitor: As for :class:`SGDInfluence`, and so are the rest.
         mode: See there.
         objective: See there; of several, the first.
-        epochs: See there; the window has to lie in what was kept.
+        limit_val_batches: As for :func:`retrace`.
+        epochs: As for :class:`SGDInfluence`; the window has to lie in what was kept.
+        at: See there; ``"best"`` needs a run that was recorded with it.
         sample_losses: See there.
+        batched: Whether to make the runs at once, by ``torch.func.vmap``. ``"auto"`` does it where the module allows it
+            (whether it does is checked against single runs), and where it is faster: where networks are small.
         on_mismatch: See there.
         tolerance: See there.
+        trainer: As for :func:`retrace`.
 
     Returns:
         The objectives, their differences, and what the ranking of the run directory had predicted.
@@ -100,14 +113,21 @@ def counterfactual(
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         ReplayMismatchError: If the window, run again with nobody left out, is not what was recorded.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
+        UnsupportedOperationError: If the runs are to be made at once and cannot.
         TypeError: If ``without`` is something else.
+        ValueError: If ``batched`` is.
     """
+    checks.check_objective(objective)
+    checks.check_choice("at", at, ("last", "best"))
     names, groups = named_groups(without)
+    if batched not in (True, False, "auto"):
+        raise ValueError(f'batched must be True, False or "auto", got {batched!r}.')
     options = RetraceOptions(
         monitor=monitor,
         mode=mode,
         objective=objective,
         epochs=epochs,
+        at=at,
         sample_losses=sample_losses,
         on_mismatch=on_mismatch,
         tolerance=tolerance,
@@ -116,10 +136,12 @@ def counterfactual(
         run_dir,
         model,
         options,
-        lambda this: _counterfactual(this, names, groups),
+        lambda this: _counterfactual(this, names, groups, batched),
         train_dataloaders=train_dataloaders,
         val_dataloaders=val_dataloaders,
         datamodule=datamodule,
+        limit_val_batches=limit_val_batches,
+        trainer=trainer,
     )
     for text in complaints:
         warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
@@ -156,11 +178,11 @@ def _plain(entry: Any) -> Any:
 
 
 def _counterfactual(
-    this: OpenedRun, names: list[Any], groups: list[list[SampleId]]
+    this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched
 ) -> tuple[Counterfactual, list[str]]:
     steps, walk = this.steps, this.walk
     complaints = [] if walk.split is None else prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
-    found = leave_out(this, [frozenset(group) for group in groups])
+    found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
     values = np.array(found.values, dtype=np.float64)
     last = steps[-1]
@@ -171,10 +193,11 @@ def _counterfactual(
         whole=found.whole,
         values=values,
         differences=sign * (values - found.whole),
-        predicted=_predicted(this, groups),
+        predicted=_predicted(this, groups, found.whole),
         visits=_visits(steps, groups),
+        is_batched=found.is_batched,
         is_bitwise=found.is_bitwise,
-        words=f"{len(groups)} runs over {window}, one after another",
+        words=f"{len(groups)} runs over {window}, {found.words}",
     )
     return result, [*walk.fidelity.complaints[:3], *complaints]
 
@@ -187,15 +210,17 @@ def _visits(steps: list[Step], groups: list[list[SampleId]]) -> NDArray[np.int64
     return np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64)
 
 
-def _predicted(this: OpenedRun, groups: list[list[SampleId]]) -> NDArray[np.float64] | None:
-    """What the ranking in the run directory says, if it is one of this objective over this window."""
+def _predicted(this: OpenedRun, groups: list[list[SampleId]], whole: float) -> NDArray[np.float64] | None:
+    """What the ranking in the run directory says, if it is one of this objective, of that value, over this window."""
     try:
         summary = json.loads((this.run.folder / "summary.json").read_text(encoding="utf-8"))
         ranking = Ranking.load(this.run.folder)
     except (OSError, ValueError):
         return None
-    name, window = summary["objective"]["name"], summary["window"]
-    if summary["objective"]["mode"] != this.options.mode or name != next(iter(this.options.objectives)):
+    objective, window = summary["objective"], summary["window"]
+    if (objective["name"], objective["mode"]) != (next(iter(this.options.objectives)), this.options.mode):
+        return None
+    if not math.isclose(objective["recomputed"], whole, rel_tol=1e-3):
         return None
     if (window["first_step"], window["last_step"]) != (this.steps[0].index, this.steps[-1].index):
         return None

@@ -142,23 +142,11 @@ def take_step(
         loss_of: The loss of a micro-batch, by number.
         check: Gets the losses as they were differentiated, before the optimizer steps.
     """
-    params = borrowed_optimizer.params
-    for param in params:
-        param.grad = None
-    scale = step.micro[0].scale
-    scaler = None if scale == 1.0 else torch.amp.GradScaler(walk.surroundings.device.type, init_scale=scale)
-    losses = []
-    for number in range(len(step.micro)):
-        loss = loss_of(number) / step.divisor
-        if scaler is not None:
-            loss = scaler.scale(loss)
-        if step.is_update:
-            walk.module.backward(loss)
-            walk.restore_attributes()
-        losses.append(loss.detach())
+    losses, scaler = accumulate(step, walk, borrowed_optimizer, loss_of)
     if not step.is_update:
         return
     check(losses)
+    params = borrowed_optimizer.params
     if scaler is not None and not getattr(borrowed_optimizer.optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(borrowed_optimizer.optimizer)
     if step.clip is not None:
@@ -169,3 +157,23 @@ def take_step(
             nn.utils.clip_grad_norm_(params, value)
     borrowed_optimizer.set_options(step.groups)
     borrowed_optimizer.step(scaler)
+
+
+def accumulate(
+    step: Step, walk: Walk, borrowed_optimizer: Borrowed, loss_of: Callable[[int], Tensor]
+) -> tuple[list[Tensor], torch.amp.GradScaler | None]:
+    """Leave a step's gradients in the live parameters; the losses as they were differentiated, and what scaled them."""
+    for param in borrowed_optimizer.params:
+        param.grad = None
+    scale = step.micro[0].scale
+    scaler = None if scale == 1.0 else torch.amp.GradScaler(walk.surroundings.device.type, init_scale=scale)
+    losses = []
+    for number in range(len(step.micro)):
+        loss = loss_of(number) / step.divisor
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if step.is_update:
+            walk.module.backward(loss)
+        walk.restore_attributes()
+        losses.append(loss.detach())
+    return losses, scaler

@@ -9,20 +9,22 @@ which happened, so it joins there.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from functools import partial
+from typing import Literal
 
 from lightning_sgdclean.batch_again import BatchAgain
+from lightning_sgdclean.errors import UnsupportedOperationError
 from lightning_sgdclean.forward import Borrowed, borrowed, live_state, load_all, take_step
-from lightning_sgdclean.memory import slots_for
+from lightning_sgdclean.one_by_one import OneByOne, Weights
 from lightning_sgdclean.opened import OpenedRun
+from lightning_sgdclean.stacked import NotStackedError, Stacked
 from lightning_sgdclean.states import compare
-from lightning_sgdclean.trajectory import SampleId, State, Step
+from lightning_sgdclean.trajectory import SampleId, Step
 from lightning_sgdclean.walk import Walk
 from lightning_sgdclean.weighting import unit_weights
 
-Weights = list[Tensor | None]  # one for each micro-batch, (B,) of zeros and ones; None where nobody is left out
+Batched = bool | Literal["auto"]
+Progress = Callable[[int, int], None]  # steps done, of how many
 
 
 @dataclass(frozen=True)
@@ -31,115 +33,100 @@ class LeftOut:
 
     Attributes:
         whole: The objective of the run with nobody left out, computed as the others were.
-        values: The objective of each run, in the order in which they were asked for.
+        values: The objective without each group, in the order in which they were asked for.
+        nudged: The objectives of runs with nobody left out that began off by rounding errors.
         is_bitwise: Whether the run with nobody left out came to the recorded end to the last bit.
+        is_batched: Whether the runs were made at once.
+        words: How they were made.
     """
 
     whole: float
     values: list[float]
+    nudged: list[float]
     is_bitwise: bool
+    is_batched: bool
+    words: str
 
 
-class Runs(Protocol):
-    """Runs that go over the steps beside the one that happened, which is that of the live module."""
+@dataclass(frozen=True)
+class _Run:
+    """One of the runs to make: from which step on it differs, whom it leaves out, and by what it is nudged."""
 
-    def join(self, num: int) -> None:
-        """So many more, as copies of the one that happened."""
-
-    def step(self, step: Step, batches: list[BatchAgain], weights: list[Weights]) -> None:
-        """Take all of them over a step; the live module is left in the state that it was in."""
-
-    def values(self) -> list[float]:
-        """The objective of the run that happened, as these are computed, and of each in the order of joining."""
-
-
-class OneByOne:
-    """Every run by itself, with the live module and the live optimizer: what training itself would have done."""
-
-    def __init__(self, this: OpenedRun, optimizer: Borrowed) -> None:
-        self._this, self._walk, self._optimizer = this, this.walk, optimizer
-        self._states: list[State] = []
-
-    def join(self, num: int) -> None:
-        """See the base class."""
-        self._states += [copied(live_state(self._walk, self._optimizer)) for _ in range(num)]
-
-    def step(self, step: Step, batches: list[BatchAgain], weights: list[Weights]) -> None:
-        """See the base class."""
-        happened = copied(live_state(self._walk, self._optimizer))
-        for number, each in enumerate(weights):
-            load_all(self._walk, self._optimizer, self._states[number])
-            take_step(step, self._walk, self._optimizer, _losses(batches, each))
-            self._states[number] = copied(live_state(self._walk, self._optimizer))
-        load_all(self._walk, self._optimizer, happened)
-
-    def values(self) -> list[float]:
-        """See the base class."""
-        states = [live_state(self._walk, self._optimizer), *self._states]
-        return [self._this.objectives_at(copied(state), self._this.surroundings)[0].value for state in states]
-
-
-def _losses(batches: list[BatchAgain], weights: Weights) -> Callable[[int], Tensor]:
-    def loss_of(number: int) -> Tensor:
-        each = weights[number]
-        return batches[number].loss() if each is None else batches[number].weighted_loss(each)
-
-    return loss_of
-
-
-def copied(state: State) -> State:
-    """The state in tensors of its own, where it is."""
-    return State(
-        {name: tensor.detach().clone() for name, tensor in state.params.items()},
-        {name: tensor.detach().clone() for name, tensor in state.buffers.items()},
-        {
-            name: {key: tensor.detach().clone() for key, tensor in entries.items()}
-            for name, entries in state.optimizer.items()
-        },
-    )
+    first: int
+    without: frozenset[SampleId]
+    seed: int | None = None
 
 
 def leave_out(
     this: OpenedRun,
     groups: Sequence[frozenset[SampleId]],
-    advance: Callable[[], None] = lambda: None,
-    make_runs: Callable[[OpenedRun, Borrowed], Runs] = OneByOne,
+    *,
+    num_nudged: int = 0,
+    batched: Batched = "auto",
+    progress: Progress = lambda done, total: None,
 ) -> LeftOut:
     """Really run the window without each of some groups of samples.
 
     Args:
         this: The run.
         groups: The samples that each run leaves out.
-        advance: Called after every step of each pass over the window; see :func:`num_passes`.
-        make_runs: How they are run.
+        num_nudged: How many runs to make besides in which nobody is left out, off by rounding errors at the start.
+        batched: Whether to make the runs at once; ``"auto"``: where that is possible, and faster.
+        progress: Called after every step of each pass over the window.
 
     Raises:
         ReplayMismatchError: If the window, run again with nobody left out, does not come to the recorded end.
         LossSplitError: If a loss cannot be split by sample.
+        UnsupportedOperationError: If they are to be made at once and cannot.
     """
-    first_drawn = _first_drawn(this.steps)
-    firsts = [min((first_drawn[name] for name in group if name in first_drawn), default=None) for group in groups]
-    joining = sorted((first, i) for i, first in enumerate(firsts) if first is not None)
-    at_once = _at_once(this)
-    values: list[float | None] = [None] * len(groups)
-    whole, is_bitwise = 0.0, True
-    for begin in range(0, max(1, len(joining)), at_once):
-        chosen = joining[begin : begin + at_once]
-        drawn = [(first, groups[i]) for first, i in chosen]
-        (whole, *found), same = _pass_over(this, drawn, advance, make_runs)
+    drawn = _first_drawn(this.steps)
+    firsts = [min((drawn[name] for name in group if name in drawn), default=None) for group in groups]
+    runs = {i: _Run(first, groups[i]) for i, first in enumerate(firsts) if first is not None}
+    runs |= {len(groups) + seed: _Run(0, frozenset(), seed) for seed in range(num_nudged)}
+    in_order = sorted(runs, key=lambda i: runs[i].first)
+    (whole, *found), is_bitwise, reason = _all_runs(this, [runs[i] for i in in_order], batched, progress)
+    by_number = dict(zip(in_order, found, strict=True))
+    values = [by_number.get(i, whole) for i in range(len(groups) + num_nudged)]
+    words = "at once" if reason is None else f"one after another{reason and f': {reason}'}"
+    return LeftOut(whole, values[: len(groups)], values[len(groups) :], is_bitwise, reason is None, words)
+
+
+def _all_runs(
+    this: OpenedRun, runs: list[_Run], batched: Batched, progress: Progress
+) -> tuple[list[float], bool, str | None]:
+    """The objectives, nobody left out first; whether that one was bit for bit; and why they were not made at once."""
+    reason: str | None = ""
+    if batched is not False:
+        reason = Stacked.why_not(this, len(runs), is_wanted=batched is True)
+        if reason is None:
+            try:
+                return *_in_passes(this, runs, Stacked, progress), None
+            except NotStackedError as error:
+                reason = str(error)
+        if batched is True:
+            raise UnsupportedOperationError(f'The runs cannot be made at once: {reason}. Use batched="auto".')
+    return *_in_passes(this, runs, OneByOne, progress), reason
+
+
+def _in_passes(
+    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], progress: Progress
+) -> tuple[list[float], bool]:
+    """Go over the window as often as it takes, each time with as many runs as fit in memory."""
+    at_once = kind.at_once(this)
+    num_passes = max(1, math.ceil(len(runs) / at_once))
+    found: list[float] = []
+    is_bitwise = True
+    for number in range(num_passes):
+        before, total = number * len(this.steps), num_passes * len(this.steps)
+        chosen = runs[number * at_once : (number + 1) * at_once]
+        (whole, *values), same = _pass_over(this, chosen, kind, partial(_forward, progress, before, total))
+        found += [*([] if number else [whole]), *values]
         is_bitwise &= same
-        for (_, i), value in zip(chosen, found, strict=True):
-            values[i] = value
-    return LeftOut(whole, [whole if value is None else value for value in values], is_bitwise)
+    return found, is_bitwise
 
 
-def num_passes(this: OpenedRun, num_groups: int) -> int:
-    """How often the window is gone over for so many groups, each pass with as many of them as fit in memory."""
-    return max(1, math.ceil(num_groups / _at_once(this)))
-
-
-def _at_once(this: OpenedRun) -> int:
-    return max(1, slots_for(this.trajectory.state_bytes))
+def _forward(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
@@ -153,12 +140,9 @@ def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
 
 
 def _pass_over(
-    this: OpenedRun,
-    groups: list[tuple[int, frozenset[SampleId]]],
-    advance: Callable[[], None],
-    make_runs: Callable[[OpenedRun, Borrowed], Runs],
+    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], after_step: Callable[[int], None]
 ) -> tuple[list[float], bool]:
-    """Run the window with nobody left out and, beside it, without each group from the step that first draws it.
+    """Run the window with nobody left out and, beside it, each run from the step on where it differs.
 
     Returns:
         The objective of each, nobody left out first; and whether that one came to its end to the last bit.
@@ -167,20 +151,20 @@ def _pass_over(
     start = this.states.state(steps[0].index)
     with this.surroundings.as_stage("train"), borrowed(this.run.optimizer) as optimizer:
         load_all(walk, optimizer, start)
-        runs = make_runs(this, optimizer)
+        beside = kind(this, optimizer)
         for position, step in enumerate(steps):
-            runs.join(sum(first == position for first, _ in groups))
-            gone = [group for first, group in groups if first <= position]
+            beside.join([run.seed for run in runs if run.first == position])
+            gone = [run.without for run in runs if run.first <= position]
             batches = [BatchAgain(step, number, walk) for number in range(len(step.micro))]
             if gone:
                 weights = _weights(step, gone, walk)
                 _find_plans(step, batches, weights, walk)
-                runs.step(step, batches, weights)
+                beside.step(step, batches, weights)
             _as_recorded(step, batches, walk, optimizer)
-            advance()
+            after_step(position + 1)
         changes, is_bitwise = compare(live_state(walk, optimizer), this.end, start)
         walk.fidelity.compare_segment(steps, changes, is_bitwise)
-        return runs.values(), is_bitwise
+        return beside.values(), is_bitwise
 
 
 def _as_recorded(step: Step, batches: list[BatchAgain], walk: Walk, optimizer: Borrowed) -> None:

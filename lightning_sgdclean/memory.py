@@ -4,17 +4,21 @@
 import os
 from pathlib import Path
 
+import torch
+
 _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def slots_for(state_bytes: int) -> int:
-    """How many states may be held: as many as half of the free memory takes."""
-    return int(_SHARE * free_memory()) // max(1, state_bytes)
+def slots_for(state_bytes: int, device: torch.device | None = None) -> int:
+    """How many states may be held: as many as half of the free memory takes, by default that of the CPU."""
+    return int(_SHARE * free_memory(device)) // max(1, state_bytes)
 
 
-def free_memory() -> int:
+def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this process may still take: what the machine has, or less where a container has less."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return max(0, min(_free_on_machine(), _free_in_container()))
 
 

@@ -49,12 +49,19 @@ def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[Val
 
 
 def logged_value(
-    module: Any, batch: ValidationBatch, monitor: str, num_loaders: int
+    module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, needs_graph: bool = True
 ) -> tuple[Tensor | None, float, list[str]]:
     """Run ``validation_step`` and catch what it logs as ``monitor``.
 
+    Args:
+        module: The LightningModule.
+        batch: One of the validation set.
+        monitor: Name of the value.
+        num_loaders: How many validation loaders there are.
+        needs_graph: Whether the value is to be differentiated.
+
     Returns:
-        The value with its graph (None if this batch logs none of that name), the weight that Lightning
+        The value (None if this batch logs none of that name), the weight that Lightning
         would give it, and all names that were logged.
 
     Raises:
@@ -77,7 +84,7 @@ def logged_value(
     if name not in seen:
         return None, 0.0, list(seen)
     value, options = seen[name]
-    _check_differentiable(monitor, value, options)
+    _check_logged(monitor, value, options, needs_graph)
     weight = options.get("batch_size")
     return value.mean(), float(batch_size_of(content) if weight is None else weight), list(seen)
 
@@ -102,11 +109,11 @@ def logs_value(module: Any, batch: ValidationBatch, monitor: str, num_loaders: i
     return value is not None
 
 
-def _check_differentiable(monitor: str, value: Any, options: dict[str, Any]) -> None:
+def _check_logged(monitor: str, value: Any, options: dict[str, Any], needs_graph: bool) -> None:
     found = None
     if not isinstance(value, Tensor):
         found = f"a {type(value).__name__}"
-    elif value.grad_fn is None:
+    elif needs_graph and value.grad_fn is None:
         found = "a tensor without a graph (detached, or made of counts such as an accuracy)"
     elif options.get("reduce_fx", "mean") not in ("mean", torch.mean):
         found = f"a value reduced by {options['reduce_fx']!r} over batches; expected the mean"
@@ -150,18 +157,25 @@ def objective_gradients(
             watched = RunningStatistics(module)
             own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
             with eagerly(), surroundings.val_context(), watched:
-                value, weight, seen = (
-                    logged_value(module, (own, batch_idx, number), monitor, num_loaders)
-                    if objective is None
-                    else _called(objective, module, own)
-                )
+                value, weight, seen = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
             names += [seen_name for seen_name in seen if seen_name not in names]
             if value is not None and weight:
                 means[name].add(value, weight, watched.leaves)
-    missing = no_such_value(monitor, names)
-    return [
-        mean.result(name, missing if objectives[name] is None else _weightless(name)) for name, mean in means.items()
-    ]
+    return [mean.result(name, no_mean(name, objectives[name], monitor, names)) for name, mean in means.items()]
+
+
+def value_of(
+    objective: ObjectiveFn | None,
+    module: Any,
+    batch: ValidationBatch,
+    monitor: str,
+    num_loaders: int,
+    needs_graph: bool = True,
+) -> tuple[Tensor | None, float, list[str]]:
+    """What a callable, or None for what ``validation_step`` logs, says of a batch; see :func:`logged_value`."""
+    if objective is None:
+        return logged_value(module, batch, monitor, num_loaders, needs_graph)
+    return _called(objective, module, batch[0], needs_graph)
 
 
 class _Mean:
@@ -202,18 +216,21 @@ def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:
     )
 
 
-def _weightless(name: str) -> ObjectiveError:
+def no_mean(name: str, objective: ObjectiveFn | None, monitor: str, names: list[str]) -> ObjectiveError:
+    """The error for an objective of which no batch said anything; ``names``: what was logged."""
+    if objective is None:
+        return no_such_value(monitor, names)
     return ObjectiveError(
         f"The objective {name!r} has a weight of zero in every validation batch, so it has no mean. "
         "Is there no such sample in the validation data?"
     )
 
 
-def _called(objective: ObjectiveFn, module: Any, batch: Any) -> tuple[Tensor, float, list[str]]:
+def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) -> tuple[Tensor, float, list[str]]:
     with logging_to(module, lambda *_, **__: None):
         result = objective(module, batch)
     value, weight = result if isinstance(result, tuple) else (result, None)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+    if not isinstance(value, Tensor) or value.numel() != 1 or (needs_graph and not value.requires_grad):
         raise ObjectiveError("objective= must return a scalar tensor that can be differentiated, or (scalar, weight).")
     weight = float(batch_size_of(batch) if weight is None else weight)
     if not 0 <= weight < math.inf:

@@ -15,7 +15,13 @@ from lightning_sgdclean.ending import Ending
 from lightning_sgdclean.errors import ObjectiveError, UnsupportedTrainingError
 from lightning_sgdclean.fetching import fetch_batch
 from lightning_sgdclean.ids import check_positions
-from lightning_sgdclean.objective import ObjectiveGradient, loaders_in, objective_gradients, validation_batches
+from lightning_sgdclean.objective import (
+    ObjectiveGradient,
+    ValidationBatch,
+    loaders_in,
+    objective_gradients,
+    validation_batches,
+)
 from lightning_sgdclean.packing import Classes, unpack_batch
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.replay import Surroundings, untouched_module
@@ -71,7 +77,7 @@ class OpenedRun:
         surroundings: What stands for the Trainer.
         restore: Puts the module's modes and plain attributes back.
         end: The state at the window's end.
-        objectives: Evaluates the objectives and their gradients at the live parameters, the ranking one first.
+        validation: What the objectives are means over, and of how many loaders it comes.
     """
 
     run: RecordedRun
@@ -83,7 +89,7 @@ class OpenedRun:
     surroundings: Surroundings
     restore: Callable[[], None]
     end: State
-    objectives: Callable[[Surroundings], list[ObjectiveGradient]]
+    validation: Callable[[], tuple[Iterator[ValidationBatch], int]]
 
     def loader_of(self, micro: MicroBatch) -> Any:
         """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
@@ -96,7 +102,12 @@ class OpenedRun:
     def objectives_at(self, state: State, surroundings: Surroundings) -> list[ObjectiveGradient]:
         """The objectives in a state; the module is in the modes of training afterwards."""
         load_state(self.walk.module, self.walk.params, state)
-        found = self.objectives(surroundings)
+        batches, num_loaders = self.validation()
+        params, options = list(self.walk.params.values()), self.options
+        with surroundings.as_stage("validate"):
+            found = objective_gradients(
+                self.walk.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
+            )
         self.restore()  # validation had put the module into evaluation mode
         return found
 
@@ -151,7 +162,7 @@ def _opened(
         surroundings=surroundings,
         restore=restore,
         end=states.state(steps[-1].index + 1),
-        objectives=lambda around: _objectives(run, walk, around, options),
+        validation=lambda: _validation(run, options),
     )
 
 
@@ -176,22 +187,15 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     return [step for step in steps if step.epoch >= first_epoch]
 
 
-def _objectives(
-    run: RecordedRun, walk: Walk, surroundings: Surroundings, options: RetraceOptions
-) -> list[ObjectiveGradient]:
+def _validation(run: RecordedRun, options: RetraceOptions) -> tuple[Iterator[ValidationBatch], int]:
     own = options.val_dataloaders is not None
     loaders = options.val_dataloaders if own else run.val_dataloaders
     if loaders is None:
         raise ObjectiveError(
             "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
         )
-    num_loaders = len(loaders_in(loaders))
     batches = validation_batches(loaders, None if own else run.limits)
-    params = list(walk.params.values())
-    with surroundings.as_stage("validate"):
-        return objective_gradients(
-            walk.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
-        )
+    return batches, len(loaders_in(loaders))
 
 
 def _loader_of(run: RecordedRun, trajectory: Trajectory, micro: MicroBatch) -> Any:

@@ -92,5 +92,10 @@ def update_of(optimizer: Optimizer) -> Update:
     return _UPDATES[kind]
 
 
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether each number is stepped by itself, so that runs may lie side by side in one tensor."""
+    return type(optimizer) in _UPDATES and type(optimizer) not in _REGISTERED
+
+
 def _is_torchs(kind: type) -> bool:
     return getattr(torch.optim, kind.__name__, None) is kind

@@ -14,6 +14,7 @@ SEE_A_TRAINER = {
     "train_loaders",
     "checks",
     "after_fit",
+    "counterfactuals",
     "opened",
     "reopened",
     "surroundings",
@@ -22,7 +23,6 @@ SEE_A_TRAINER = {
     "dry_run",
     "artifacts",
     "cleansed",
-    "training",
 }
 
 

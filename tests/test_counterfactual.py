@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -15,7 +15,7 @@ import test_losses
 import test_token_losses
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, objective
 from datasets import Augmented
-from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual, leaving_out
+from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual, one_by_one
 from lightning_sgdclean.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
 from reference import one_hot, ranked
 from test_augmentation import Hooked
@@ -156,6 +156,7 @@ def test_what_was_predicted_of_another_objective_or_window_is_not_shown(tmp_path
     assert again(callback, case, without=IDS, objective=squared).predicted is None
     assert again(callback, case, without=IDS, epochs=1).predicted is None
     assert again(callback, case, without=IDS, mode="max").predicted is None
+    assert again(callback, case, without=IDS, val_dataloaders=DataLoader(TRAIN, batch_size=4)).predicted is None
     (tmp_path / "run" / "influence.csv").unlink()
     assert again(callback, case, without=IDS).predicted is None
 
@@ -167,6 +168,32 @@ def test_the_objective_may_be_another_one():
         module = fit(case, weights=weights_without([i])).double().eval()
         parts = [(len(y), F.cross_entropy(module.net(x.double()), y).item() ** 2) for x, y, _ in loaders()[1]]
         assert value == pytest.approx(sum(num * part for num, part in parts) / len(VAL), rel=1e-12)
+
+
+def accuracy(module, batch):
+    return (module.net(batch[0]).argmax(1) == batch[1]).double().mean()
+
+
+def test_the_objective_needs_no_derivative_here():
+    case = CASES[0]
+    found = again(ranked(case), case, without={"most": [*range(20)]}, objective=accuracy)
+    module = fit(case, weights=weights_without(range(20))).double().eval()
+    x, y, _ = VAL.tensors
+    assert found.values == pytest.approx([accuracy(module, (x.double(), y)).item()])
+
+
+def test_at_best_the_runs_end_at_the_best_model(tmp_path):
+    def best():
+        return [ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)]
+
+    case = Case("best", {"options": {"lr": 1.5}}, {"max_epochs": 4, "enable_checkpointing": True}, callbacks=best)
+    callback = ranked(case, at="best")
+    last = callback.summary["window"]["last_step"]
+    assert last < 19
+    found = again(callback, case, without=IDS, at="best")
+    shorter = Case("shorter", case.module, {"max_steps": last + 1, "max_epochs": 4})
+    assert found.values == pytest.approx([without(shorter, [i]) for i in IDS], rel=1e-12)
+    assert found.predicted is not None
 
 
 def test_a_value_that_should_be_high_has_differences_of_the_other_sign():
@@ -213,7 +240,7 @@ def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
     callback = ranked(case)
     together = again(callback, case, without=IDS)
     for slots in (0, 2):
-        monkeypatch.setattr(leaving_out, "slots_for", lambda state_bytes, slots=slots: slots)
+        monkeypatch.setattr(one_by_one, "slots_for", lambda *_, slots=slots: slots)
         assert np.array_equal(again(callback, case, without=IDS).values, together.values)
 
 
@@ -293,6 +320,6 @@ def test_the_result_names_what_was_run():
     callback = ranked(CASES[0])
     found = again(callback, CASES[0], without=IDS)
     assert isinstance(found, Counterfactual)
-    assert found.words == "3 runs over steps 0 to 14: epochs 0 to 2, one after another"
+    assert found.words == "3 runs over steps 0 to 14: epochs 0 to 2, one after another: there are few of them"
     assert json.loads((callback.run_dir / "summary.json").read_text())["objective"]["recomputed"] == found.whole
     assert Ranking.load(callback.run_dir) == callback.ranking
