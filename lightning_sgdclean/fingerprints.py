@@ -28,14 +28,19 @@ def _multipliers(length: int, device: torch.device) -> Tensor:
     return (drawn | 1).to(device)
 
 
+@lru_cache(maxsize=256)
+def _table(length: int, device: torch.device) -> Tensor:
+    """As many multipliers; those of a few sizes serve all lengths that padding may lead to."""
+    return _multipliers(1 << max(length - 1, 0).bit_length(), device)[:length]
+
+
 def _row_digests(tensor: Tensor, rows: int) -> "np.ndarray[Any, Any]":
     flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, tensor.numel() // rows).contiguous()
     words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat
     if words.is_complex():
         words = torch.view_as_real(words).flatten(1)
     words = words.view(_WORD[words.element_size()])
-    length = words.shape[1]  # tables of a few sizes serve all lengths that padding may lead to
-    table = _multipliers(1 << max(length - 1, 0).bit_length(), words.device)[:length]
+    table = _table(words.shape[1], words.device)
     # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around.
     if words.device.type == "cpu":  # the products are wider than the words: here they stay in the cache
         return np.asarray(np.einsum("ij,j->i", words.numpy(), table.numpy()))

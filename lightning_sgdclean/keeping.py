@@ -79,8 +79,9 @@ class RandomnessWatch:
 
     def _compare(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
         """Hold each sample against its last visit, if that was in a like setting: padded as long, and so on."""
-        setting, own = (print_.setting & 0xFFFFFFFF) << 32, (print_.rows ^ (print_.rows >> 32)) & 0xFFFFFFFF
-        prints = list(zip(ids, (setting | row for row in own.tolist()), strict=False))
+        setting = (print_.setting & 0xFFFFFFFF) << 32
+        own = [(row ^ (row >> 32)) & 0xFFFFFFFF for row in print_.rows.tolist()]
+        prints = [(name, setting | row) for name, row in zip(ids, own, strict=False)]
         visits = [(name, self._seen[name], now) for name, now in prints if name in self._seen]
         self._seen.update(prints)
         self._num_again += len(visits)

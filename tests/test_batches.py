@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sgdclean.batches import cloned
-from lightning_sgdclean.fingerprints import _dot, _multipliers, _row_digests, batch_digest, fingerprint
+from lightning_sgdclean.fingerprints import _dot, _row_digests, _table, batch_digest, fingerprint
 
 
 class Pair(NamedTuple):
@@ -155,7 +155,7 @@ def test_both_ways_to_sum_products_wrap_around_as_integers_of_64_bits_do(dtype, 
     monkeypatch.setattr("lightning_sgdclean.fingerprints._PIECE", 12)
     limits = torch.iinfo(dtype)
     words = torch.randint(limits.min, limits.max, (3, 11), dtype=torch.int64).to(dtype)
-    table = _multipliers(16, torch.device("cpu"))[:11]
+    table = _table(11, torch.device("cpu"))
     sums = [sum(w * t for w, t in zip(row, table.tolist(), strict=True)) for row in words.tolist()]
     wrapped = [(total + (1 << 63)) % (1 << 64) - (1 << 63) for total in sums]
     assert _dot(words, table).tolist() == _row_digests(words, 3).tolist() == wrapped
