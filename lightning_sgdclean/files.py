@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there at all, and that show when a bit of them has changed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,19 +15,32 @@ from lightning_sgdclean.errors import RunDirectoryError
 
 @contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the block is through."""
+    """A temporary path beside ``path`` that takes its name once the block is through and its content on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        put_on_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def put_on_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would outlast a power failure."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(number)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename."""
     with appearing_whole(path) as temporary:
-        temporary.write_text(_text(content), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def checksum_of(path: Path) -> str:
@@ -36,8 +50,9 @@ def checksum_of(path: Path) -> str:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that holds its own checksum."""
-    write_json(path, content | {"checksum": _seal(content)})
+    """Write JSON that holds its own checksum, on one line: with more, Python's lock would be held much longer."""
+    with appearing_whole(path) as temporary:
+        temporary.write_text(_sealed(content), encoding="utf-8")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -53,15 +68,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RunDirectoryError(f"{path} holds no JSON object; it is not a file of this package.")
-    seal = content.pop("checksum", None)
-    if seal != _seal(content) or text != _text(content | {"checksum": seal}):
+    content.pop("checksum", None)
+    if text != _sealed(content):
         raise RunDirectoryError(f"{path} is damaged: what it holds is not what its checksum was taken of.")
     return content
 
 
-def _text(content: Any) -> str:
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(content).encode()).hexdigest()
+def _sealed(content: dict[str, Any]) -> str:
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(content | {"checksum": seal}) + "\n"

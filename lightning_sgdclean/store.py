@@ -27,6 +27,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 
 
+@torch.no_grad()
 def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None) -> tuple[Layout, Flat]:
     """Copy a state into one flat tensor a dtype, and say what lies where.
 
@@ -38,7 +39,7 @@ def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None
     rows: Layout = [[*where, _NAMES[tensor.dtype], list(tensor.shape)] for *where, tensor in entries]
     by_dtype: dict[str, list[Tensor]] = {}
     for *_, tensor in entries:
-        by_dtype.setdefault(_NAMES[tensor.dtype], []).append(tensor.detach().reshape(-1))
+        by_dtype.setdefault(_NAMES[tensor.dtype], []).append(tensor.reshape(-1))
     if buffer_for is None:
         return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
     flat = {}

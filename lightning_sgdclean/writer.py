@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
-from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
 from lightning_sgdclean.keeping import in_bytes
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.schedule import is_snapshot
@@ -116,9 +116,10 @@ class TrajectoryWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is held in memory as one segment; it is on disk afterwards."""
+        """Write what is held in memory as one segment; it is on disk afterwards, and would outlast a power failure."""
         self._hand_over()
         self._background.wait()
+        put_on_disk(self._folder)
 
     def _hand_over(self) -> None:
         """Have what is held in memory written as one segment, by and by."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing happens beside the training: in order, from few buffers, and its errors cost the recording only."""
 
+import errno
 import os
 import resource
 import shutil
@@ -216,3 +217,28 @@ def record(folder, interval):
         if index % 2 == 1:
             writer.drop_before(index // 2 - 1)
     writer.close()
+
+
+def test_what_a_manifest_names_is_on_disk_before_it_and_so_is_all_of_it_once_flushed(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    for module in ("files", "writer"):
+        monkeypatch.setattr(f"lightning_sgdclean.{module}.put_on_disk", lambda path: done.append(("sync", path.name)))
+    monkeypatch.setattr("os.replace", lambda source, to: [done.append(("rename", to.name)), replace(source, to)])
+    record(tmp_path / "run", 3)
+    renamed = [number for number, (what, _) in enumerate(done) if what == "rename"]
+    assert [done[number - 1] for number in renamed] == [
+        ("sync", f".{done[number][1]}.{os.getpid()}.tmp") for number in renamed
+    ]
+    segments = [name for what, name in done if what == "rename" and name.startswith("segment")]
+    assert [done[done.index(("rename", name)) + 2] for name in segments] == [("rename", "manifest.json")] * 5
+    assert done[-1] == ("sync", "run")
+
+
+def test_a_disk_that_cannot_hold_what_was_written_is_noticed_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("lightning_sgdclean.files.os.fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        record(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
