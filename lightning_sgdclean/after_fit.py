@@ -96,6 +96,10 @@ def _key(this: OpenedRun, adjoints: list[Adjoint]) -> str:
         "widens": this.walk.widens,
         "sample_losses": options.sample_losses,
         "relabel": "relabel" in options.columns,
+        "refuses": [
+            options.on_mismatch,
+            this.walk.fidelity.tolerance,
+        ],  # what was only warned of is not to pass for checked
     }
     return key_of(this.trajectory.run, [step.index for step in this.steps], matters, adjoints)
 

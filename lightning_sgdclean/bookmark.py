@@ -4,12 +4,16 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +21,7 @@ from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.influences import Influences
+from lightning_sgdclean.report import versions
 from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import State
 from lightning_sgdclean.walk import Adjoint
@@ -82,7 +87,7 @@ class Bookmark:
         now = time.monotonic()
         if now - self._last < max(_SECONDS, self._took / _SHARE):
             return
-        with suppress(OSError):
+        with suppress(OSError, SafetensorError):  # the latter where the disk is full
             self._write(done, progress)
         self._last = time.monotonic()
         self._took = self._last - now
@@ -133,7 +138,7 @@ def _put_back(adjoint: Adjoint, state: State) -> None:
 
 
 def key_of(run: str, steps: list[int], options: dict[str, Any], adjoints: list[Adjoint]) -> str:
-    """A name that two walks share only if they compute the same bits: same steps, start, engine, threads and torch.
+    """A name that two walks share only if they compute the same bits: same steps, start, engine, threads and versions.
 
     Args:
         run: The trajectory's.
@@ -141,7 +146,7 @@ def key_of(run: str, steps: list[int], options: dict[str, Any], adjoints: list[A
         options: What else matters, as JSON or callables.
         adjoints: Those that the walk starts with.
     """
-    around = {"run": run, "steps": steps, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    around = {"run": run, "steps": steps, "versions": versions(), "threads": torch.get_num_threads()}
     digest = hashlib.sha256(json.dumps({**around, **options}, default=_named).encode())
     for adjoint in adjoints:
         for name, tensor in (*adjoint.params.items(), *adjoint.buffers.items()):
@@ -154,7 +159,29 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _named(value: Any) -> str:
-    """A function by its name and its code."""
-    code = getattr(value, "__code__", None)
-    return f"{getattr(value, '__qualname__', type(value))} {code and (code.co_code.hex(), repr(code.co_consts))}"
+def _named(value: Any, depth: int = 8) -> str:
+    """Plain values and tensors by what they hold, a function by its code and what it holds on to, others by type."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_bytes(value)).hexdigest()
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    parts = _parts_of(value) if depth else ()
+    return f"{type(value).__qualname__} {[_named(part, depth - 1) for part in parts]}"
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, value.co_consts
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if not hasattr(value, "__code__"):
+        return ()
+    parts = [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__]
+    for cell in value.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            parts.append(cell.cell_contents)
+    return parts

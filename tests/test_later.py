@@ -3,8 +3,10 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,7 +237,8 @@ def test_interrupted_it_goes_on_where_it_was_to_the_same_bits(monkeypatch, run, 
 
 def test_a_mark_of_another_walk_is_not_taken_and_stays(monkeypatch, run):
     interrupt(monkeypatch, run, 6)
-    for options in ({"curvature": "none"}, {"mode": "max"}, {"epochs": 1}):
+    strict = {"tolerance": 1e-13}, {"on_mismatch": "warn"}
+    for options in ({"curvature": "none"}, {"mode": "max"}, {"epochs": 1}, *strict):
         _, walked = steps_walked(monkeypatch, lambda options=options: later(run, **options))
         assert walked[0] == 14
     _, walked = steps_walked(monkeypatch, lambda: later(run))
@@ -254,13 +257,46 @@ def test_a_damaged_mark_is_no_mark(monkeypatch, run, kind):
     assert_same(ranking, run.ranking)
 
 
-def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
-    def full(*_, **__):
-        raise OSError("disk full")
+def losses_with(function, power):
+    def losses(module, batch):
+        return [function(module, batch) for _ in range(power)][0]
 
+    return losses
+
+
+def own_key(function):
+    return bookmark.key_of("run", [0, 1], {"sample_losses": function}, [])
+
+
+def test_losses_of_the_users_are_told_apart_by_their_code_and_what_they_hold():
+    def ones(module, batch):
+        return torch.ones(len(batch))
+
+    def zeros(module, batch):
+        return torch.zeros(len(batch))
+
+    functions = [ones, zeros, *(losses_with(f, n) for f in (ones, zeros) for n in (1, 2)), partial(ones, batch=1)]
+    functions += [losses_with(torch.tensor([value]), 1) for value in (1.0, 2.0)]
+    assert len({own_key(function) for function in functions}) == len(functions)
+    assert own_key(losses_with(ones, 2)) == own_key(losses_with(ones, 2))
+
+
+def test_losses_of_the_users_are_named_alike_in_every_process():
+    code = "import test_later as t\nprint(t.own_key(t.losses_with(t.two_objectives, 3)))\n"
+    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.run([sys.executable, "-c", code], env=path, check=True, capture_output=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
     monkeypatch.setattr(bookmark, "_SECONDS", 0.0)
-    monkeypatch.setattr(bookmark, "save_file", full)
-    assert_same(later(run), run.ranking)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        ranking = later(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(ranking, run.ranking)
 
 
 def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run, tmp_path):
