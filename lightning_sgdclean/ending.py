@@ -20,7 +20,8 @@ class Ending:
         monitor: The value that was watched.
         logged: That value after each validation, by the number of steps made by then.
         best_step: Steps made when the ModelCheckpoint saved its best model; None where none was watched or saved.
-        num_val_batches: How many batches of each validation loader Lightning took; None where it never validated.
+        num_val_batches: How many batches of each validation loader Lightning took, infinity where all; None where
+            it never validated.
     """
 
     monitor: str

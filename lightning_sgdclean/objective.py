@@ -14,6 +14,7 @@ from lightning_sgdclean._lightning import batch_size_of
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import NonFiniteError, ObjectiveError
+from lightning_sgdclean.precision import summable
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.replay import Surroundings, eagerly, logging_to, takes_batch_idx, untouched_module
 from lightning_sgdclean.running_stats import RunningStatistics
@@ -184,11 +185,12 @@ class _Mean:
     def __init__(self, params: list[nn.Parameter]) -> None:
         self._params = params
         self._total, self._weights = 0.0, 0.0
-        self._by_param = [torch.zeros_like(param) for param in params]
+        self._by_param = [summable(torch.zeros_like(param)) for param in params]  # sums in 16 bits stop growing
         self._by_buffer: dict[str, Tensor] = {}
 
     def add(self, value: Tensor, weight: float, leaves: dict[str, Tensor]) -> None:
         found = gradient([value], [*self._params, *leaves.values()], [torch.full_like(value, weight)])
+        found = [summable(grad) for grad in found]
         torch._foreach_add_(self._by_param, found[: len(self._params)])
         for name, grad in zip(leaves, found[len(self._params) :], strict=True):
             self._by_buffer[name] = self._by_buffer[name] + grad if name in self._by_buffer else grad

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.backward import check_finite, load_state
 from lightning_sgdclean.ending import Ending
-from lightning_sgdclean.errors import ObjectiveError, UnsupportedTrainingError
+from lightning_sgdclean.errors import ObjectiveError, RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.fetching import fetch_batch
 from lightning_sgdclean.ids import check_positions
 from lightning_sgdclean.objective import (
@@ -170,6 +170,7 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     """The steps to retrace, the last of which is the end point.
 
     Raises:
+        RunDirectoryError: If not all of them were kept.
         UnsupportedTrainingError: If there are none.
     """
     steps = recorded
@@ -184,6 +185,12 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     if not any(step.is_update for step in steps):
         raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
     first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
+    if not run.is_of_fit and steps[0].epoch > first_epoch:  # a fit has itself said from where on it is recorded
+        raise RunDirectoryError(
+            f"What was kept of the run begins with step {steps[0].index}, in epoch {steps[0].epoch}; the window of "
+            f"epochs={options.epochs!r} would begin with epoch {first_epoch}. Ask for fewer epochs, or record more of "
+            "them (epochs= of SGDInfluence)."
+        )
     return [step for step in steps if step.epoch >= first_epoch]
 
 

@@ -22,6 +22,7 @@ from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
+from lightning_sgdclean.objective import loaders_in
 from lightning_sgdclean.randomness import RandomStates
 from lightning_sgdclean.recorder import Recorder, trained_parameters
 from lightning_sgdclean.rehearsal import Rehearsal
@@ -249,7 +250,7 @@ class Recording:
 
     def ending(self, trainer: Any) -> Ending:
         """What is known when the fit is over."""
-        num_val_batches = list(trainer.num_val_batches) if trainer.val_dataloaders is not None else None
+        num_val_batches = _limits_of_validation(trainer)
         best = None if self.best is None else self.best.step
         return Ending(self._retrace.monitor, self.logged, best, num_val_batches)
 
@@ -307,6 +308,24 @@ class Recording:
             SGDInfluenceWarning,
             stacklevel=2,
         )
+
+
+def _limits_of_validation(trainer: Any) -> list[float] | None:
+    """How many batches of each validation loader counted, infinity where all did; None where there was no loader."""
+    if trainer.val_dataloaders is None:
+        return None
+    lengths = [_length_of(loader) for loader in loaders_in(trainer.val_dataloaders)]
+    return [
+        number if number < length else math.inf
+        for number, length in zip(trainer.num_val_batches, lengths, strict=False)
+    ]
+
+
+def _length_of(loader: Any) -> float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a stream
+        return math.inf
 
 
 def _is_at_end_of_epoch(trainer: Any) -> bool:

@@ -259,7 +259,7 @@ def test_a_damaged_mark_is_no_mark(monkeypatch, run, kind):
 
 def losses_with(function, power):
     def losses(module, batch):
-        return [function(module, batch) for _ in range(power)][0]
+        return math.prod([function(module, batch) for _ in range(power)])
 
     return losses
 
@@ -348,6 +348,20 @@ def test_as_many_validation_batches_count_as_the_fit_took(tmp_path):
     for wrong in (0, 1.5, -1):
         with pytest.raises(ValueError, match="limit_val_batches must be a positive int, or a share"):
             later(callback, limit_val_batches=wrong)
+
+
+def test_of_other_loaders_as_many_batches_count_as_they_have_unless_the_fit_was_limited(run):
+    whole = later(run, objective=two_objectives)
+    by_twos = later(run, objective=two_objectives, val_dataloaders=DataLoader(VAL, batch_size=2))
+    assert by_twos.influence == pytest.approx(whole.influence, rel=1e-9)
+
+
+def test_a_window_of_which_not_all_was_kept_is_refused(tmp_path):
+    callback = SGDInfluence("val_loss", epochs=1, dirpath=tmp_path / "run")
+    fit(CASE, callback)
+    assert_same(later(callback, epochs=1), callback.ranking)
+    with pytest.raises(RunDirectoryError, match=r"begins with step 10, in epoch 2; .* would begin with epoch 0"):
+        later(callback)
 
 
 def test_other_validation_data_are_ranked_by_with_a_warning(run):

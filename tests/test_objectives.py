@@ -2,6 +2,7 @@
 """Several objectives in one walk: each to the bits of a walk of its own, and each the derivative of its own mean."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from cases import NUM_CLASSES, VAL, Case, adam, fit, warm_up
 from lightning_sgdclean import Ranking, SGDInfluence
 from lightning_sgdclean.errors import NonFiniteError, ObjectiveError
+from lightning_sgdclean.objective import objective_gradients
+from lightning_sgdclean.replay import Surroundings
 from reference import assert_derivative, influences, ranked
 
 WINDING = Case(
@@ -138,3 +141,20 @@ def test_what_is_no_objective_is_refused_at_once(objective, message):
 def test_unknown_columns_are_refused_at_once(columns):
     with pytest.raises(ValueError, match="expected a sequence of some of by_epoch"):
         SGDInfluence(columns=columns)
+
+
+def test_in_16_bits_a_mean_over_many_batches_is_still_the_mean():
+    module = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    batches = [(torch.ones(1, 1, dtype=torch.bfloat16), number, 0) for number in range(1000)]
+    around = Surroundings(
+        device=torch.device("cpu"),
+        prepare=lambda batch, _: batch,
+        train_context=nullcontext,
+        val_context=nullcontext,
+        set_clock=lambda *_: None,
+        precision="bf16-true",
+        as_stage=lambda _: nullcontext(),
+    )
+    objectives = {"output": lambda module, batch: module(batch).mean()}
+    (found,) = objective_gradients(module, [module.weight], batches, around, "output", objectives, 1)
+    assert found.params[0].item() == 1.0
