@@ -102,7 +102,8 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
         checks.check_optimizers(trainer)
         optimizer = trainer.optimizers[0]
         check_model(self._trajectory, pl_module, optimizer)
-        loader, loaders = trainer.train_dataloader, self._val_dataloaders
+        as_delivered, loaders = checks.one_loader(trainer), self._val_dataloaders
+        (loader,) = trainer.fit_loop._combined_loader.flattened
         loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
         ending = read_ending(self._run_dir / "trajectory", self._trajectory.run) or Ending(self._options.monitor)
         run = RecordedRun(
@@ -116,7 +117,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             hooks=checks.gradient_hooks(trainer, pl_module),
             averaging=[],
             classes=self._classes(trainer, pl_module, loader),
-            as_delivered=checks.one_loader(trainer),
+            as_delivered=as_delivered,
         )
         with opened(trainer, pl_module, run, self._options) as this:
             self.results.append(self._use(this))

@@ -139,6 +139,19 @@ def test_datamodule_serves_as_well(run):
     assert_same(retrace(run.run_dir, Plain(**MODEL), datamodule=Data(), epochs="all"), run.ranking)
 
 
+class InDict(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+@pytest.mark.parametrize("keep_batches", [True, False])
+def test_a_loader_may_lie_in_a_dict(tmp_path, keep_batches):
+    callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", keep_batches=keep_batches)
+    train, val = loaders()
+    quiet_trainer([callback]).fit(InDict(**MODEL), {"a": train}, val)
+    assert_same(later(callback, InDict(**MODEL), train_dataloaders={"a": train}), callback.ranking)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
