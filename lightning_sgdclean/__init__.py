@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_sgdclean.callback import SGDInfluence
     from lightning_sgdclean.cleansed import Cleansed
+    from lightning_sgdclean.cleansing import cleanse
     from lightning_sgdclean.comparing import compare
     from lightning_sgdclean.counterfactuals import Counterfactual, counterfactual
     from lightning_sgdclean.decisions import apply_decisions
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_sgdclean.optimizers import register_update
     from lightning_sgdclean.page.building import write_report
     from lightning_sgdclean.ranking import Ranking
+    from lightning_sgdclean.training import Training
     from lightning_sgdclean.updates import Update
 
 __version__ = "0.1.0"
@@ -23,9 +25,11 @@ __all__ = [
     "Counterfactual",
     "Ranking",
     "SGDInfluence",
+    "Training",
     "Update",
     "__version__",
     "apply_decisions",
+    "cleanse",
     "compare",
     "counterfactual",
     "register_update",
@@ -38,8 +42,10 @@ _HOMES = {
     "Counterfactual": "counterfactuals",
     "Ranking": "ranking",
     "SGDInfluence": "callback",
+    "Training": "training",
     "Update": "updates",
     "apply_decisions": "decisions",
+    "cleanse": "cleansing",
     "compare": "comparing",
     "counterfactual": "counterfactuals",
     "register_update": "optimizers",

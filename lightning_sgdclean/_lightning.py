@@ -2,6 +2,9 @@
 """The one place that imports Lightning, under whichever of its two names it is installed."""
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -73,3 +76,22 @@ def package_of(module_class: type) -> ModuleType:
         if issubclass(module_class, package.LightningModule):
             return package
     raise TypeError(f"{module_class.__module__}.{module_class.__qualname__} is no LightningModule.")
+
+
+def seed_everything(seed: int) -> None:
+    """Lightning's own, workers included."""
+    _PACKAGES[0].seed_everything(seed, workers=True, verbose=False)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Silence what Lightning tells of every Trainer; warnings and errors still come."""
+    loggers = [logging.getLogger(name) for name in (*_NAMES, "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

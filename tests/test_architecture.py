@@ -23,6 +23,7 @@ SEE_A_TRAINER = {
     "dry_run",
     "artifacts",
     "cleansed",
+    "training",
 }
 
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cleansing found: table, figure, verdict in words."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_sgdclean.cleansing_plan import Question
+from lightning_sgdclean.files import write_json
+from lightning_sgdclean.gains import Estimate, Measured, Verdict, estimate
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.ranking_csv import write_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_COLUMNS = ("arm", "removed", "mean", "low", "high", "gain", "gain_low", "gain_high")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Cleansing:
+    """Trainings with and without the samples that rank first, compared. ``print`` it for table and verdict.
+
+    Attributes:
+        folder: Where everything lies.
+        seeds: Of the trainings.
+        counts: Numbers of samples that were removed.
+        question: What was asked.
+        metric: The metric of the verdict, after every training.
+        selection: The validation metric that chose how many to remove.
+        verdict: Whether it helped; ``verdict.outcome`` in a word or two.
+        notes: What should be known besides.
+    """
+
+    folder: Path
+    seeds: tuple[int, ...]
+    counts: tuple[int, ...]
+    question: Question
+    metric: Measured
+    selection: Measured
+    verdict: Verdict
+    notes: tuple[str, ...]
+
+    @property
+    def rankings(self) -> dict[str, Ranking]:
+        """The ranking of each seed, ready for :func:`lightning_sgdclean.compare`."""
+        return {f"seed{seed}": Ranking.load(self.folder / "rankings" / f"seed{seed}") for seed in self.seeds}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: for each arm and number of samples the metric, and the gain over removing nothing.
+
+        Intervals are over seeds, each for itself: with many rows some gains are above 0 by chance.
+        """
+        found = [_row("none", 0, estimate(self.metric.none, self.question.level), None)]
+        by_draws = self.metric.random.mean(-1)
+        for arm, values in (("worst", self.metric.worst), ("random", by_draws)):
+            for count, row in zip(self.counts, values, strict=True):
+                gain = estimate(self.metric.sign * (self.metric.none - row), self.question.level)
+                found.append(_row(arm, count, estimate(row, self.question.level), gain))
+        return found
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table as a pandas DataFrame.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
+        return pd.DataFrame(self.rows, columns=_COLUMNS)
+
+    def plot(self) -> "Figure":
+        """The metric against the number of samples removed.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from lightning_sgdclean.cleansing_figure import plot_cleansing
+
+        return plot_cleansing(self.metric, self.counts, self.question.metric, self.question.level)
+
+    def save(self) -> None:
+        """Write ``table.csv``, ``report.json`` and, with matplotlib, ``figure.png`` into the folder."""
+        write_rows(self.folder / "table.csv", _COLUMNS, [list(row.values()) for row in self.rows])
+        write_json(self.folder / "report.json", self._report())
+        try:
+            figure = self.plot()
+        except ImportError:
+            return
+        figure.savefig(self.folder / "figure.png", dpi=150)
+
+    def _report(self) -> dict[str, Any]:
+        report: dict[str, Any] = _without_nan(
+            {
+                "format": 1,
+                "question": asdict(self.question),
+                "seeds": self.seeds,
+                "removed": self.counts,
+                "random_draws": self.metric.random.shape[-1],
+                "verdict": asdict(self.verdict),
+                "words": str(self).splitlines(),
+                "table": self.rows,
+                "metric": _arrays(self.metric),
+                "selection": _arrays(self.selection),
+                "notes": self.notes,
+            }
+        )
+        return report
+
+    def __str__(self) -> str:
+        return "\n".join(_in_words(self))
+
+    def __repr__(self) -> str:
+        return f"Cleansing({self.verdict.outcome}; {len(self.seeds)} seeds, {', '.join(map(str, self.counts))} removed)"
+
+
+def _row(arm: str, count: int, value: Estimate, gain: Estimate | None) -> dict[str, Any]:
+    gain = gain or Estimate(*[float("nan")] * 3)
+    return dict(zip(_COLUMNS, (arm, count, *asdict(value).values(), *asdict(gain).values()), strict=True))
+
+
+def _arrays(measured: Measured) -> dict[str, Any]:
+    return {"none": measured.none.tolist(), "worst": measured.worst.tolist(), "random": measured.random.tolist()}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _in_words(this: Cleansing) -> Iterator[str]:
+    question, verdict = this.question, this.verdict
+    better = "low" if question.mode == "min" else "high"
+    yield f"{question.metric} ({better} is better), mean of {len(this.seeds)} seeds and {question.level:.0%} interval"
+    yield f"  {'removed':>8}  {'the worst':<34}{'random ones':<34}"
+    rows = {(row["arm"], row["removed"]): Estimate(row["mean"], row["low"], row["high"]) for row in this.rows}
+    yield f"  {0:>8}  {rows['none', 0]!s:<34}".rstrip()
+    for count in this.counts:
+        yield f"  {count:>8}  {rows['worst', count]!s:<34}{rows['random', count]!s:<34}".rstrip()
+    yield f"Verdict: {verdict.outcome}. {_REASONS[verdict.outcome]}"
+    yield f"  gain over removing nothing:        {verdict.gain}"
+    yield f"  gain over removing random samples: {verdict.over_random}"
+    chosen = ", ".join(map(str, verdict.chosen))
+    yield f"  How many to remove was chosen for each seed by {question.select} in validation with the others: {chosen}."
+    yield f"  All seeds together choose to remove {verdict.recommended}."
+    yield from (f"  {note}" for note in this.notes)
+
+
+_REASONS = {
+    "improvement": "Training without the worst samples was better than with all, and than without as many random ones.",
+    "no more than random": (
+        "Training without the worst samples was better, but not shown to be better than without random ones."
+    ),
+    "no improvement": "Training without the worst samples was not shown to be better than with all of them.",
+    "harm": "Training without the worst samples was worse than with all of them.",
+    "undecided": "Nothing can be concluded; the notes below say why.",
+}

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of many trainings of a cleansing: on everything, with a ranking, or without some of the samples."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_sgdclean._lightning import seed_everything
+from lightning_sgdclean.callback import SGDInfluence
+from lightning_sgdclean.cleansed import Cleansed
+from lightning_sgdclean.overlap import share_samples
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.training import Build, Loop, Training, takes_without, weights_checksum
+
+Arm = Literal["none", "worst", "random"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Which training: its seed, and what it goes without.
+
+    Attributes:
+        seed: Of weights, data order and all else.
+        arm: ``"none"`` trains on everything, and ranks; ``"worst"`` goes without the most harmful samples,
+            ``"random"`` without as many random ones.
+        count: How many samples.
+        draw: Number of the random draw.
+    """
+
+    seed: int
+    arm: Arm = "none"
+    count: int = 0
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique among the trials of a cleansing, and fit for a file."""
+        which = {"none": "", "worst": f"-{self.count}", "random": f"-{self.count}-{self.draw}"}[self.arm]
+        return f"seed{self.seed}-{self.arm}{which}"
+
+    def __str__(self) -> str:
+        without = {"none": "on everything", "worst": f"without the {self.count} worst"}
+        return f"seed {self.seed}, {without.get(self.arm, f'without {self.count} random ones ({self.draw + 1})')}"
+
+    def ids(self, ranking: Ranking) -> list[Any]:
+        """The samples that it goes without; random ones depend on seed, number and draw alone."""
+        if self.arm == "random":
+            ids = np.sort(ranking.sample_id)
+            draw = np.random.default_rng((self.seed, self.count, self.draw))
+            return sorted(ids[draw.permutation(len(ids))[: self.count]].tolist())
+        return list(ranking.sample_id[: self.count].tolist())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all trials have in common.
+
+    Attributes:
+        folder: Rankings go to ``rankings`` in it.
+        influence: Options of :class:`SGDInfluence`; None where the built Trainer has one, or for the defaults.
+        on: Loop whose metric the verdict is on.
+        ckpt_path: As ``Trainer.test`` takes it: None for the weights after ``fit``, ``"best"`` for the best ones.
+    """
+
+    folder: Path
+    influence: Mapping[str, Any] | None
+    on: Loop
+    ckpt_path: str | None
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """Loops that measure: one chooses how many samples to remove, the other judges."""
+        return ("val",) if self.on == "val" else ("val", "test")
+
+    def ranking_of(self, seed: int) -> Path:
+        """Run directory of that seed's training on everything."""
+        return self.folder / "rankings" / f"seed{seed}"
+
+
+def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
+    """Train and measure.
+
+    Returns:
+        What is to be remembered, fit for JSON: ``start`` (checksum of the weights that it began with), ``metrics`` by
+        loop and name, ``changed`` (sample ids), ``seconds``; of a ranked one also ``num_ranked``,
+        ``num_harmful``, ``num_samples`` (of the dataset), ``monitor`` and ``mode``, ``on_ranking_data``.
+
+    Raises:
+        TypeError: If ``build`` returns something else.
+        ValueError: If the training cannot be ranked or measured.
+    """
+    began = time.perf_counter()
+    seed_everything(trial.seed)
+    changed = trial.ids(Ranking.load(settings.ranking_of(trial.seed))) if trial.arm != "none" else []
+    training = build(trial.seed, without=frozenset(changed)) if takes_without(build) else build(trial.seed)
+    if not isinstance(training, Training):
+        raise TypeError(
+            f"Expected build(seed) to return a lightning_sgdclean.Training, found {type(training).__name__}."
+        )
+    training.check(settings.loops)
+    start = weights_checksum(training.model)
+    if trial.arm == "none":
+        influence = _ranked(training, settings.ranking_of(trial.seed), settings.influence)
+        facts, ranked_on = _facts(influence, training), _ranked_on(influence, training)
+    else:
+        facts, ranked_on = {}, []
+        _without(training, changed, by_callback=not takes_without(build))
+    metrics = {loop: training.measure(loop, settings.ckpt_path) for loop in settings.loops}
+    facts["on_ranking_data"] = share_samples(ranked_on, getattr(training.trainer, f"{settings.on}_dataloaders"))
+    seconds = round(time.perf_counter() - began, 3)
+    return {"start": start, "metrics": metrics, "changed": changed, "seconds": seconds, **facts}
+
+
+def _ranked(training: Training, folder: Path, options: Mapping[str, Any] | None) -> SGDInfluence:
+    """Train on everything, and rank."""
+    own = _influences_in(training)
+    if len(own) + (options is not None) > 1:
+        besides = " and influence= besides" if options is not None else ""
+        raise ValueError(f"Expected one SGDInfluence, found {len(own)} among the Trainer's callbacks{besides}.")
+    if not own:
+        own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
+        training.trainer.callbacks.insert(0, own[0])
+    own[0].dirpath, own[0].overwrite = folder, True
+    training.fit()
+    return own[0]
+
+
+def _facts(influence: SGDInfluence, training: Training) -> dict[str, Any]:
+    """What is to be known of a ranking."""
+    ranking = influence.ranking
+    if ranking is None:
+        raise ValueError("The training was not ranked. Do not use fast_dev_run.")
+    dataset: Any = getattr(training.trainer.fit_loop._combined_loader.flattened[0], "dataset", None)
+    return {
+        "num_ranked": len(ranking),
+        "num_harmful": int((ranking.influence < 0).sum()),
+        "num_samples": len(dataset) if hasattr(dataset, "__len__") else len(ranking),
+        "monitor": influence.monitor if influence.objective is None else None,
+        "mode": influence.mode,
+    }
+
+
+def _ranked_on(influence: SGDInfluence, training: Training) -> Any:
+    """The data of the objective; the Trainer forgets them when it measures."""
+    return training.trainer.val_dataloaders if influence.val_dataloaders is None else influence.val_dataloaders
+
+
+def _without(training: Training, changed: list[Any], by_callback: bool) -> None:
+    """Train without these samples."""
+    callbacks = training.trainer.callbacks
+    for callback in _influences_in(training):
+        callbacks.remove(callback)
+    if by_callback:
+        callbacks.insert(0, Cleansed(drop=changed))
+    training.fit()
+
+
+def _influences_in(training: Training) -> list[SGDInfluence]:
+    return [callback for callback in training.trainer.callbacks if isinstance(callback, SGDInfluence)]
