@@ -29,6 +29,7 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         labels: New labels by position.
         set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see
             :func:`lightning_sgdclean.relabelling.with_label`.
+        expected: Labels by position that the samples have to have so far, if that is to be checked.
 
     Raises:
         UnsupportedTrainingError: From ``fit``, if the loader cannot be followed.
@@ -39,10 +40,12 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         drop: Iterable[int] = (),
         labels: Mapping[int, Any] | None = None,
         set_label: Callable[[Any, Any], Any] | None = None,
+        expected: Mapping[int, Any] | None = None,
     ) -> None:
         super().__init__()
         self.drop = frozenset(int(position) for position in drop)
         self.labels, self.set_label = {int(key): value for key, value in (labels or {}).items()}, set_label
+        self.expected = {int(key): value for key, value in (expected or {}).items()}
         self._before: Any = None
         self._drawn: DrawnSamples | None = None
 
@@ -64,7 +67,8 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         changed = without_samples(loader, self.drop)
         self._drawn = changed.batch_sampler or changed.sampler  # type: ignore[assignment]
         if self.labels:
-            changed = over_dataset(changed, RelabelledDataset(changed.dataset, self.labels, self.set_label))
+            dataset = RelabelledDataset(changed.dataset, self.labels, self.set_label, self.expected)
+            changed = over_dataset(changed, dataset)
         return changed
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

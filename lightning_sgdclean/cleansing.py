@@ -3,7 +3,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from lightning_sgdclean.cleansing_result import Cleansing
 from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.gains import judge
 from lightning_sgdclean.randomness import untouched_randomness
-from lightning_sgdclean.training import Build
+from lightning_sgdclean.training import Build, takes_without
 from lightning_sgdclean.trial_runs import Result, TrialRuns
 from lightning_sgdclean.trial_store import TrialStore, identity_of
 from lightning_sgdclean.trials import Settings, Trial
@@ -35,6 +35,8 @@ def cleanse(
     select: str | None = None,
     select_mode: Literal["min", "max"] | None = None,
     influence: Mapping[str, Any] | None = None,
+    action: Literal["drop", "relabel"] = "drop",
+    set_label: Callable[[Any, Any], Any] | None = None,
     on: Literal["test", "val"] = "test",
     ckpt_path: str | None = None,
     level: float = 0.95,
@@ -60,6 +62,9 @@ def cleanse(
         select: Name of a value that validation logs, by which the number is chosen; by default what the ranking is by.
         select_mode: Whether that should be low or high; by default as ``mode``, or as the ranking has it.
         influence: Options of :class:`SGDInfluence`, if the Trainer that ``build`` makes has none among its callbacks.
+        action: ``"relabel"`` gives samples the class that the ranked model predicts, instead of leaving them out.
+        set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see
+            :func:`lightning_sgdclean.relabelling.with_label`.
         on: ``"val"`` measures on validation data. Where they are those of the ranking, there is no verdict.
         ckpt_path: Weights that are measured: None for those after ``fit``, ``"best"`` for those of the checkpoint.
         level: Of the confidence intervals, which are over seeds.
@@ -78,10 +83,9 @@ def cleanse(
     """
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(int(seed) for seed in seeds))
     _check_numbers(chosen, drop, random_draws, processes, level)
-    for name, value, allowed in (("mode", mode, ("min", "max")), ("on", on, ("test", "val"))):
-        check_choice(name, value, allowed)
-    settings = Settings(Path(dirpath), influence, on, ckpt_path)
-    plan = Plan(tuple(drop), random_draws, Question(metric, mode, select, select_mode, level), settings)
+    _check_choices(build, mode, on, action)
+    settings = Settings(Path(dirpath), influence, on, ckpt_path, action, set_label)
+    plan = Plan(tuple(drop), random_draws, Question(metric, mode, select, select_mode, level, action), settings)
     say = _narrator(len(chosen) * (1 + len(drop) * (1 + random_draws)), on, metric) if verbose else lambda *_: None
     store = TrialStore(settings.folder, identity_of(build, settings))
     runs = TrialRuns(build, settings, store, plan.followers, say)
@@ -91,6 +95,14 @@ def cleanse(
     found = _judged(results, plan, chosen)
     found.save()
     return found
+
+
+def _check_choices(build: Build, mode: str, on: str, action: str) -> None:
+    check_choice("mode", mode, ("min", "max"))
+    check_choice("on", on, ("test", "val"))
+    check_choice("action", action, ("drop", "relabel"))
+    if action == "relabel" and takes_without(build):
+        raise ValueError("A build that leaves samples out itself cannot relabel them. Expected build(seed).")
 
 
 def _check_numbers(
@@ -133,7 +145,7 @@ def _notes(
     fewest = min(seeds, key=lambda seed: results[Trial(seed)]["num_harmful"])
     harmful = results[Trial(fewest)]["num_harmful"]
     if harmful < counts[-1]:
-        yield f"With seed {fewest} only {harmful} samples are harmful; beyond these, helpful ones were removed."
+        yield f"With seed {fewest} only {harmful} samples are harmful; beyond these, helpful ones were changed."
 
 
 def _narrator(total: int, on: str, metric: str) -> Any:

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 _WORST, _RANDOM, _NONE = "#D55E00", "#0072B2", "#505050"
 
 
-def plot_cleansing(metric: Measured, counts: tuple[int, ...], name: str, level: float) -> "Figure":
+def plot_cleansing(metric: Measured, counts: tuple[int, ...], name: str, level: float, done: str) -> "Figure":
     """Draw the mean over seeds with its interval as a band, for the worst samples and for random ones.
 
     Built without pyplot, so it needs no display and leaves no global state behind.
 
     Args:
         metric: After every training.
-        counts: Numbers of samples removed.
+        counts: Numbers of samples.
         name: Of the metric.
         level: Of the intervals.
+        done: What was done to the samples, in a word.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -43,7 +44,7 @@ def plot_cleansing(metric: Measured, counts: tuple[int, ...], name: str, level: 
         (metric.worst, _WORST, "most harmful samples"),
     ):
         _draw_band(axes, removed, np.vstack([metric.none, values]), colour, label, level)
-    axes.set_xlabel("training samples removed")
+    axes.set_xlabel(f"training samples {done}")
     axes.set_ylabel(f"{name}: mean of {len(metric.none)} seeds, {level:.0%} interval")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_sgdclean.gains import Measured
 from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.trials import Settings, Trial
+from lightning_sgdclean.trials import Action, Settings, Trial
 
 Mode = Literal["min", "max"]
 
@@ -22,6 +22,7 @@ class Question:
         metric, mode: Value that the verdict is on, and whether it should be low or high.
         select, select_mode: Value of the validation loop that the number of samples is chosen by; None: not said.
         level: Of the intervals.
+        action: What is done to samples.
     """
 
     metric: str
@@ -29,6 +30,7 @@ class Question:
     select: str | None
     select_mode: Mode | None
     level: float
+    action: Action = "drop"
 
     def completed(self, ranked: Mapping[str, Any]) -> "Question":
         """With what a ranked training says where nothing was said."""
@@ -56,7 +58,7 @@ class Plan:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of samples to remove, ascending; known once a ranking is there."""
+        """Numbers of samples to change, ascending; known once a ranking is there."""
         size = next(iter(self._sizes.values()))
         numbers = (max(1, round(amount * size)) if amount < 1 else int(amount) for amount in self.drop)
         return tuple(sorted(set(numbers)))
@@ -71,7 +73,7 @@ class Plan:
         if trial.arm != "none":
             if result["changed"] != trial.ids(self._rankings[trial.seed]):
                 raise ValueError(
-                    f"The kept training with {trial} went without other samples than that seed's ranking names now. "
+                    f"The kept training with {trial} changed other samples than that seed's ranking names now. "
                     f"Remove the files of seed {trial.seed} from {self.settings.folder}."
                 )
             return []
@@ -99,7 +101,7 @@ class Plan:
             raise ValueError(f"Seed {other} trained on {self._sizes[other]} samples, seed {trial.seed} on {size}.")
         if self.counts[-1] >= ranked:
             raise ValueError(
-                f"Expected to remove fewer samples than were ranked, found {self.counts[-1]} and {ranked} ranked. "
+                f"Expected to change fewer samples than were ranked, found {self.counts[-1]} and {ranked} ranked. "
                 'Give smaller numbers in drop=, or rank over more steps (epochs="all").'
             )
         if result["on_ranking_data"] and self.settings.on == "test":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_COLUMNS = ("arm", "removed", "mean", "low", "high", "gain", "gain_low", "gain_high")
+_COLUMNS = ("arm", "samples", "mean", "low", "high", "gain", "gain_low", "gain_high")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,10 +28,10 @@ class Cleansing:
     Attributes:
         folder: Where everything lies.
         seeds: Of the trainings.
-        counts: Numbers of samples that were removed.
+        counts: Numbers of samples that were removed, or relabelled.
         question: What was asked.
         metric: The metric of the verdict, after every training.
-        selection: The validation metric that chose how many to remove.
+        selection: The validation metric that chose how many.
         verdict: Whether it helped; ``verdict.outcome`` in a word or two.
         notes: What should be known besides.
     """
@@ -52,7 +52,7 @@ class Cleansing:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The table: for each arm and number of samples the metric, and the gain over removing nothing.
+        """The table: for each arm and number of samples the metric, and the gain over changing nothing.
 
         Intervals are over seeds, each for itself: with many rows some gains are above 0 by chance.
         """
@@ -77,14 +77,15 @@ class Cleansing:
         return pd.DataFrame(self.rows, columns=_COLUMNS)
 
     def plot(self) -> "Figure":
-        """The metric against the number of samples removed.
+        """The metric against the number of samples removed, or relabelled.
 
         Raises:
             ImportError: If matplotlib is not installed.
         """
         from lightning_sgdclean.cleansing_figure import plot_cleansing
 
-        return plot_cleansing(self.metric, self.counts, self.question.metric, self.question.level)
+        question = self.question
+        return plot_cleansing(self.metric, self.counts, question.metric, question.level, _DONE[question.action])
 
     def save(self) -> None:
         """Write ``table.csv``, ``report.json`` and, with matplotlib, ``figure.png`` into the folder."""
@@ -102,7 +103,7 @@ class Cleansing:
                 "format": 1,
                 "question": asdict(self.question),
                 "seeds": self.seeds,
-                "removed": self.counts,
+                "counts": self.counts,
                 "random_draws": self.metric.random.shape[-1],
                 "verdict": asdict(self.verdict),
                 "words": str(self).splitlines(),
@@ -118,7 +119,8 @@ class Cleansing:
         return "\n".join(_in_words(self))
 
     def __repr__(self) -> str:
-        return f"Cleansing({self.verdict.outcome}; {len(self.seeds)} seeds, {', '.join(map(str, self.counts))} removed)"
+        numbers = f"{', '.join(map(str, self.counts))} {_DONE[self.question.action]}"
+        return f"Cleansing({self.verdict.outcome}; {len(self.seeds)} seeds, {numbers})"
 
 
 def _row(arm: str, count: int, value: Estimate, gain: Estimate | None) -> dict[str, Any]:
@@ -140,29 +142,35 @@ def _without_nan(value: Any) -> Any:
 
 
 def _in_words(this: Cleansing) -> Iterator[str]:
-    question, verdict = this.question, this.verdict
+    question, verdict, done = this.question, this.verdict, _DONE[this.question.action]
     better = "low" if question.mode == "min" else "high"
     yield f"{question.metric} ({better} is better), mean of {len(this.seeds)} seeds and {question.level:.0%} interval"
-    yield f"  {'removed':>8}  {'the worst':<34}{'random ones':<34}"
-    rows = {(row["arm"], row["removed"]): Estimate(row["mean"], row["low"], row["high"]) for row in this.rows}
-    yield f"  {0:>8}  {rows['none', 0]!s:<34}".rstrip()
+    yield f"  {done:>10}  {'the worst':<34}{'random ones':<34}".rstrip()
+    rows = {(row["arm"], row["samples"]): Estimate(row["mean"], row["low"], row["high"]) for row in this.rows}
+    yield f"  {0:>10}  {rows['none', 0]!s:<34}".rstrip()
     for count in this.counts:
-        yield f"  {count:>8}  {rows['worst', count]!s:<34}{rows['random', count]!s:<34}".rstrip()
-    yield f"Verdict: {verdict.outcome}. {_REASONS[verdict.outcome]}"
-    yield f"  gain over removing nothing:        {verdict.gain}"
-    yield f"  gain over removing random samples: {verdict.over_random}"
+        yield f"  {count:>10}  {rows['worst', count]!s:<34}{rows['random', count]!s:<34}".rstrip()
+    yield f"Verdict: {verdict.outcome}. {_REASONS[verdict.outcome].format(done=done)}"
+    yield f"  gain over the data as they are:            {verdict.gain}"
+    yield f"  gain over as many random samples {done}: {verdict.over_random}"
     chosen = ", ".join(map(str, verdict.chosen))
-    yield f"  How many to remove was chosen for each seed by {question.select} in validation with the others: {chosen}."
-    yield f"  All seeds together choose to remove {verdict.recommended}."
+    yield f"  How many was chosen for each seed by {question.select} in validation with the others: {chosen}."
+    yield f"  All seeds together choose {verdict.recommended}."
     yield from (f"  {note}" for note in this.notes)
 
 
+_DONE = {"drop": "removed", "relabel": "relabelled"}
 _REASONS = {
-    "improvement": "Training without the worst samples was better than with all, and than without as many random ones.",
-    "no more than random": (
-        "Training without the worst samples was better, but not shown to be better than without random ones."
+    "improvement": (
+        "Training with the worst samples {done} was better than on the data as they are, and than with as many random "
+        "ones {done}."
     ),
-    "no improvement": "Training without the worst samples was not shown to be better than with all of them.",
-    "harm": "Training without the worst samples was worse than with all of them.",
+    "no more than random": (
+        "Training with the worst samples {done} was better, but not shown to be better than with random ones {done}."
+    ),
+    "no improvement": (
+        "Training with the worst samples {done} was not shown to be better than on the data as they are."
+    ),
+    "harm": "Training with the worst samples {done} was worse than on the data as they are.",
     "undecided": "Nothing can be concluded; the notes below say why.",
 }

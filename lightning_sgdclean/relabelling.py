@@ -19,13 +19,21 @@ class RelabelledDataset(Dataset[Any]):
     Args:
         dataset: With positions.
         labels: New label by position.
-        set_label: Callable ``(sample, label)`` to the sample with that label; see :func:`with_label`.
+        set_label: Callable ``(sample, label)`` to the sample with that label; by default :func:`with_label`.
+        expected: Label by position that the sample has to have so far; not asked of a ``set_label`` of one's own.
 
     Raises:
         IndexError: If there is no such position.
+        TypeError, ValueError: When a sample is asked for whose label is not plain, or another one than expected.
     """
 
-    def __init__(self, dataset: Any, labels: Mapping[int, Any], set_label: Callable[[Any, Any], Any] | None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        labels: Mapping[int, Any],
+        set_label: Callable[[Any, Any], Any] | None = None,
+        expected: Mapping[int, Any] | None = None,
+    ) -> None:
         size = len(dataset)
         beyond = [position for position in labels if not 0 <= position < size]
         if beyond:
@@ -33,6 +41,7 @@ class RelabelledDataset(Dataset[Any]):
                 f"Sample id {beyond[0]} is no position in the training loader's dataset of {size} samples."
             )
         self._dataset, self._labels, self._set_label = dataset, dict(labels), set_label or with_label
+        self._expected = dict(expected or {}) if set_label is None else {}
         if hasattr(dataset, "__getitems__"):
             self.__getitems__ = self._getitems  # torch's fetcher asks whether there is one
 
@@ -47,7 +56,14 @@ class RelabelledDataset(Dataset[Any]):
         return [self._changed(position, sample) for position, sample in zip(positions, samples, strict=True)]
 
     def _changed(self, position: int, sample: Any) -> Any:
-        return self._set_label(sample, self._labels[position]) if position in self._labels else sample
+        if position not in self._labels:
+            return sample
+        if position in self._expected and float(sample[_place_of_label(sample)]) != float(self._expected[position]):
+            raise ValueError(
+                f"The loss held sample {position} to the label {self._expected[position]}, but where its label seems "
+                f"to stand there is {sample[_place_of_label(sample)]}. {_WAY_OUT}"
+            )
+        return self._set_label(sample, self._labels[position])
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataset":  # while it is being unpickled
@@ -64,13 +80,21 @@ def with_label(sample: Any, label: Any) -> Any:
     Raises:
         TypeError: If it is not plain.
     """
-    if isinstance(sample, tuple | list) and len(sample) > 1:
-        parts = [sample[0], _alike(sample[1], label), *sample[2:]]
-        return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
+    place = _place_of_label(sample)
+    label = _alike(sample[place], label)
     if isinstance(sample, Mapping):
-        names = [name for name in _NAMES if name in sample]
-        if len(names) == 1:
-            return {**sample, names[0]: _alike(sample[names[0]], label)}
+        return {**sample, place: label}
+    parts = [sample[0], label, *sample[2:]]
+    return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
+
+
+def _place_of_label(sample: Any) -> Any:
+    """Index or key of the label."""
+    if isinstance(sample, tuple | list) and len(sample) > 1:
+        return 1
+    names = [name for name in _NAMES if name in sample] if isinstance(sample, Mapping) else []
+    if len(names) == 1:
+        return names[0]
     found = f"entries {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else type(sample).__name__
     raise TypeError(f"Where the label of a sample stands is not plain: found {found}. {_WAY_OUT}")
 

@@ -75,6 +75,8 @@ def identity_of(build: Build, settings: Settings) -> dict[str, Any]:
     return {
         "build": _described(build) | {"source": _source_checksum(build), "config": getattr(build, "config", None)},
         "influence": None if settings.influence is None else {k: _plain(v) for k, v in settings.influence.items()},
+        "action": settings.action,
+        "set_label": _plain(settings.set_label),
         "on": settings.on,
         "ckpt_path": settings.ckpt_path,
         "versions": versions(),

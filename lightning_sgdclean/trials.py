@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of many trainings of a cleansing: on everything, with a ranking, or without some of the samples."""
+"""One of many trainings of a cleansing: on everything, with a ranking, or with some of the samples changed."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,17 @@ from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.training import Build, Loop, Training, takes_without, weights_checksum
 
 Arm = Literal["none", "worst", "random"]
+Action = Literal["drop", "relabel"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Which training: its seed, and what it goes without.
+    """Which training: its seed, and which samples are left out or relabelled.
 
     Attributes:
         seed: Of weights, data order and all else.
-        arm: ``"none"`` trains on everything, and ranks; ``"worst"`` goes without the most harmful samples,
-            ``"random"`` without as many random ones.
+        arm: ``"none"`` trains on everything, and ranks; ``"worst"`` changes the most harmful samples, ``"random"`` as
+            many random ones.
         count: How many samples.
         draw: Number of the random draw.
     """
@@ -43,11 +45,15 @@ class Trial:
         return f"seed{self.seed}-{self.arm}{which}"
 
     def __str__(self) -> str:
-        without = {"none": "on everything", "worst": f"without the {self.count} worst"}
-        return f"seed {self.seed}, {without.get(self.arm, f'without {self.count} random ones ({self.draw + 1})')}"
+        changed = {
+            "none": "nothing changed",
+            "worst": f"the {self.count} worst changed",
+            "random": f"{self.count} random ones changed ({self.draw + 1})",
+        }
+        return f"seed {self.seed}, {changed[self.arm]}"
 
     def ids(self, ranking: Ranking) -> list[Any]:
-        """The samples that it goes without; random ones depend on seed, number and draw alone."""
+        """The samples that are changed; random ones depend on seed, number and draw alone."""
         if self.arm == "random":
             ids = np.sort(ranking.sample_id)
             draw = np.random.default_rng((self.seed, self.count, self.draw))
@@ -64,12 +70,16 @@ class Settings:
         influence: Options of :class:`SGDInfluence`; None where the built Trainer has one, or for the defaults.
         on: Loop whose metric the verdict is on.
         ckpt_path: As ``Trainer.test`` takes it: None for the weights after ``fit``, ``"best"`` for the best ones.
+        action: Whether samples are left out, or given the label that the ranked model predicts.
+        set_label: How a sample gets another label, where that is not plain.
     """
 
     folder: Path
     influence: Mapping[str, Any] | None
     on: Loop
     ckpt_path: str | None
+    action: Action = "drop"
+    set_label: Callable[[Any, Any], Any] | None = None
 
     @property
     def loops(self) -> tuple[Loop, ...]:
@@ -95,7 +105,8 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     """
     began = time.perf_counter()
     seed_everything(trial.seed)
-    changed = trial.ids(Ranking.load(settings.ranking_of(trial.seed))) if trial.arm != "none" else []
+    ranking = None if trial.arm == "none" else Ranking.load(settings.ranking_of(trial.seed))
+    changed = [] if ranking is None else trial.ids(ranking)
     training = build(trial.seed, without=frozenset(changed)) if takes_without(build) else build(trial.seed)
     if not isinstance(training, Training):
         raise TypeError(
@@ -103,28 +114,30 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
         )
     training.check(settings.loops)
     start = weights_checksum(training.model)
-    if trial.arm == "none":
-        influence = _ranked(training, settings.ranking_of(trial.seed), settings.influence)
+    if ranking is None:
+        influence = _ranked(training, settings, trial.seed)
         facts, ranked_on = _facts(influence, training), _ranked_on(influence, training)
     else:
         facts, ranked_on = {}, []
-        _without(training, changed, by_callback=not takes_without(build))
+        _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
     metrics = {loop: training.measure(loop, settings.ckpt_path) for loop in settings.loops}
     facts["on_ranking_data"] = share_samples(ranked_on, getattr(training.trainer, f"{settings.on}_dataloaders"))
     seconds = round(time.perf_counter() - began, 3)
     return {"start": start, "metrics": metrics, "changed": changed, "seconds": seconds, **facts}
 
 
-def _ranked(training: Training, folder: Path, options: Mapping[str, Any] | None) -> SGDInfluence:
+def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
     """Train on everything, and rank."""
-    own = _influences_in(training)
+    own, options = _influences_in(training), settings.influence
     if len(own) + (options is not None) > 1:
         besides = " and influence= besides" if options is not None else ""
         raise ValueError(f"Expected one SGDInfluence, found {len(own)} among the Trainer's callbacks{besides}.")
     if not own:
         own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
         training.trainer.callbacks.insert(0, own[0])
-    own[0].dirpath, own[0].overwrite = folder, True
+    own[0].dirpath, own[0].overwrite = settings.ranking_of(seed), True
+    if settings.action == "relabel":
+        own[0].columns = tuple(dict.fromkeys((*own[0].columns, "label", "prediction")))
     training.fit()
     return own[0]
 
@@ -149,13 +162,30 @@ def _ranked_on(influence: SGDInfluence, training: Training) -> Any:
     return training.trainer.val_dataloaders if influence.val_dataloaders is None else influence.val_dataloaders
 
 
-def _without(training: Training, changed: list[Any], by_callback: bool) -> None:
-    """Train without these samples."""
+def _change(ranking: Ranking, changed: list[Any], settings: Settings) -> Cleansed:
+    """The callback that leaves the samples out, or gives them the labels that the ranked model predicts."""
+    if settings.action == "drop":
+        return Cleansed(drop=changed)
+    row_of = {sample: row for row, sample in enumerate(ranking.sample_id.tolist())}
+    labels, expected = (
+        {sample: ranking.columns[name][row_of[sample]].item() for sample in changed} for name in ("prediction", "label")
+    )
+    unknown = [sample for sample in changed if math.isnan(labels[sample]) or math.isnan(expected[sample])]
+    if unknown:
+        raise ValueError(
+            f"Label or prediction of {len(unknown)} samples is not known (the first is {unknown[0]}), so that they "
+            'cannot be relabelled. Expected a loss of torch with one class a sample; action="drop" does without.'
+        )
+    return Cleansed(labels=labels, set_label=settings.set_label, expected=expected)
+
+
+def _changed(training: Training, change: Cleansed | None) -> None:
+    """Train on what the callback makes of the data; without one, ``build`` has seen to it."""
     callbacks = training.trainer.callbacks
     for callback in _influences_in(training):
         callbacks.remove(callback)
-    if by_callback:
-        callbacks.insert(0, Cleansed(drop=changed))
+    if change is not None:
+        callbacks.insert(0, change)
     training.fit()
 
 

@@ -116,7 +116,7 @@ def test_wrong_labels_are_worth_removing(name, capsys):
     assert "Verdict: improvement." in str(found)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 * 5
-    assert lines[1].startswith("training 2 (of 20 at most): seed 0, without the 30 worst: test_loss 0.")
+    assert lines[1].startswith("training 2 (of 20 at most): seed 0, the 30 worst changed: test_loss 0.")
     for ranking in found.rankings.values():
         wrong = torch.nonzero(TRAIN.tensors[1] != CLEAN.tensors[1])[:, 0]
         assert np.isin(ranking.sample_id[:WRONG], wrong).mean() > 0.6
@@ -128,7 +128,7 @@ def test_wrong_labels_are_worth_removing(name, capsys):
     assert report["metric"]["worst"] == found.metric.worst.tolist()
     with Path("cleansing", "table.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(row["arm"], row["removed"]) for row in table] == [
+    assert [(row["arm"], row["samples"]) for row in table] == [
         *[("none", "0"), ("worst", "30"), ("worst", "60"), ("random", "30"), ("random", "60")]
     ]
     assert float(table[2]["mean"]) == pytest.approx(found.metric.worst[1].mean())
@@ -141,7 +141,7 @@ def test_wrong_labels_are_worth_removing(name, capsys):
 def test_right_labels_are_not_found_to_be_worth_removing():
     found = run(partial(build, train=CLEAN), seeds=4)
     assert found.verdict.outcome == "no improvement"
-    assert "Verdict: no improvement. Training without the worst samples was not shown to be better" in str(found)
+    assert "Verdict: no improvement. Training with the worst samples removed was not shown to be better" in str(found)
 
 
 def test_the_trainings_are_those_that_one_would_do_by_hand():
@@ -163,6 +163,46 @@ def test_the_trainings_are_those_that_one_would_do_by_hand():
         assert found.metric.worst[0, seed] == by_hand(seed, ranking.sample_id[:WRONG].tolist())
         assert found.metric.random[0, seed, 0] == by_hand(seed, random["changed"])
         assert len(set(random["changed"])) == WRONG
+
+
+def test_samples_can_be_relabelled_by_prediction_instead():
+    found = run(short, action="relabel", drop=(30,))
+    package = importlib.import_module("pytorch_lightning")
+    for seed in (0, 1):
+        ranking = Ranking.load(f"cleansing/rankings/seed{seed}")
+        labels = TRAIN.tensors[1].clone()
+        labels[ranking.sample_id[:30].tolist()] = torch.tensor(ranking.columns["prediction"][:30].tolist())
+        assert not torch.equal(labels, TRAIN.tensors[1])
+        package.seed_everything(seed, workers=True, verbose=False)
+        made = short(seed, train=TensorDataset(TRAIN.tensors[0], labels))
+        made.trainer.fit(made.model, made.train_dataloaders, made.val_dataloaders)
+        by_hand = made.trainer.test(made.model, made.test_dataloaders, verbose=False)[0]["test_loss"]
+        assert found.metric.worst[0, seed] == by_hand
+    assert "gain over as many random samples relabelled:" in str(found)
+    assert repr(found).endswith("2 seeds, 30 relabelled)")
+    with pytest.raises(RunDirectoryError, match="another action"):
+        run(short)
+    with pytest.raises(ValueError, match="A build that leaves samples out itself cannot relabel"):
+        run(leaving_out, "out", action="relabel")
+
+
+def numbered(seed):
+    """Samples whose second entry is no label."""
+    x, y = TRAIN.tensors
+    made = short(seed, train=TensorDataset(x, torch.arange(len(y)) + 5, y))
+    made.model.training_step = lambda batch, batch_idx: made.model.loss((batch[0], batch[2]))
+    return made
+
+
+def set_third(sample, label):
+    return *sample[:2], torch.tensor(int(label))
+
+
+def test_labels_that_stand_elsewhere_are_not_overwritten_by_mistake():
+    with pytest.raises(ValueError, match=r"The loss held sample \d+ to the label \d, but .* set_label="):
+        run(numbered, action="relabel", drop=(30,))
+    found = run(numbered, "third", action="relabel", drop=(30,), set_label=set_third)
+    assert numbers_of(found) == numbers_of(run(short, "second", action="relabel", drop=(30,)))
 
 
 def test_random_states_and_seeds_are_left_alone(monkeypatch):
@@ -200,7 +240,7 @@ def test_an_interrupted_cleansing_goes_on_and_comes_to_the_same_numbers():
     with pytest.raises(OSError, match="no space left") as caught:
         run(stopping)
     assert (
-        "This was the training with seed 1, without the 60 worst. Those that were finished" in caught.value.__notes__[0]
+        "This was the training with seed 1, the 60 worst changed. Those that were finished" in caught.value.__notes__[0]
     )
     assert num_trained() == stopping.calls - 1 == 4
     rest = Stopping()
@@ -252,7 +292,7 @@ def test_processes_come_to_the_same_numbers(monkeypatch):
     Path("full").touch()
     with pytest.raises(OSError, match="no space left") as caught:
         run(failing_while_full, processes=2)
-    assert "This was the training with seed 1, on everything." in caught.value.__notes__[0]
+    assert "This was the training with seed 1, nothing changed." in caught.value.__notes__[0]
     assert num_trained() < 6
     Path("full").unlink()
     assert numbers_of(run(failing_while_full, processes=2)) == numbers_of(run(short, "one after another"))
@@ -291,7 +331,7 @@ def test_kept_trainings_that_went_without_other_samples_are_refused():
     path = Path("cleansing", "rankings", "seed0", "influence.csv")
     ranking = Ranking.load(path)
     Ranking.from_influence(ranking.sample_id, -ranking.influence, ranking.visits).save(path)
-    with pytest.raises(ValueError, match="went without other samples than that seed's ranking names now"):
+    with pytest.raises(ValueError, match="changed other samples than that seed's ranking names now"):
         run(short)
 
 
@@ -430,14 +470,14 @@ def test_data_that_ranked_are_no_test_data():
 def test_a_training_without_a_number_leaves_the_rest_to_be_read():
     found = run(short, metric="odd")
     assert found.verdict.outcome == "undecided"
-    assert "3 trainings gave no finite odd; the first is that with seed 1, on everything." in str(found)
+    assert "3 trainings gave no finite odd; the first is that with seed 1, nothing changed." in str(found)
     assert json.loads(Path("cleansing", "report.json").read_text(encoding="utf-8"))["metric"]["none"] == [1.0, None]
 
 
 def test_more_than_the_harmful_samples_is_said():
     found = run(short, drop=(0.01, 295))
     assert found.counts == (3, 295)
-    assert any("samples are harmful; beyond these, helpful ones were removed." in note for note in found.notes)
+    assert any("samples are harmful; beyond these, helpful ones were changed." in note for note in found.notes)
 
 
 def test_overlap_of_loaders():
