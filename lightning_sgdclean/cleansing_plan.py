@@ -19,8 +19,10 @@ class Question:
     """What is asked of the trainings.
 
     Attributes:
-        metric, mode: Value that the verdict is on, and whether it should be low or high.
-        select, select_mode: Value of the validation loop that the number of samples is chosen by; None: not said.
+        metric: Name of the value that the verdict is on.
+        mode: Whether it should be low or high.
+        select: Name of the value of the validation loop that the number of samples is chosen by; None: not said.
+        select_mode: Whether that should be low or high.
         level: Of the intervals.
         action: What is done to samples.
     """

@@ -52,7 +52,7 @@ class Cleansing:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The table: for each arm and number of samples the metric, and the gain over changing nothing.
+        """Rows of the table, for each arm and number of samples, with the metric and the gain over changing nothing.
 
         Intervals are over seeds, each for itself: with many rows some gains are above 0 by chance.
         """

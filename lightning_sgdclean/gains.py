@@ -18,7 +18,8 @@ class Estimate:
 
     Attributes:
         mean: Of one number a seed.
-        low, high: Ends of the interval; NaN with a single seed.
+        low: Lower end of the interval; NaN with a single seed.
+        high: Upper end.
     """
 
     mean: float
