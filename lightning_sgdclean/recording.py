@@ -86,6 +86,7 @@ class Recording:
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
+        self._planned_bytes = 0
         self._random = RandomStates(trainer.strategy.root_device)
         self._rehearsal: Rehearsal | None = Rehearsal()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
@@ -98,13 +99,7 @@ class Recording:
         """
         state_bytes = expected_state_bytes(self.recorder.state(), trainer.optimizers[0])
         needs = Needs(
-            num_steps=window_length(
-                trainer.num_training_batches,
-                trainer.accumulate_grad_batches,
-                trainer.max_epochs,
-                trainer.max_steps,
-                self._retrace.epochs,
-            ),
+            num_steps=self._num_steps(trainer, trainer.max_epochs),
             batches_a_step=trainer.accumulate_grad_batches,
             state_bytes=state_bytes,
             slots=slots_for(state_bytes),
@@ -115,6 +110,7 @@ class Recording:
         self.budget = budget = budget_for(self._options.snapshots, needs)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
         self.writer.keeps_epochs = self._retrace.epochs != "all"
+        self._planned_bytes = budget.nbytes or 0
         self._say(budget.text)
 
     def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -276,15 +272,18 @@ class Recording:
 
     def _plan(self, trainer: Any) -> Plan:
         """What is known of the run when batches are first to be kept."""
-        epochs = self._retrace.epochs
-        num_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        num_kept = num_epochs if epochs == "all" else min(num_epochs, int(epochs) + 1)
-        num_batches = min(num_kept, num_epochs - trainer.current_epoch) * trainer.num_training_batches
-        if trainer.max_steps != -1:
-            num_batches = min(num_batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        first_epoch = 0 if epochs == "all" else num_epochs - int(epochs)
-        free = shutil.disk_usage(self._folder).free
-        return Plan(num_batches, first_epoch, min(free, self._options.max_bytes or math.inf))
+        epochs, is_endless = self._retrace.epochs, trainer.max_epochs in (None, -1)
+        num_steps = self._num_steps(trainer, -1 if is_endless else trainer.max_epochs - trainer.current_epoch)
+        num_batches = math.inf if num_steps is None else num_steps * trainer.accumulate_grad_batches
+        first_epoch = 0 if epochs == "all" else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
+        free = shutil.disk_usage(self._folder).free + self.writer.bytes_written  # as before there were steps
+        room = min(free, self._options.max_bytes or math.inf) - self._planned_bytes
+        return Plan(num_batches, first_epoch, max(0, room))
+
+    def _num_steps(self, trainer: Any, max_epochs: int | None) -> int | None:
+        """Steps that a window can have in so many epochs."""
+        num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+        return window_length(num_batches, accumulated, max_epochs, trainer.max_steps, self._retrace.epochs)
 
     @contextmanager
     def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
