@@ -98,7 +98,7 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         raise UnsupportedTrainingError(
             f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
         )
-    if not has_objective and type(module).validation_step.__module__.startswith(_LIGHTNING):
+    if not has_objective and str(type(module).validation_step.__module__).startswith(_LIGHTNING):
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
 
 

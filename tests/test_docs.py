@@ -17,6 +17,8 @@ from lightning_sgdclean.ranking_csv import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+START = ROOT / "docs" / "start.md"
+NEEDS = {"lora": ("peft", "transformers")}  # of the extra `zoo`
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -42,17 +44,32 @@ def run_dir(tmp_path_factory):
     return callback.run_dir
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if lines_of_code(page)], ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page):
-    namespace = {"__name__": "__main__"}
-    for line, code in lines_of_code(page):
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The names that the first block of the five-minute start leaves to the pages that go on from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("start"))
+        return run_blocks(START, lines_of_code(START)[:1], {})
+
+
+def run_blocks(page, blocks, names):
+    namespace = {"__name__": "__main__", **names}
+    for line, code in blocks:
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    return namespace
 
 
-def test_the_quickstart_finds_what_it_promises():
-    namespace = {"__name__": "__main__"}
-    exec(lines_of_code(ROOT / "README.md")[0][1], namespace)
-    wrong = sum(sample < 20 for sample in namespace["influence"].ranking.harmful(20))
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by transformers, of itself
+@pytest.mark.parametrize("page", [page for page in PAGES if lines_of_code(page)], ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page, request):
+    for module in NEEDS.get(page.stem, ()):
+        pytest.importorskip(module)
+    goes_on = "five-minute start](" in page.read_text(encoding="utf-8").partition("```python")[0]
+    run_blocks(page, lines_of_code(page), request.getfixturevalue("started") if goes_on else {})
+
+
+def test_the_quickstart_finds_what_it_promises(started):
+    wrong = sum(sample < 20 for sample in started["influence"].ranking.harmful(20))
     assert wrong > 10
 
 
@@ -90,12 +107,11 @@ def test_every_page_is_in_the_contents_of_the_site():
     assert pages - set("\n".join(lists).split()) == set(), "name them in a toctree of docs/index.md"
 
 
-def test_every_option_stands_in_the_readme_with_its_default():
-    readme = text_of("README.md")
+def test_every_option_stands_in_the_table_with_its_default():
+    table = text_of("docs/options.md")
     options = [p for p in inspect.signature(SGDInfluence.__init__).parameters.values() if p.name != "self"]
     rows = [f"| `{p.name}` | `{json.dumps(p.default) if isinstance(p.default, str) else p.default}` |" for p in options]
-    assert [row for row in rows if row not in readme] == []
-    table = readme.partition("## Options")[2].partition("\n## ")[0]
+    assert [row for row in rows if row not in table] == []
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [p.name for p in options]
 
 
