@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean._lightning import package_of
+from lightning_sgdclean._lightning import package_of, silent_logger
+from lightning_sgdclean.training import Training
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class ConfiguredTraining:
             except import_module("jsonargparse").ArgumentError as error:
                 raise ValueError(f"{self.path}: {error}") from error
         return cli.trainer, cli.model, cli.datamodule
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tells this training from others, fit for JSON."""
+        return {"file": self.path.read_text(encoding="utf-8"), "model": self.model, "data": self.data}
+
+    def __call__(self, seed: int) -> Training:
+        """A fresh training for :func:`lightning_sgdclean.cleanse`, which has seeded it; without loggers and bars."""
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        made, module, datamodule = self.make(quiet, seeded=False)
+        made.loggers = [silent_logger(made)]  # some callbacks want one
+        return Training(made, module, datamodule)
 
     def dataset(self) -> Any:
         """The training data.

@@ -323,3 +323,36 @@ def test_the_help_of_a_cli_tells_every_option(example):
     for option in ("monitor", "objective", "columns", "formats", "sample_losses", "val_dataloaders"):
         assert f"--trainer.callbacks.{option} " in text
     assert "which leads to the innermost dataset" in text
+
+
+def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trains_nothing(example):
+    words = [
+        "cleanse",
+        "config.yaml",
+        "--metric=test_loss",
+        "--select=val_loss",
+        "--seeds=2",
+        "--drop",
+        "20",
+        "--random-draws=1",
+    ]
+    first = run(example, "-m", "lightning_sgdclean", *words)
+    assert first.stdout.startswith("test_loss (low is better), mean of 2 seeds")
+    assert "Verdict: " in first.stdout
+    assert first.stderr.count("training ") == 6
+    again = run(example, "-m", "lightning_sgdclean", *words, "--json")
+    report = json.loads(again.stdout)
+    assert "training " not in again.stderr
+    assert report["counts"] == [20]
+    assert report["metric"]["worst"][0] != report["metric"]["none"]
+    assert not (example / "cleaning-2").exists()
+
+
+def test_a_cleansing_of_another_configuration_is_not_mixed_in(folder, capsys):
+    path = config(folder)
+    (folder / "cleansing").mkdir()
+    (folder / "cleansing" / "mine.txt").touch()
+    assert cli.main(["cleanse", path, "--metric", "val_loss", "--on", "val", "--seeds", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "is not empty and holds no cleansing" in err

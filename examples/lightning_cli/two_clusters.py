@@ -23,17 +23,21 @@ class TwoClusters(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         source = torch.Generator().manual_seed(0)
-        label = torch.randint(0, 2, (self.num + 200,), generator=source)
+        label = torch.randint(0, 2, (self.num + 400,), generator=source)
         point = torch.randn(len(label), 2, generator=source) + 3 * label[:, None]
         label[: self.num_wrong] = 1 - label[: self.num_wrong]
         self.train = TensorDataset(point[: self.num], label[: self.num])
-        self.val = TensorDataset(point[self.num :], label[self.num :])
+        self.val = TensorDataset(point[self.num : -200], label[self.num : -200])
+        self.test = TensorDataset(point[-200:], label[-200:])
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, batch_size=100)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, batch_size=100)
 
 
 class Classifier(LightningModule):
@@ -54,6 +58,9 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
