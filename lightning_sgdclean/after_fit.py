@@ -19,11 +19,12 @@ from lightning_sgdclean.noise import float32_agreement
 from lightning_sgdclean.objective import ObjectiveGradient
 from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.precision import is_low
-from lightning_sgdclean.progress import retrace_bar
+from lightning_sgdclean.progress import retrace_bar, runs_bar
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.relabel import predicted_labels
 from lightning_sgdclean.surroundings import shown_bar
 from lightning_sgdclean.trajectory import MicroBatch, Step, window_in_words
+from lightning_sgdclean.trust import put_to_the_test
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
 
 
@@ -85,7 +86,20 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, steps, walk, run, options) | {"float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, this) | columns)
-    return ranking, about, [*walk.fidelity.complaints[:3], *complaints, *gaps]
+    ranking, about["trust"], doubts = _tested(this, ranking, bar)
+    return ranking, about, [*walk.fidelity.complaints[:3], *complaints, *gaps, *doubts]
+
+
+def _tested(this: OpenedRun, ranking: Ranking, bar: Any) -> tuple[Ranking, dict[str, Any] | None, list[str]]:
+    """The ranking put to the test, if that is wanted; what came of it, and why it could not be."""
+    if not len(ranking) or not (this.options.verify or this.options.rerank):
+        return ranking, None, []
+    try:
+        with runs_bar(bar) as progress:
+            return *put_to_the_test(this, ranking, progress), []
+    except (Exception, KeyboardInterrupt) as error:  # the ranking is there, and right: nothing here may cost it
+        cause = "it was interrupted." if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        return ranking, None, [f"The ranking is there, but could not be put to the test (verify=, rerank=): {cause}"]
 
 
 def _key(this: OpenedRun, adjoints: list[Adjoint]) -> str:

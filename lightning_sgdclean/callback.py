@@ -82,6 +82,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
             which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
+        verify: How many samples to really leave out once they are ranked (a third each of the worst, the best and any
+            others), to see how far the ranking can be trusted: agreement, and what rounding alone does.
+        rerank: How many of the worst samples to really leave out, and to rank by what that does.
         columns: Further columns of the CSV: ``"label"``, ``"prediction"`` and ``"loss"`` of each sample at the end
             point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
             ``"by_epoch"``, what each epoch of the window adds to the influence; ``"relabel"``, what the objective would
@@ -125,6 +128,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
+        verify: int = 0,
+        rerank: int = 0,
         columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
         formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
         page: bool = True,
@@ -151,6 +156,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
         checks.check_objective(objective)
         checks.check_columns(columns)
+        checks.check_count("verify", verify)
+        checks.check_count("rerank", rerank)
         checks.check_formats(formats)
         checks.check_render(render)
         self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
@@ -160,6 +167,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self.snapshots, self.max_bytes = snapshots, max_bytes
         self.on_mismatch, self.tolerance = on_mismatch, tolerance
         self.retrace_precision, self.columns = retrace_precision, tuple(columns)
+        self.verify, self.rerank = verify, rerank
         self.show_samples = show_samples
         self.formats = tuple(dict.fromkeys(("csv", *formats)))
         self.page, self.render, self.class_names = page, render, class_names
@@ -345,6 +353,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             on_mismatch=self.on_mismatch,
             tolerance=self.tolerance,
             retrace_precision=self.retrace_precision,
+            verify=self.verify,
+            rerank=self.rerank,
             columns=self.columns,
         )
 

@@ -22,6 +22,12 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Is an option a number of things?"""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}.")
+
+
 FORMATS = ("csv", "parquet")
 FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
 

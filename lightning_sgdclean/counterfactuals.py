@@ -224,5 +224,6 @@ def _predicted(this: OpenedRun, groups: list[list[SampleId]], whole: float) -> N
         return None
     if (window["first_step"], window["last_step"]) != (this.steps[0].index, this.steps[-1].index):
         return None
-    influence = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
+    predicted = ranking.columns.get("predicted", ranking.influence)  # in a ranking that was reranked
+    influence = dict(zip(ranking.sample_id.tolist(), predicted.tolist(), strict=True))
     return np.array([sum(influence.get(name, 0.0) for name in group) for group in groups], dtype=np.float64)

@@ -36,6 +36,8 @@ def retrace(
     on_mismatch: Literal["raise", "warn"] = "raise",
     tolerance: float | None = None,
     retrace_precision: Literal["auto", "run", "float32"] = "auto",
+    verify: int = 0,
+    rerank: int = 0,
     columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
     trainer: Any = None,
 ) -> Ranking:
@@ -64,6 +66,8 @@ def retrace(
         on_mismatch: See there.
         tolerance: See there.
         retrace_precision: See there.
+        verify: See there; the samples chosen have a column ``real``.
+        rerank: See there.
         columns: See there.
         trainer: The Trainer to retrace under; it takes no step, and is afterwards as it was. By default a quiet one
             with the precision and the kind of device that the run had.
@@ -78,6 +82,8 @@ def retrace(
     checks.check_objective(objective)
     checks.check_choice("at", at, ("last", "best"))
     checks.check_columns(columns)
+    checks.check_count("verify", verify)
+    checks.check_count("rerank", rerank)
     options = RetraceOptions(
         monitor=monitor,
         mode=mode,
@@ -90,6 +96,8 @@ def retrace(
         on_mismatch=on_mismatch,
         tolerance=tolerance,
         retrace_precision=retrace_precision,
+        verify=verify,
+        rerank=rerank,
         columns=tuple(columns),
     )
     ranking, _, complaints = reopened(

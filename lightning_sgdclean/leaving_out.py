@@ -6,10 +6,8 @@ stay as they were, and so does its share in BatchNorm's statistics. Until one of
 which happened, so it joins there.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from lightning_sgdclean.batch_again import BatchAgain
@@ -24,7 +22,7 @@ from lightning_sgdclean.walk import Walk
 from lightning_sgdclean.weighting import unit_weights
 
 Batched = bool | Literal["auto"]
-Progress = Callable[[int, int], None]  # steps done, of how many
+Progress = Callable[[int, int], None]  # steps of all runs done, of how many
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def leave_out(
         groups: The samples that each run leaves out.
         num_nudged: How many runs to make besides in which nobody is left out, off by rounding errors at the start.
         batched: Whether to make the runs at once; ``"auto"``: where that is possible, and faster.
-        progress: Called after every step of each pass over the window.
+        progress: Called after every step with the number of steps done, those of all runs counted, and of all.
 
     Raises:
         ReplayMismatchError: If the window, run again with nobody left out, does not come to the recorded end.
@@ -112,21 +110,29 @@ def _in_passes(
     this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], progress: Progress
 ) -> tuple[list[float], bool]:
     """Go over the window as often as it takes, each time with as many runs as fit in memory."""
-    at_once = kind.at_once(this)
-    num_passes = max(1, math.ceil(len(runs) / at_once))
+    at_once, num_steps = kind.at_once(this), len(this.steps)
+    passes = [runs[begin : begin + at_once] for begin in range(0, max(1, len(runs)), at_once)]
+    work = len(passes) * num_steps + sum(num_steps - run.first for run in runs)
+    counter = accumulate_steps(progress, work)
     found: list[float] = []
     is_bitwise = True
-    for number in range(num_passes):
-        before, total = number * len(this.steps), num_passes * len(this.steps)
-        chosen = runs[number * at_once : (number + 1) * at_once]
-        (whole, *values), same = _pass_over(this, chosen, kind, partial(_forward, progress, before, total))
-        found += [*([] if number else [whole]), *values]
+    for chosen in passes:
+        (whole, *values), same = _pass_over(this, chosen, kind, counter)
+        found += [*([] if found else [whole]), *values]
         is_bitwise &= same
     return found, is_bitwise
 
 
-def _forward(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+def accumulate_steps(progress: Progress, total: int) -> Callable[[int], None]:
+    """What to call with numbers of steps that have just been made."""
+    done = 0
+
+    def made(num: int) -> None:
+        nonlocal done
+        done += num
+        progress(done, total)
+
+    return made
 
 
 def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
@@ -140,7 +146,7 @@ def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
 
 
 def _pass_over(
-    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], after_step: Callable[[int], None]
+    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], made: Callable[[int], None]
 ) -> tuple[list[float], bool]:
     """Run the window with nobody left out and, beside it, each run from the step on where it differs.
 
@@ -161,7 +167,7 @@ def _pass_over(
                 _find_plans(step, batches, weights, walk)
                 beside.step(step, batches, weights)
             _as_recorded(step, batches, walk, optimizer)
-            after_step(position + 1)
+            made(1 + len(gone))
         changes, is_bitwise = compare(live_state(walk, optimizer), this.end, start)
         walk.fidelity.compare_segment(steps, changes, is_bitwise)
         return beside.values(), is_bitwise

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 Advance: TypeAlias = Callable[[Tensor], None]
 
 _DESCRIPTION = "Retracing"
+_VERIFYING = "Verifying"
 _SECONDS_BETWEEN = 0.1  # sums of the influences, which of a million samples takes a millisecond
 
 
@@ -42,6 +43,36 @@ def retrace_bar(style: Any, num_steps: int) -> Iterator[Advance]:
     else:
         with _tqdm_bar(style, num_steps) as advance:
             yield advance
+
+
+@contextmanager
+def runs_bar(style: Any) -> Iterator[Callable[[int, int], None]]:
+    """A bar over runs that are made to verify a ranking, in the style of :func:`retrace_bar`.
+
+    Yields:
+        What to call with the number of steps done, and of all that there are; both may change their minds.
+    """
+    if style is None:
+        yield lambda done, total: None
+    elif _is_rich(style):
+        from rich.progress import Progress
+
+        if style.progress is not None:
+            style.progress.stop()  # see below
+        console = style.progress and style.progress.console
+        with Progress(*style.configure_columns(style.trainer), console=console) as rich_bar:
+            task = rich_bar.add_task(_VERIFYING, total=1)
+            yield lambda done, total: rich_bar.update(task, completed=done, total=total)
+    else:
+        with tqdm(desc=_VERIFYING, dynamic_ncols=True, file=sys.stdout, smoothing=0.1) as bar:
+
+            def show(done: int, total: int) -> None:
+                if done < bar.n:  # begun anew
+                    bar.reset()
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield show
 
 
 def _is_rich(style: Any) -> bool:

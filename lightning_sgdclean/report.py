@@ -44,6 +44,8 @@ def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str
         f"  replay   {summary['replay']['words']}",
         f"  worst    {worst}",
     ]
+    if summary.get("trust"):
+        lines.insert(-1, f"  trust    {summary['trust']['words']}")
     if (folder / "report.html").is_file():
         lines.insert(2, f"  page     {folder / 'report.html'}")
     return "\n".join(lines)

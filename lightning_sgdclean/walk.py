@@ -39,6 +39,8 @@ class RetraceOptions:
     on_mismatch: str = "raise"
     tolerance: float | None = None
     retrace_precision: str = "auto"
+    verify: int = 0
+    rerank: int = 0
     columns: tuple[str, ...] = ()
 
     @property

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a ranking can be trusted: some of its samples are really left out, and the outcome stands beside it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_sgdclean.agreement import kendall_tau, spearman, top_k_jaccard
+from lightning_sgdclean.leaving_out import LeftOut, Progress, leave_out
+from lightning_sgdclean.opened import OpenedRun
+from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.trajectory import SampleId
+
+_NUM_NUDGED = 4
+
+
+@dataclass(frozen=True)
+class Together:
+    """Samples left out together: the sum of their influences beside what really happened.
+
+    Attributes:
+        predicted: The sum.
+        real: The difference that leaving all of them out made.
+        error: How far the sum is off, relative to the difference; None if that is zero.
+    """
+
+    predicted: float
+    real: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How predicted and real differences agree over the chosen samples; what is not defined is None.
+
+    Attributes:
+        kendall_tau: Kendall's rank correlation.
+        kendall_tau_random: The same among the random ones alone. The ends of a ranking are easier to tell apart, so
+            that this is nearer to what holds for any two samples.
+        spearman: Spearman's.
+        jaccard: Jaccard index of both ends, ``jaccard_k`` samples each.
+        jaccard_k: See there.
+        together: All of them left out together.
+        worst_together: Those that rank first, left out together.
+    """
+
+    kendall_tau: float | None
+    kendall_tau_random: float | None
+    spearman: float | None
+    jaccard: float | None
+    jaccard_k: int
+    together: Together
+    worst_together: Together | None
+
+
+def put_to_the_test(this: OpenedRun, ranking: Ranking, progress: Progress) -> tuple[Ranking, dict[str, Any]]:
+    """Really leave samples out, as the options ``verify`` and ``rerank`` say.
+
+    Args:
+        this: The run that was ranked.
+        ranking: Its ranking.
+        progress: Gets how much is done, of how much.
+
+    Returns:
+        The ranking, with a column ``real``, and with ``rerank`` ordered by what is known; and the summary's ``trust``.
+    """
+    began = time.perf_counter()
+    strata = stratified(ranking, this.options.verify)
+    reranked = ranking.sample_id[: this.options.rerank].tolist()
+    singles = list(dict.fromkeys([*strata, *reranked]))
+    worst = [name for name, stratum in strata.items() if stratum == "worst"]
+    groups = [[name] for name in singles] + [group for group in ([*strata], worst) if group]
+    found = leave_out(this, [frozenset(group) for group in groups], num_nudged=_NUM_NUDGED, progress=progress)
+    sign = 1.0 if this.options.mode == "min" else -1.0
+    differences = [sign * (value - found.whole) for value in found.values]
+    real = dict(zip(singles, differences, strict=False))
+    predicted = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
+    agreement = _agreement(strata, predicted, real, differences[len(singles) :]) if strata else None
+    noise = noise_floor(found)
+    card = {
+        "words": _in_words(strata, agreement, noise, len(reranked)),
+        "num_verified": len(strata),
+        "num_reranked": len(reranked),
+        **(asdict(agreement) if agreement is not None else dict.fromkeys(Agreement.__dataclass_fields__)),
+        "noise_floor": noise,
+        "num_within_noise": sum(abs(real[name]) <= 2 * noise for name in strata),
+        "runs": found.words,
+        "seconds": round(time.perf_counter() - began, 3),
+        "samples": {
+            "id": singles,
+            "stratum": [strata.get(name, "reranked") for name in singles],
+            "predicted": [predicted[name] for name in singles],
+            "real": [real[name] for name in singles],
+        },
+    }
+    return _with_real(ranking, real, is_reranked=bool(reranked)), card
+
+
+def stratified(ranking: Ranking, num: int) -> dict[SampleId, str]:
+    """Samples to verify: a third from each end of the ranking, the rest anywhere between, the same ones each time.
+
+    Args:
+        ranking: The ranking.
+        num: How many.
+
+    Returns:
+        ``"worst"``, ``"best"`` or ``"random"`` by sample id.
+    """
+    num = min(num, len(ranking))
+    third = num // 3
+    between = np.arange(third, len(ranking) - third)
+    drawn = np.sort(np.random.default_rng(0).choice(between, num - 2 * third, replace=False))
+    ids = ranking.sample_id
+    chosen = {"worst": ids[:third], "best": ids[len(ids) - third :], "random": ids[drawn]}
+    return {name: stratum for stratum, some in chosen.items() for name in some.tolist()}
+
+
+def noise_floor(found: LeftOut) -> float:
+    """What rounding alone does: root mean square difference of runs that began off by rounding errors."""
+    return math.sqrt(sum((value - found.whole) ** 2 for value in found.nudged) / len(found.nudged))
+
+
+def _agreement(
+    strata: dict[SampleId, str],
+    predicted: dict[SampleId, float],
+    real: dict[SampleId, float],
+    together: list[float],
+) -> Agreement:
+    def columns(*wanted: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        names = [name for name, stratum in strata.items() if stratum in wanted]
+        return np.array([predicted[name] for name in names]), np.array([real[name] for name in names])
+
+    both = columns("worst", "best", "random")
+    k = max(1, len(strata) // 3)
+    worst, _ = columns("worst")
+    return Agreement(
+        kendall_tau=_if_defined(kendall_tau, *both),
+        kendall_tau_random=_if_defined(kendall_tau, *columns("random")),
+        spearman=_if_defined(spearman, *both),
+        jaccard=_if_defined(lambda a, b: top_k_jaccard(a, b, k), *both),
+        jaccard_k=k,
+        together=_together(float(both[0].sum()), together[0]),
+        worst_together=_together(float(worst.sum()), together[1]) if len(together) > 1 else None,
+    )
+
+
+def _if_defined(
+    measure: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+) -> float | None:
+    try:
+        return measure(a, b)
+    except ValueError:  # too few samples, or all alike
+        return None
+
+
+def _together(predicted: float, real: float) -> Together:
+    return Together(predicted, real, abs(predicted - real) / abs(real) if real else None)
+
+
+def _with_real(ranking: Ranking, real: dict[SampleId, float], is_reranked: bool) -> Ranking:
+    """The ranking beside what really happened; reranked, what is known takes the place of what was predicted."""
+    column = [real.get(name, math.nan) for name in ranking.sample_id.tolist()]
+    if not is_reranked:
+        return ranking.with_columns({"real": column})
+    influence = np.where(np.isnan(column), ranking.influence, column)
+    reordered = ranking.with_columns({"predicted": ranking.influence, "real": column})
+    return Ranking.from_influence(ranking.sample_id, influence, ranking.visits, reordered.columns)
+
+
+def _in_words(strata: dict[SampleId, str], agreement: Agreement | None, noise: float, num_reranked: int) -> str:
+    parts = []
+    if agreement is not None:
+        kinds = [*strata.values()]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("worst", "best", "random"))
+        tau, random = agreement.kendall_tau, agreement.kendall_tau_random
+        among = "" if random is None else f" ({random:.2f} among the random ones)"
+        parts.append(f"{len(strata)} samples really left out ({counts})")
+        parts.append("no order to compare" if tau is None else f"tau {tau:.2f}{among}")
+        for name, sum_of in (("all of them", agreement.together), ("the worst", agreement.worst_together)):
+            if sum_of is not None:
+                parts.append(f"{name} together {sum_of.real:.3g}, predicted {sum_of.predicted:.3g}")
+    if num_reranked:
+        parts.append(f"the {num_reranked} worst ranked by what leaving them out really does")
+    return "; ".join([*parts, f"rounding alone {noise:.1g}"])

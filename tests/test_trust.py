@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of a ranking's trust is what whole fits without the samples say; rerank puts the truth in its place."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
+from scipy import stats
+from torch.nn import functional as F
+
+from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective
+from lightning_sgdclean import Ranking, SGDInfluence, retrace
+from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.trust import stratified
+from reference import leave_one_out, ranked
+from test_counterfactual import without
+from test_loop import scaled
+
+CASE = Case("verified", {"norm": True, "dropout": 0.2, "options": {"momentum": 0.9, "lr": 0.05}})
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return ranked(CASE, dirpath=tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    return ranked(CASE, verify=12, dirpath=tmp_path_factory.mktemp("verified") / "run")
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return leave_one_out(CASE)
+
+
+def test_the_figures_are_those_of_whole_fits(plain, verified, truth):
+    trust, ids = verified.summary["trust"], plain.ranking.sample_id
+    samples = trust["samples"]
+    assert samples["id"][:8] == [*ids[:4], *ids[-4:]]
+    assert samples["stratum"] == ["worst"] * 4 + ["best"] * 4 + ["random"] * 4
+    assert samples["real"] == pytest.approx(truth[samples["id"]], rel=1e-6, abs=1e-13)
+    influence = dict(zip(ids.tolist(), plain.ranking.influence.tolist(), strict=True))
+    predicted = [influence[name] for name in samples["id"]]
+    assert samples["predicted"] == predicted
+    real = truth[samples["id"]]
+    assert trust["kendall_tau"] == pytest.approx(stats.kendalltau(predicted, real).statistic)
+    assert trust["kendall_tau_random"] == pytest.approx(stats.kendalltau(predicted[8:], real[8:]).statistic)
+    assert trust["spearman"] == pytest.approx(stats.spearmanr(predicted, real).statistic)
+    ends = [{*np.argsort(column)[:4], *np.argsort(column)[-4:]} for column in (predicted, real)]
+    assert trust["jaccard"] == pytest.approx(len(ends[0] & ends[1]) / len(ends[0] | ends[1]))
+    assert (trust["num_verified"], trust["num_reranked"], trust["jaccard_k"]) == (12, 0, 4)
+
+
+def test_samples_left_out_together_are_those_of_whole_fits(verified):
+    trust, whole = verified.summary["trust"], verified.summary["objective"]["recomputed"]
+    for key, ids in (("together", trust["samples"]["id"]), ("worst_together", trust["samples"]["id"][:4])):
+        real, predicted = without(CASE, ids) - whole, sum(trust["samples"]["predicted"][: len(ids)])
+        assert trust[key]["real"] == pytest.approx(real, rel=1e-6)
+        assert trust[key]["predicted"] == pytest.approx(predicted)
+        assert trust[key]["error"] == pytest.approx(abs(predicted - real) / abs(real), rel=1e-5)
+
+
+def test_verifying_changes_nothing_but_a_column(plain, verified):
+    assert np.array_equal(verified.ranking.influence, plain.ranking.influence)
+    assert np.array_equal(verified.ranking.sample_id, plain.ranking.sample_id)
+    real = verified.ranking.columns["real"]
+    samples = verified.summary["trust"]["samples"]
+    found = dict(zip(verified.ranking.sample_id.tolist(), real.tolist(), strict=True))
+    assert [found[name] for name in samples["id"]] == samples["real"]
+    assert np.isnan(real).sum() == NUM_TRAIN - 12
+    assert plain.summary["trust"] is None
+
+
+def test_training_and_random_states_are_untouched():
+    def trained(callback):
+        module = fit(CASE, callback)
+        return {name: tensor.clone() for name, tensor in module.state_dict().items()}, torch.get_rng_state()
+
+    (one, state), (other, other_state) = trained(None), trained(SGDInfluence(verify=6, rerank=2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(state, other_state)
+
+
+def test_the_words_are_everywhere(verified):
+    words = verified.summary["trust"]["words"]
+    assert words.startswith("12 samples really left out (4 worst, 4 best, 4 random); tau ")
+    assert json.loads((verified.run_dir / "summary.json").read_text())["trust"]["words"] == words
+    assert words in (verified.run_dir / "report.html").read_text(encoding="utf-8")
+
+
+# Reranked -----------------------------------------------------------------------------------------------
+
+
+def test_the_worst_are_ranked_by_what_really_happens(plain, truth, tmp_path):
+    callback = ranked(CASE, rerank=6, verify=3, dirpath=tmp_path / "run")
+    before = dict(zip(plain.ranking.sample_id.tolist(), plain.ranking.influence.tolist(), strict=True))
+    ranking = callback.ranking
+    known = {*plain.ranking.sample_id[:6].tolist(), *callback.summary["trust"]["samples"]["id"]}
+    assert len(known) in (7, 8)
+    for name, influence, real, predicted in zip(
+        ranking.sample_id.tolist(),
+        ranking.influence.tolist(),
+        ranking.columns["real"].tolist(),
+        ranking.columns["predicted"].tolist(),
+        strict=True,
+    ):
+        assert predicted == before[name]
+        assert math.isnan(real) == (name not in known)
+        assert influence == (real if name in known else predicted)
+        if name in known:
+            assert real == pytest.approx(truth[name], rel=1e-6, abs=1e-13)
+    assert (np.diff(ranking.influence) >= 0).all()
+    assert Ranking.load(tmp_path / "run") == ranking
+    assert "the 6 worst ranked by what leaving them out really does" in callback.summary["trust"]["words"]
+
+
+def test_reranked_alone_there_is_no_agreement_to_report():
+    trust = ranked(CASES[0], rerank=4).summary["trust"]
+    assert trust["kendall_tau"] is trust["together"] is None
+    assert trust["samples"]["stratum"] == ["reranked"] * 4
+    assert (trust["num_verified"], trust["num_reranked"]) == (0, 4)
+
+
+def test_more_than_there_are_means_all(truth):
+    callback = ranked(CASE, rerank=100, verify=100)
+    assert callback.ranking.influence == pytest.approx(np.sort(truth), rel=1e-6, abs=1e-13)
+    assert callback.summary["trust"]["num_verified"] == NUM_TRAIN
+
+
+def test_a_value_that_should_be_high_has_the_sign_of_an_influence():
+    trust = ranked(CASES[0], mode="max", verify=9).summary["trust"]
+    assert trust["kendall_tau"] > 0.9
+    assert trust["samples"]["real"][0] < 0
+    assert trust["samples"]["real"][0] == pytest.approx(
+        -(without(CASES[0], [trust["samples"]["id"][0]]) - objective(fit(CASES[0]))), rel=1e-6
+    )
+
+
+def test_a_smooth_training_is_predicted_well():
+    case = Case("smooth", {"options": {"lr": 0.02}})
+    trust = ranked(case, verify=23).summary["trust"]
+    assert trust["kendall_tau"] > 0.97
+    assert trust["worst_together"]["error"] < 0.2
+    assert trust["num_within_noise"] == 0
+
+
+# The noise floor -------------------------------------------------------------------------------------------
+
+
+def nudge(trainer, module):
+    with torch.no_grad():
+        for param in module.parameters():
+            signs = 2.0 * torch.randint(0, 2, param.shape, generator=torch.Generator().manual_seed(9)) - 1
+            param.mul_(1 + torch.finfo(param.dtype).eps * signs)
+
+
+def test_the_noise_floor_is_about_what_rounding_does_to_a_whole_fit():
+    case = Case("noise", {"norm": True, "make_optimizer": adam}, {"precision": "32-true"})
+    floor = ranked(case, verify=3).summary["trust"]["noise_floor"]
+    nudged = Case("nudged", case.module, case.trainer, callbacks=lambda: [LambdaCallback(on_fit_start=nudge)])
+    off = abs(objective(fit(nudged)) - objective(fit(case)))
+    assert off > 0
+    assert off / 30 < floor < 30 * off
+
+
+# Which samples ------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_stratified_and_the_same_each_time():
+    ranking = Ranking.from_influence(range(100), np.linspace(-1, 1, 100), np.ones(100, dtype=int))
+    state = np.random.get_state()[1].copy()
+    chosen = stratified(ranking, 32)
+    assert [name for name, stratum in chosen.items() if stratum == "worst"] == [*range(10)]
+    assert [name for name, stratum in chosen.items() if stratum == "best"] == [*range(90, 100)]
+    random = [name for name, stratum in chosen.items() if stratum == "random"]
+    assert len({*random} & {*range(10, 90)}) == 12
+    assert stratified(ranking, 32) == chosen
+    assert np.array_equal(np.random.get_state()[1], state)
+    assert [*stratified(ranking, 2).values()] == ["random", "random"]
+    assert len(stratified(ranking, 1000)) == 100
+    assert stratified(ranking, 0) == {}
+
+
+# Other runs ----------------------------------------------------------------------------------------------------
+
+
+def test_one_epoch_in_float32_with_names_for_ids():
+    def names(batch):
+        return [f"sample {i}" for i in batch[2].tolist()]
+
+    callback = SGDInfluence("val_loss", sample_ids=names, verify=9)
+    fit(Case("names", {"options": {"momentum": 0.9}}, {"precision": "32-true"}), callback)
+    assert callback.summary["trust"]["kendall_tau"] > 0.8
+    assert callback.summary["trust"]["samples"]["id"][0] == callback.ranking.harmful(1)[0]
+
+
+@pytest.mark.parametrize("make_optimizer", [adam, torch.optim.SGD])
+def test_scaled_steps_and_those_that_were_skipped(make_optimizer):
+    def case():  # the plugin keeps its scale, so a run needs one of its own
+        return scaled("scaled", {"norm": True, "make_optimizer": make_optimizer, "options": {"lr": 0.02}})
+
+    trust = ranked(case(), verify=6).summary["trust"]
+    whole = objective(fit(case()))
+    real = [without(case(), [name]) - whole for name in trust["samples"]["id"]]
+    assert trust["samples"]["real"] == pytest.approx(real, rel=1e-6, abs=1e-13)
+    assert "16 bits" in trust["runs"]
+
+
+def test_at_best_the_runs_end_there(tmp_path):
+    def best():
+        return [ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)]
+
+    case = Case("best", {"options": {"lr": 1.5}}, {"max_epochs": 4, "enable_checkpointing": True}, callbacks=best)
+    callback = ranked(case, at="best", verify=6)
+    shorter = Case("shorter", case.module, {"max_steps": callback.summary["window"]["last_step"] + 1, "max_epochs": 4})
+    samples = callback.summary["trust"]["samples"]
+    real = [without(shorter, [name]) - objective(fit(shorter)) for name in samples["id"]]
+    assert samples["real"] == pytest.approx(real, rel=1e-6, abs=1e-13)
+
+
+def test_a_retrace_verifies_and_reranks_as_well(tmp_path):
+    callback = ranked(CASE, verify=6, rerank=3, dirpath=tmp_path / "run")
+    train, val = loaders()
+    again = retrace(
+        callback.run_dir,
+        CASE.make(**CASE.module),
+        train_dataloaders=train,
+        val_dataloaders=val,
+        epochs="all",
+        verify=6,
+        rerank=3,
+    )
+    assert again == callback.ranking
+
+
+# Never at the ranking's cost -------------------------------------------------------------------------------------
+
+
+class Tired:
+    """An objective that fails once it has been asked so often."""
+
+    def __init__(self, calls, error):
+        self.calls, self.error = calls, error
+        self.__name__ = "tired"
+
+    def __call__(self, module, batch):
+        self.calls -= 1
+        if self.calls < 0:
+            raise self.error
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(RuntimeError("out of coffee"), "RuntimeError: out of coffee"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_what_goes_wrong_leaves_the_ranking(error, words):
+    plain = ranked(CASES[0], objective=Tired(10**6, error))
+    callback = SGDInfluence(objective=Tired(3, error), epochs="all", verify=6, rerank=3)
+    with pytest.warns(SGDInfluenceWarning, match=rf"ranking is there, but could not be put to the test .*{words}"):
+        fit(CASES[0], callback)
+    assert callback.ranking == plain.ranking
+    assert callback.summary["trust"] is None
+    assert Ranking.load(callback.run_dir) == callback.ranking
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "all", True, None])
+@pytest.mark.parametrize("name", ["verify", "rerank"])
+def test_numbers_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number, 0 or more"):
+        SGDInfluence(**{name: value})
