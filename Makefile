@@ -29,7 +29,7 @@ test: $(VENV)/test.done $(VENV)/zoo.done docs
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 # From scratch, since a page that did not change can still link to one that did. Warnings are errors.
 docs: $(VENV)/docs.done
