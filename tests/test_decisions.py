@@ -76,7 +76,6 @@ def test_without_decisions_all_samples_stay(tmp_path):
         (("a", 1.0), None, ("a", 2.0)),
         (("a", {"deep": 1}), lambda s, text: (s[0], {"deep": int(text)}), ("a", {"deep": 2})),
     ],
-    ids=str,
 )
 def test_the_label_is_changed_where_it_lies(tmp_path, sample, label, relabelled):
     path = write(tmp_path, "3,relabel,2,")

@@ -75,7 +75,6 @@ def test_normalised_images_are_stretched():
         (torch.randn(5), {"y": torch.tensor(1)}),
         [],
     ],
-    ids=repr,
 )
 def test_what_is_no_picture_is_not_shown_as_one(sample):
     assert picture_of(sample) is None

@@ -55,7 +55,6 @@ def adam_step(param, grad, state, number):
         (Case("momentum", {"options": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}}), momentum_step),
         (Case("adam", {"make_optimizer": adam}), adam_step),
     ],
-    ids=str,
 )
 def test_influences_equal_autograd_through_the_unrolled_run(case, step, monkeypatch):
     monkeypatch.setattr(Plain, "forward", lambda self, x: self.net(x))
