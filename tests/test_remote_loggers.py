@@ -147,8 +147,8 @@ def test_wandb_holds_artifact_numbers_figure_and_table(package: Any, wandb: Any,
     (artifact,) = (record.artifact for record in records if record.artifact.type == "influence")
     assert artifact.name == f"sgd_influence-{run_id}"
     staged = {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
-    assert set(staged) == {"influence.csv", "summary.json", "influence.png", "worst_samples.png"}
-    for name in ("influence.csv", "summary.json"):
+    assert set(staged) == {"influence.csv", "summary.json", "report.html", "influence.png", "worst_samples.png"}
+    for name in ("influence.csv", "summary.json", "report.html"):
         assert staged[name] == (callback.run_dir / name).read_bytes()
     assert json.loads(artifact.metadata) == numbers(callback)
 
@@ -207,7 +207,7 @@ def test_mlflow_holds_artifacts_and_numbers(package: Any, tmp_path: Path, store:
     client = tracking.MlflowClient(store)
     assert client.get_run(logger.run_id).info.status == "FINISHED"  # Lightning's finalize came after
     found = {Path(item.path).name for item in client.list_artifacts(logger.run_id, "sgd_influence")}
-    assert found == {"influence.csv", "summary.json", "influence.png", "worst_samples.png"}
+    assert found == {"influence.csv", "summary.json", "report.html", "influence.png", "worst_samples.png"}
     folder = Path(client.download_artifacts(logger.run_id, "sgd_influence", str(tmp_path)))
     assert Ranking.load(folder) == callback.ranking
     with Image.open(folder / "influence.png") as picture:
@@ -241,7 +241,7 @@ def test_comet_holds_assets_numbers_figure_and_table(package: Any, tmp_path: Pat
     logged = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
     assert {metric["metricName"]: metric["metricValue"] for metric in logged}.items() >= numbers(callback).items()
     assert {metric["step"] for metric in logged if metric["metricName"] in numbers(callback)} == {6}
-    for name in ("influence.csv", "summary.json"):
+    for name in ("influence.csv", "summary.json", "report.html"):
         assert files[f"sgd_influence/{name}"] == (callback.run_dir / name).read_bytes()
     with Image.open(io.BytesIO(files["sgd_influence/influence"])) as picture:
         assert picture.width > picture.height > 100
