@@ -13,6 +13,7 @@ author = "the lightning-sgdclean contributors"
 release = version = lightning_sgdclean.__version__
 html_title = f"{project} {release}"
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["math.css"]
 html_show_copyright = html_show_sphinx = html_copy_source = False
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
