@@ -73,6 +73,12 @@ def test_the_quickstart_finds_what_it_promises(started):
     assert wrong > 10
 
 
+def test_figures_of_the_readme_are_those_of_the_pages_of_measurements():
+    told = set(re.findall(r"\d\.\d\d", text_of("README.md").partition("\n## Measured")[2].partition("\n## ")[0]))
+    assert told
+    assert told - set(re.findall(r"(?<!\d)\d\.\d\d(?!\d)", text_of("docs/cost.md", "docs/counterfactual.md"))) == set()
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/outputs.md"])
 def test_the_header_of_the_csv_is_shown(name):
     assert f"`{','.join(COLUMNS)}`" in text_of(name)
