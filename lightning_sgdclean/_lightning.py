@@ -86,7 +86,7 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def without_chatter() -> Iterator[None]:
     """Silence what Lightning tells of every Trainer; warnings and errors still come."""
-    loggers = [logging.getLogger(name) for name in (*_NAMES, "lightning")]
+    loggers = [logging.getLogger(name) for name in (*_NAMES, "lightning", "lightning.fabric", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logger.level, logging.WARNING))

@@ -308,7 +308,8 @@ def test_a_step_that_fails_in_evaluation_mode_costs_columns_and_not_the_ranking(
             raise RuntimeError("only in training")
         return F.cross_entropy(m.net(b[0]), b[1])
 
-    callback, module = trained(step, tmp_path)
+    with pytest.warns(SGDInfluenceWarning, match="only in training"):  # the page wants to show them, too
+        callback, module = trained(step, tmp_path)
     found = inspected(callback, module, [1, 2])
     assert {one.loss for one in found.seen.values()} == {None}
     assert found.complaints == ["Label, prediction and loss of 2 samples are not known: RuntimeError: only in training"]

@@ -7,7 +7,6 @@ Nothing of it is kept. If the training cannot be followed, that is the result, a
 import argparse
 import contextlib
 import json
-import logging
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 NAME = "check"
 HELP = "try out a LightningCLI configuration"
 
-_LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 _SHOWN_IDS = 12
 
 
@@ -45,10 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Try, and print."""
     if not arguments.config.is_file():
         raise FileNotFoundError(f"There is no configuration at {arguments.config}.")
+    from lightning_sgdclean._lightning import without_chatter
     from lightning_sgdclean.configured import ConfiguredTraining
 
     training = ConfiguredTraining(arguments.config, arguments.model, arguments.data)
-    with contextlib.redirect_stdout(sys.stderr), _silent_lightning():
+    with contextlib.redirect_stdout(sys.stderr), without_chatter():
         found = list(_tried(training))
     refused = any(findings.refusal for _, findings in found)
     if arguments.json:
@@ -57,20 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join(facts([("config", str(arguments.config)), *_in_words(*one)]) for one in found))
     return int(refused)
-
-
-@contextlib.contextmanager
-def _silent_lightning() -> Iterator[None]:
-    """No tips, no device summaries."""
-    loggers = [logging.getLogger(name) for name in _LIGHTNING]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _tried(training: Any) -> Iterator[tuple[Any, "Findings"]]:

@@ -33,9 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _dataset(arguments: argparse.Namespace) -> Any:
     if arguments.dataset is None and arguments.config is None:
         return None
+    from lightning_sgdclean._lightning import without_chatter
     from lightning_sgdclean.configured import ConfiguredTraining, imported
 
     if arguments.config is not None:
-        return ConfiguredTraining(arguments.config, arguments.model, arguments.data).dataset()
+        with without_chatter():
+            return ConfiguredTraining(arguments.config, arguments.model, arguments.data).dataset()
     found = imported(arguments.dataset)
     return found() if callable(found) and not hasattr(found, "__getitem__") else found
