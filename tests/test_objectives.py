@@ -139,7 +139,7 @@ def test_what_is_no_objective_is_refused_at_once(objective, message):
 
 @pytest.mark.parametrize("columns", ["by_epoch", ("by_epoch", "by_step")])
 def test_unknown_columns_are_refused_at_once(columns):
-    with pytest.raises(ValueError, match="expected a sequence of some of by_epoch"):
+    with pytest.raises(ValueError, match="expected a sequence of some of label"):
         SGDInfluence(columns=columns)
 
 

@@ -301,7 +301,7 @@ def test_one_that_fails_costs_the_others_nothing(wandb: Any, tmp_path: Path, sto
     for logger in (loggers[1], loggers[4]):
         assert Ranking.load(logger.log_dir) == callback.ranking
     assert any(record.artifact.type == "influence" for record in records_of(next(tmp_path.rglob("*.wandb"))))
-    assert len(loggers[3].experiment.list_artifacts(loggers[3].run_id, "sgd_influence")) == 4
+    assert len(loggers[3].experiment.list_artifacts(loggers[3].run_id, "sgd_influence")) == 5
 
 
 def test_random_states_are_left_as_they_were(wandb: Any, tmp_path: Path) -> None:
