@@ -22,6 +22,7 @@ def source_of(dataset: Any, position: int) -> str | None:
         None where the position is none.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> numbers = TensorDataset(torch.arange(10))
         >>> source_of(ConcatDataset([numbers, Subset(numbers, [7, 8])]), 11)
