@@ -280,21 +280,21 @@ def test_a_batch_changed_between_its_keeping_and_its_training_is_found_early_and
 
 def test_batches_that_would_not_fit_the_disk_are_refused_with_the_numbers(monkeypatch):
     def disk_fills_up():
-        """There was room for the trajectory when it was planned, but not for batches besides."""
+        """There was room for the trajectory when it was planned, 132,480 bytes, but not for batches besides."""
         free = iter([10**9])
-        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=next(free, 3000)))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=next(free, 132_480 + 3000)))
 
     disk_fills_up()
     trainer = quiet_trainer([SGDInfluence("val_loss", keep_batches=True, epochs="all")])
     with pytest.raises(
         BudgetError,
-        match=r"have to be kept.*280 B a batch times 15 batches of the window, 4\.2 kB, of 0 B that may be taken",
+        match=r"have to be kept.*280 B a batch times 15 batches of the window, 4\.2 kB, of 3 kB that may be taken",
     ):
         trainer.fit(Plain(), *loaders())
     assert trainer.global_step == 0
     disk_fills_up()
     with (
-        pytest.warns(SGDInfluenceWarning, match=r"4\.2 kB, of 0 B that may be taken\. So they are not kept"),
+        pytest.warns(SGDInfluenceWarning, match=r"4\.2 kB, of 3 kB that may be taken\. So they are not kept"),
         pytest.raises(ReplayMismatchError, match="hold other data"),
     ):
         quiet_trainer([SGDInfluence("val_loss", epochs="all")]).fit(Plain(), *loaders(Augmented()))
