@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lightning_sgdclean.agreement import mislabel_auroc, precision_at_k
+from lightning_sgdclean.files import write_json
 from lightning_sgdclean.report import versions
 from methods import METHODS, trained
 from results_page import markdown
@@ -72,13 +73,6 @@ def reference_of(run):
     }
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def run_seed(task, seed, folder, work, names):
     """Compute what is missing of one seed, the training itself under the name ``none``."""
     paths = {name: work / task.name / f"seed{seed}" / f"{name}.json" for name in ("none", *names)}
@@ -88,7 +82,8 @@ def run_seed(task, seed, folder, work, names):
     with trained(task, seed, task.data(folder, seed)) as run:
         for name in missing:
             part = reference_of(run) if name == "none" else part_of(run, name)
-            write(paths[name], part)
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_json(paths[name], part)
             print(task.name, seed, name, json.dumps(part), flush=True)
 
 
@@ -107,7 +102,7 @@ def gathered(work, task):
 def write_docs(work):
     for task in TASKS.values():
         if (work / task.name).is_dir():
-            write(RESULTS / f"cleansing_{task.name}.json", gathered(work, task))
+            write_json(RESULTS / f"cleansing_{task.name}.json", gathered(work, task))
     PAGE.write_text(page(), encoding="utf-8")
 
 

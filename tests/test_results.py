@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/results.md is what the JSON gives, and the baselines of the benchmark are what they are called."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -301,3 +302,13 @@ def test_intervals_are_student_s():
     assert results_page.clear_sign([1.0, 2.0, 6.0]) == 0
     assert results_page.clear_sign([-1.0, -1.1, -1.2]) == -1
     assert results_page.clear_sign([0.0, 0.0, 0.0]) == 0
+
+
+def test_page_is_that_of_the_json():
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results.page()
+
+
+def test_gathered_results_name_methods_that_exist():
+    for path in results.RESULTS.glob("cleansing_*.json"):
+        for parts in json.loads(path.read_text(encoding="utf-8"))["seeds"].values():
+            assert set(parts) <= {"none", *methods.METHODS}
