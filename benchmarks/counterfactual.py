@@ -124,29 +124,26 @@ def measure(words, rounds, num_runs, folder):
         return Binary(net, x[0].numel(), optimizer)
 
     callback = record(make_module, train, val, folder)
+
+    def left_out(batched):
+        return counterfactual(
+            callback.run_dir,
+            make_module(),
+            without=range(num_runs),
+            train_dataloaders=train,
+            val_dataloaders=val,
+            epochs="all",
+            batched=batched,
+        )
+
     seconds, found = {False: [], True: []}, {}
     for _ in range(rounds):
         for batched in (False, True):
             began = time.process_time()
-            found[batched] = counterfactual(
-                callback.run_dir,
-                make_module(),
-                without=range(num_runs),
-                train_dataloaders=train,
-                val_dataloaders=val,
-                epochs="all",
-                batched=batched,
-            )
+            found[batched] = left_out(batched)
             seconds[batched].append(time.process_time() - began)
     alone, at_once = (found[batched].differences for batched in (False, True))
-    automatic = counterfactual(
-        callback.run_dir,
-        make_module(),
-        without=range(num_runs),
-        train_dataloaders=train,
-        val_dataloaders=val,
-        epochs="all",
-    )
+    automatic = left_out("auto")
     return {
         "words": words,
         "num_params": sum(param.numel() for param in make_module().parameters()),

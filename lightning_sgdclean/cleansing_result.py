@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_sgdclean.cleansing_plan import Question
 from lightning_sgdclean.files import write_json
+from lightning_sgdclean.frames import data_frame
 from lightning_sgdclean.gains import Estimate, Measured, Verdict, estimate
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import write_rows
@@ -70,11 +71,7 @@ class Cleansing:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
-        return pd.DataFrame(self.rows, columns=_COLUMNS)
+        return data_frame(self.rows, _COLUMNS)
 
     def plot(self) -> "Figure":
         """The metric against the number of samples removed, or relabelled.

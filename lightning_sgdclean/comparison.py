@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sgdclean.frames import data_frame
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import write_rows
 
@@ -111,11 +112,7 @@ class Comparison:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
-        return pd.DataFrame(self._table())
+        return data_frame(self._table())
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
         """Write the table as CSV, under a temporary name until it is complete; empty where there is no number.

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lightning_sgdclean.columns import Columns, as_columns, same_columns
 from lightning_sgdclean.exhibits import exhibits
+from lightning_sgdclean.frames import data_frame
 from lightning_sgdclean.groups import Groups, effects_by_group, groups_of, labels_if_few
 from lightning_sgdclean.ranking_csv import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
 from lightning_sgdclean.ranking_parquet import SUFFIX, read_parquet, write_parquet
@@ -274,12 +275,8 @@ class Ranking:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
         columns = (self.rank, self.sample_id, self.influence, self.effect, self.visits)
-        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
+        return data_frame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
         r"""Write the ranking as CSV or Parquet, under a temporary name until it is complete.

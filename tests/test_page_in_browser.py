@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from lightning_sgdclean import Ranking, apply_decisions, write_report
 from lightning_sgdclean.decisions import read_decisions
 from lightning_sgdclean.files import write_json
+from test_page import SUMMARY
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -36,15 +37,6 @@ HOSTILE = [
     "x" * 400,
     "\u202eevil\u202c",
 ]
-SUMMARY = {
-    "versions": {"python": "3.11", "torch": "2.13"},
-    "objective": {"name": "val_loss", "mode": "min", "recomputed": 0.25, "logged": 0.25},
-    "window": {"words": "steps 0 to 9: epoch 0", "first_step": 0},
-    "end_point": "after step 9, the last",
-    "engine": "exact",
-    "precision": "32-true",
-    "replay": {"words": "losses bit for bit in all 10 batches", "complaints": []},
-}
 
 
 class Pictures(Dataset):
