@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sgdclean import SGDInfluence, after_fit
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.writer import TrajectoryWriter
+from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cost_cpu.json"
@@ -120,15 +121,7 @@ def fit(optimizer, train, val, callback=None, batch=BATCH):
     """Train; medians come from the durations of its steps, in seconds."""
     clock = Clock()
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, *([callback] if callback else [])],
-    )
+    trainer = silent_trainer(EPOCHS, [clock, *([callback] if callback else [])])
     module = PaperCNN(optimizer)
     trainer.fit(module, DataLoader(train, batch, shuffle=True), DataLoader(val, 128))
     return clock.durations, module

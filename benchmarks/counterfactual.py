@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgdclean import SGDInfluence, counterfactual
 from lightning_sgdclean.agreement import kendall_tau
+from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "counterfactual_cpu.json"
@@ -101,15 +102,7 @@ class Binary(pl.LightningModule):
 def record(make_module, train, val, folder):
     callback = SGDInfluence("val_loss", epochs="all", dirpath=folder, overwrite=True)
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    trainer = silent_trainer(EPOCHS, [callback])
     trainer.fit(make_module(), train, val)
     return callback
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_steps
 from lightning_sgdclean.store import Trajectory
+from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "scale_cpu.json"
@@ -54,15 +55,7 @@ def recorded(batch, folder, num_steps=64):
     """Bytes a step on disk and in memory once read, for a batch size; states apart."""
     data = TensorDataset(torch.randn(batch * num_steps, 4), torch.randint(0, 2, (batch * num_steps,)))
     callback = SGDInfluence("val_loss", dirpath=folder, snapshots=num_steps)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    trainer = silent_trainer(1, [callback])
     trainer.fit(Small(), DataLoader(data, batch, shuffle=True), DataLoader(data, 512))
     tracemalloc.start()
     trajectory = Trajectory(callback.run_dir / "trajectory")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from baselines.gradients import losses, probabilities
+from silent import silent_trainer
 
 
 class Classifier(pl.LightningModule):
@@ -69,16 +70,7 @@ def fit(task, train, seed, val=None, callbacks=()):
     """The network trained on ``train = (inputs, labels)`` from ``seed``; it is in evaluation mode."""
     pl.seed_everything(seed, verbose=False)
     module = module_of(task)
-    trainer = pl.Trainer(
-        max_epochs=task.epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        callbacks=list(callbacks),
-    )
+    trainer = silent_trainer(task.epochs, list(callbacks), num_sanity_val_steps=1)
     train_loader, val_loader = loaders(task, train, val or train)
     trainer.fit(module, train_loader, *([val_loader] if val else []))
     return module.net.eval()
