@@ -3,9 +3,8 @@
 
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.batches import cloned
-from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, warn_of
 from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
@@ -335,28 +334,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             )
             raise
         self._seconds["retrace"] = time.perf_counter() - began
-        for text in complaints:
-            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+        warn_of(complaints)
         self._finish(trainer, ranking, about, self._recording, self.run_dir, page)
 
     def _options(self) -> RetraceOptions:
-        return RetraceOptions(
-            monitor=self.monitor,
-            mode=self.mode,
-            objective=self.objective,
-            val_dataloaders=self.val_dataloaders,
-            epochs=self.epochs,
-            at=self.at,
-            curvature=self.curvature,
-            finite_radius=self.finite_radius,
-            sample_losses=self.sample_losses,
-            on_mismatch=self.on_mismatch,
-            tolerance=self.tolerance,
-            retrace_precision=self.retrace_precision,
-            verify=self.verify,
-            rerank=self.rerank,
-            columns=self.columns,
-        )
+        return RetraceOptions(**{option.name: getattr(self, option.name) for option in fields(RetraceOptions)})
 
     def _finish(
         self,
@@ -388,8 +370,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         }
         files = [ranking.save(run_dir / f"influence.{kind}") for kind in self.formats]
         write_json(run_dir / "summary.json", self.summary)
-        for text in page.write(run_dir, ranking, self.summary):
-            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+        warn_of(page.write(run_dir, ranking, self.summary))
         self._publish(trainer, ranking, [*files, run_dir / "summary.json", run_dir / "report.html"])
         if not self.keep_trajectory:
             shutil.rmtree(run_dir / "trajectory")

@@ -3,7 +3,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_sgdclean import checks
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.errors import warn_of
 from lightning_sgdclean.ids import prove_ids
 from lightning_sgdclean.leaving_out import Batched, leave_out
 from lightning_sgdclean.objective import ObjectiveFn
@@ -143,8 +142,7 @@ def counterfactual(
         limit_val_batches=limit_val_batches,
         trainer=trainer,
     )
-    for text in complaints:
-        warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+    warn_of(complaints)
     return found
 
 

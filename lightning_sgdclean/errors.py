@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can go wrong, as types. Every message says what was found, what was expected and what to do."""
 
+import warnings
+from collections.abc import Iterable
+
 
 class SGDInfluenceError(RuntimeError):
     """Base of all refusals: the influences cannot be computed right, so they are not computed."""
@@ -44,3 +47,9 @@ class BudgetError(SGDInfluenceError):
 
 class SGDInfluenceWarning(UserWarning):
     """Something worth knowing that does not make the influences wrong."""
+
+
+def warn_of(texts: Iterable[str]) -> None:
+    """One warning for each text, as from the caller of the function that asks for it."""
+    for text in texts:
+        warnings.warn(text, SGDInfluenceWarning, stacklevel=3)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrace a recorded run on another day, in another process, without training again."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lightning_sgdclean import checks
 from lightning_sgdclean.after_fit import rank_opened
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.errors import warn_of
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.reopened import reopened
 from lightning_sgdclean.surroundings import shown_bar
@@ -111,6 +110,5 @@ def retrace(
         limit_val_batches=limit_val_batches,
         trainer=trainer,
     )
-    for text in complaints:
-        warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+    warn_of(complaints)
     return ranking

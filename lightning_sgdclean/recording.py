@@ -17,7 +17,7 @@ from lightning_sgdclean import checks
 from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Budget, Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.ending import Ending, write_ending
-from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning
+from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning, warn_of
 from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
@@ -203,8 +203,7 @@ class Recording:
             checks.gradient_hooks(trainer, module),
             forward=self.writer.interval != 1,
         )
-        for text in complaints:
-            warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+        warn_of(complaints)
 
     def note_validation(self, trainer: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""

@@ -2,7 +2,6 @@
 """Hand the ranking to every logger of a Trainer, and let none of their failures cost another one anything."""
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.errors import warn_of
 from lightning_sgdclean.exhibits import Exhibit
 from lightning_sgdclean.figures import save_png
 from lightning_sgdclean.loggers.comet import parts_for_comet
@@ -77,8 +76,7 @@ def publish(
         for logger in audible:
             problems += _serve(logger, results)
     # At the end and once each: where warnings are errors, the first of them must not cost the others theirs.
-    for problem in dict.fromkeys(problems):
-        warnings.warn(problem, SGDInfluenceWarning, stacklevel=2)
+    warn_of(dict.fromkeys(problems))
 
 
 def _serve(logger: Any, results: Results) -> list[str]:

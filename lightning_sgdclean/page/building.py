@@ -2,13 +2,12 @@
 """The page of a run: samples fetched, labels found, written; what goes wrong is a warning."""
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.errors import warn_of
 from lightning_sgdclean.page.appearance import Render
 from lightning_sgdclean.page.classes import ClassNames, class_names_of, listed_labels
 from lightning_sgdclean.page.content import Labels
@@ -78,8 +77,7 @@ def write_report(
     path = write_page(
         folder / PAGE_NAME, ranking, summary, shown, labels=labels, class_names=names_of(class_names, dataset, shown)
     )
-    for text in complaints:
-        warnings.warn(text, SGDInfluenceWarning, stacklevel=2)
+    warn_of(complaints)
     return path
 
 
