@@ -129,16 +129,14 @@ def fit(optimizer, train, val, callback=None, batch=BATCH):
 
 def timed_retrace(optimizer, train, val, folder, engine):
     """Fit with the callback: seconds of the training's steps, of the walk's, and of writing, per step."""
-    ticks, written, walk = [], [], after_fit.retrace_steps
+    ticks, written, retrace_steps = [], [], after_fit.retrace_steps
 
-    def ticking(*arguments):
-        *rest, progress = arguments
-
+    def ticking(states, steps, adjoints, walk, progress, bookmark):
         def tick(influence):
             ticks.append(time.perf_counter())
             progress(influence)
 
-        return walk(*rest, tick)
+        return retrace_steps(states, steps, adjoints, walk, tick, bookmark)
 
     options = {"dirpath": folder, "overwrite": True, "curvature": engine, "snapshots": "every"}
     callback = SGDInfluence("val_loss", epochs="all", **options)
@@ -147,7 +145,7 @@ def timed_retrace(optimizer, train, val, folder, engine):
         with timed(TrajectoryWriter, "close", written):
             durations, _ = fit(optimizer, train, val, callback)
     finally:
-        after_fit.retrace_steps = walk
+        after_fit.retrace_steps = retrace_steps
     return durations, list(np.diff(ticks)), sum(written) / len(ticks), callback
 
 

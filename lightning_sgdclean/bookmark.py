@@ -20,9 +20,9 @@ from torch import Tensor
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.fidelity import Fidelity
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.flat_state import flatten, unflatten
 from lightning_sgdclean.influences import Influences
 from lightning_sgdclean.report import versions
-from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import State
 from lightning_sgdclean.walk import Adjoint
 

@@ -16,6 +16,11 @@ from lightning_sgdclean.batches import attributes_of
 
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_ARRAY_WORD: dict[torch.dtype, type[np.integer[Any]]] = {
+    **dict.fromkeys((torch.bool, torch.int8, torch.uint8), np.uint8),
+    **dict.fromkeys((torch.int16, torch.float16), np.int16),
+    **dict.fromkeys((torch.int32, torch.float32, torch.int64, torch.float64), np.int32),
+}
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
 _PIECE = 1 << 24  # products held at once
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
@@ -34,17 +39,23 @@ def _table(length: int, device: torch.device) -> Tensor:
     return _multipliers(1 << max(length - 1, 0).bit_length(), device)[:length]
 
 
+@lru_cache(maxsize=256)
+def _array_table(length: int) -> "np.ndarray[Any, Any]":
+    return _table(length, torch.device("cpu")).numpy()
+
+
 def _row_digests(tensor: Tensor, rows: int) -> "np.ndarray[Any, Any]":
-    flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, tensor.numel() // rows).contiguous()
-    words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat
-    if words.is_complex():
-        words = torch.view_as_real(words).flatten(1)
-    words = words.view(_WORD[words.element_size()])
-    table = _table(words.shape[1], words.device)
-    # A fixed random linear map over the ring of 64-bit integers: order matters, sums wrap around.
-    if words.device.type == "cpu":  # the products are wider than the words: here they stay in the cache
-        return np.asarray(np.einsum("ij,j->i", words.numpy(), table.numpy()))
-    return _dot(words, table).cpu().numpy()
+    """A fixed random linear map of each row over the ring of 64-bit integers: order matters, sums wrap around."""
+    width = tensor.numel() // rows
+    if tensor.is_cpu and tensor.dtype in _ARRAY_WORD:  # in NumPy: a call of torch's takes longer than many products
+        array = np.ascontiguousarray(tensor.numpy(force=True).reshape(rows, width))
+        numbers = array.view(_ARRAY_WORD[tensor.dtype])
+        return np.asarray(np.einsum("ij,j->i", numbers, _array_table(numbers.shape[1])))  # products stay in the cache
+    flat = tensor.detach().resolve_neg().resolve_conj().reshape(rows, width).contiguous()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten(1)
+    words = flat.to(torch.uint8) if flat.dtype is torch.bool else flat.view(_WORD[flat.element_size()])
+    return _dot(words, _table(words.shape[1], words.device)).cpu().numpy()
 
 
 def _dot(words: Tensor, table: Tensor) -> Tensor:

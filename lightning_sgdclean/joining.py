@@ -15,9 +15,10 @@ from typing import Any
 from lightning_sgdclean.ending import forget_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.flat_state import Layout
 from lightning_sgdclean.run_directory import fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
-from lightning_sgdclean.store import Layout, Trajectory
+from lightning_sgdclean.store import Trajectory
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,15 @@ class RandomnessWatch:
     def _compare(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
         """Hold each sample against its last visit, if that was in a like setting: padded as long, and so on."""
         setting = (print_.setting & 0xFFFFFFFF) << 32
-        own = [(row ^ (row >> 32)) & 0xFFFFFFFF for row in print_.rows.tolist()]
-        prints = [(name, setting | row) for name, row in zip(ids, own, strict=False)]
-        visits = [(name, self._seen[name], now) for name, now in prints if name in self._seen]
-        self._seen.update(prints)
+        own = ((print_.rows ^ (print_.rows >> 32)) & 0xFFFFFFFF).tolist()
+        prints = [setting | row for row in own[: len(ids)]]
+        last = [self._seen.get(name) for name in ids]
+        self._seen.update(zip(ids, prints, strict=True))
+        if last == prints:  # as always where nothing is random
+            self._num_again += len(ids)
+            self._num_equal += len(ids)
+            return
+        visits = [(name, then, now) for name, then, now in zip(ids, last, prints, strict=True) if then is not None]
         self._num_again += len(visits)
         self._num_equal += sum(before == now for _, before, now in visits)
         changed = [name for name, before, now in visits if before != now and before >> 32 == now >> 32]

@@ -12,13 +12,13 @@ from lightning_sgdclean.backward import load_state, retrace_step
 from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.curvature import gradient
 from lightning_sgdclean.errors import UnsupportedOperationError
+from lightning_sgdclean.flat_state import flatten, unflatten
 from lightning_sgdclean.forward import borrowed, live_state, load_all, repeat_step
 from lightning_sgdclean.precision import as_float32, summable, widened
 from lightning_sgdclean.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.replay import Surroundings, eagerly, plain_training_loss, untouched_module
 from lightning_sgdclean.states import compare
 from lightning_sgdclean.stop_gradients import dependence_on_stops
-from lightning_sgdclean.store import flatten, unflatten
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, walk_of
 

@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.fidelity import Changes
+from lightning_sgdclean.flat_state import flatten, unflatten
 from lightning_sgdclean.forward import Borrowed, borrowed, live_state, load_all, repeat_step
 from lightning_sgdclean.memory import slots_for
 from lightning_sgdclean.schedule import Move, reversal, revolve
-from lightning_sgdclean.store import Trajectory, flatten, unflatten
+from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import State
 from lightning_sgdclean.walk import Walk
 

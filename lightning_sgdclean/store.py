@@ -3,80 +3,20 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Size, Tensor
+from torch import Size
 
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.files import checksum_of, read_sealed
+from lightning_sgdclean.flat_state import DTYPES, Layout, unflatten
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.randomness import RandomState
-from lightning_sgdclean.segments import Flat, Segment
+from lightning_sgdclean.segments import Segment
 from lightning_sgdclean.trajectory import State, Step
 
-FORMAT = 1
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-)}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
-
-
-@torch.no_grad()
-def flatten(state: State, buffer_for: Callable[[str, int], Tensor] | None = None) -> tuple[Layout, Flat]:
-    """Copy a state into one flat tensor a dtype, and say what lies where.
-
-    Args:
-        state: Live or not.
-        buffer_for: Gives a tensor of that dtype and length to copy into; by default new ones are made.
-    """
-    entries = _entries(state)
-    rows: Layout = [[*where, _NAMES[tensor.dtype], list(tensor.shape)] for *where, tensor in entries]
-    by_dtype: dict[str, list[Tensor]] = {}
-    for *_, tensor in entries:
-        by_dtype.setdefault(_NAMES[tensor.dtype], []).append(tensor.reshape(-1))
-    if buffer_for is None:
-        return rows, {dtype: torch.cat(tensors).cpu() for dtype, tensors in by_dtype.items()}
-    flat = {}
-    for dtype, tensors in by_dtype.items():
-        flat[dtype] = buffer_for(dtype, sum(tensor.numel() for tensor in tensors))
-        if tensors[0].device == flat[dtype].device:
-            torch.cat(tensors, out=flat[dtype])
-        else:
-            flat[dtype].copy_(torch.cat(tensors))
-    return rows, flat
-
-
-def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:
-    """Kind, name, key and tensor of all that a state holds; an optimizer's lie where their parameter lies."""
-    return [
-        *(("param", name, "", tensor) for name, tensor in state.params.items()),
-        *(("buffer", name, "", tensor) for name, tensor in state.buffers.items()),
-        *(
-            ("optimizer", name, key, tensor.to(state.params[name].device))
-            for name, entries in state.optimizer.items()
-            for key, tensor in entries.items()
-        ),
-    ]
-
-
-def unflatten(layout: Layout, flat: Flat) -> State:
-    """Undo :func:`flatten`; the tensors are views into ``flat``."""
-    state, offset = State(), dict.fromkeys(flat, 0)
-    for kind, name, key, dtype, shape in layout:
-        size = Size(shape).numel()
-        tensor = flat[dtype][offset[dtype] : offset[dtype] + size].reshape(shape)
-        offset[dtype] += size
-        if kind == "optimizer":
-            state.optimizer.setdefault(name, {})[key] = tensor
-        else:
-            (state.params if kind == "param" else state.buffers)[name] = tensor
-    return state
+FORMAT = 2
 
 
 class Trajectory:

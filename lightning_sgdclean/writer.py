@@ -14,11 +14,12 @@ from torch import Tensor
 from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
 from lightning_sgdclean.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
+from lightning_sgdclean.flat_state import DTYPES, Flat, Flattener, Layout
 from lightning_sgdclean.keeping import in_bytes
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.schedule import is_snapshot
-from lightning_sgdclean.segments import Flat, write_segment
-from lightning_sgdclean.store import DTYPES, FORMAT, Layout, flatten
+from lightning_sgdclean.segments import write_segment
+from lightning_sgdclean.store import FORMAT
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 
 _SEGMENT_BYTES = 32 << 20
@@ -65,6 +66,7 @@ class TrajectoryWriter:
         self._is_start = False  # whether that state is what a fit began with
         self._has_ended_epoch = False
         self._background = Background()
+        self._flattener = Flattener()
         self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
         self._random: RandomState = {}  # before the last micro-batch
         self._forget()
@@ -193,8 +195,8 @@ class TrajectoryWriter:
         return micro.digest.nbytes + sum(t.nbytes for t in moved) + (0 if micro.batch is None else micro.batch.nbytes)
 
     def _flat(self, state: State) -> tuple[int, Flat]:
-        layout, flat = flatten(state, self._buffer)
-        if not self._layouts or self._layouts[-1] != layout:
+        layout, flat = self._flattener.flatten(state, self._buffer)
+        if not self._layouts or (self._layouts[-1] is not layout and self._layouts[-1] != layout):
             self._layouts.append(layout)
         return len(self._layouts) - 1, flat
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightning_sgdclean.errors import RunDirectoryError
+from lightning_sgdclean.flat_state import flatten, unflatten
 from lightning_sgdclean.packing import pack_batch, unpack_batch
-from lightning_sgdclean.store import Trajectory, flatten, unflatten
+from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.writer import TrajectoryWriter
 

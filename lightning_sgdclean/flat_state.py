@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A state as one flat tensor a dtype, beside a list of what lies where in it."""
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from lightning_sgdclean.trajectory import State
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
+Flat = dict[str, Tensor]  # a state's tensors one after another, by dtype
+BufferFor = Callable[[str, int], Tensor]  # gives a tensor of a dtype and length to copy into
+
+
+def flatten(state: State) -> tuple[Layout, Flat]:
+    """Copy a state into flat tensors on the CPU, and say what lies where."""
+    return Flattener().flatten(state, lambda dtype, length: torch.empty(length, dtype=DTYPES[dtype]))
+
+
+class Flattener:
+    """Flattens the states of one run, step after step.
+
+    The tensors are the same objects in the same memory most of the time. Then their views are, too, and a step costs
+    little more than the copy of its bytes.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._places: list[tuple[int, Size]] = []
+        self._layout: Layout = []
+        self._views: dict[str, list[Tensor]] | None = None  # by dtype; None where a view cannot be had
+
+    @torch.no_grad()
+    def flatten(self, state: State, buffer_for: BufferFor) -> tuple[Layout, Flat]:
+        """Copy a state, live or not; the layout is the same object as before where it says the same."""
+        is_known = self._views is not None and self._is_as_before(state)
+        views = self._views if is_known and self._views is not None else self._look(state)
+        flat = {}
+        for dtype, tensors in views.items():
+            flat[dtype] = buffer_for(dtype, sum(tensor.numel() for tensor in tensors))
+            if tensors[0].device == flat[dtype].device:
+                torch.cat(tensors, out=flat[dtype])
+            else:
+                flat[dtype].copy_(torch.cat(tensors))
+        return self._layout, flat
+
+    def _is_as_before(self, state: State) -> bool:
+        keys, tensors = _keys_and_tensors(state)
+        return keys == self._keys and all(map(is_, tensors, self._tensors)) and _places(tensors) == self._places
+
+    def _look(self, state: State) -> dict[str, list[Tensor]]:
+        self._keys, self._tensors = _keys_and_tensors(state)
+        self._places = _places(self._tensors)
+        entries = _entries(state)
+        layout = [[*where, _NAMES[tensor.dtype], list(tensor.shape)] for *where, tensor in entries]
+        if layout != self._layout:
+            self._layout = layout
+        views: dict[str, list[Tensor]] = {}
+        stay = True
+        for (*_, tensor), live in zip(entries, self._tensors, strict=True):
+            views.setdefault(_NAMES[tensor.dtype], []).append(tensor.detach().reshape(-1))
+            stay = stay and tensor is live and tensor.is_contiguous()  # else it is a copy
+        self._views = views if stay else None
+        return views
+
+
+def _keys_and_tensors(state: State) -> tuple[list[Any], list[Tensor]]:
+    """All names of a state, and all its tensors in the order of :func:`_entries`."""
+    of_optimizer = state.optimizer.items()
+    keys = [*state.params, None, *state.buffers, *((name, *entries) for name, entries in of_optimizer)]
+    entries = [tensor for _, entries in of_optimizer for tensor in entries.values()]
+    return keys, [*state.params.values(), *state.buffers.values(), *entries]
+
+
+def _places(tensors: list[Tensor]) -> list[tuple[int, Size]]:
+    return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+
+
+def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:
+    """Kind, name, key and tensor of all that a state holds; an optimizer's lie where their parameter lies."""
+    return [
+        *(("param", name, "", tensor) for name, tensor in state.params.items()),
+        *(("buffer", name, "", tensor) for name, tensor in state.buffers.items()),
+        *(
+            ("optimizer", name, key, tensor.to(state.params[name].device))
+            for name, entries in state.optimizer.items()
+            for key, tensor in entries.items()
+        ),
+    ]
+
+
+def unflatten(layout: Layout, flat: Flat) -> State:
+    """Undo :func:`flatten`; the tensors are views into ``flat``."""
+    state, offset = State(), dict.fromkeys(flat, 0)
+    for kind, name, key, dtype, shape in layout:
+        size = Size(shape).numel()
+        tensor = flat[dtype][offset[dtype] : offset[dtype] + size].reshape(shape)
+        offset[dtype] += size
+        if kind == "optimizer":
+            state.optimizer.setdefault(name, {})[key] = tensor
+        else:
+            (state.params if kind == "param" else state.buffers)[name] = tensor
+    return state
