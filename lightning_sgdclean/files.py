@@ -47,7 +47,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def checksum_of(path: Path) -> str:
-    """CRC-32 of a file's content: it shows any damage, is no proof against forgery, and is soon taken of a large file."""
+    """CRC-32 of a file's content: no proof against forgery, but it shows damage, and is soon taken of a large file."""
     found = 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):

@@ -59,6 +59,11 @@ class RandomnessWatch:
         no_look_yet = self._num_batches == 1 or (self._num_looks == 0 and self._num_batches <= _FIRST)
         return no_look_yet or 0 < self._num_again <= _ENOUGH
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether enough samples, drawn again, held what they had held."""
+        return self._num_equal >= _ENOUGH and not self.evidence
+
     def look(self, ids: list[SampleId], print_: Fingerprint, epoch: int, random: RandomState) -> None:
         """Take in the batch that training goes on with, and the random state at its start."""
         self._num_batches += 1
@@ -84,14 +89,10 @@ class RandomnessWatch:
         prints = [setting | row for row in own[: len(ids)]]
         last = [self._seen.get(name) for name in ids]
         self._seen.update(zip(ids, prints, strict=True))
-        if last == prints:  # as always where nothing is random
-            self._num_again += len(ids)
-            self._num_equal += len(ids)
-            return
-        visits = [(name, then, now) for name, then, now in zip(ids, last, prints, strict=True) if then is not None]
-        self._num_again += len(visits)
-        self._num_equal += sum(before == now for _, before, now in visits)
-        changed = [name for name, before, now in visits if before != now and before >> 32 == now >> 32]
+        self._num_again += len(ids) - last.count(None)
+        differ = [] if last == prints else [each for each in zip(ids, last, prints, strict=True) if each[1] != each[2]]
+        self._num_equal += len(ids) - len(differ)
+        changed = [name for name, before, now in differ if before is not None and before >> 32 == now >> 32]
         if changed:
             self.evidence = (
                 f"sample {changed[0]!r} holds other data in epoch {epoch} than when it was last drawn (random "

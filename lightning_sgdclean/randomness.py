@@ -36,7 +36,10 @@ class RandomStates:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._state: RandomState = {}
-        self._python, self._numpy = _Watched(_python_generator), _Watched(_numpy_generator)
+        self._python, self._numpy = (
+            _Watched(_python_generator, _python_address),
+            _Watched(np.random.get_bit_generator, _numpy_address),  # type: ignore[attr-defined]
+        )
 
     def now(self) -> RandomState:
         """The random state, as :func:`random_state` gives it."""
@@ -67,19 +70,20 @@ class _Watched:
     What lies there is trusted only where it was seen to be the whole of the state.
 
     Args:
-        find: Gives the generator, and the address of its 624 words and its position.
+        find: Gives the generator.
+        address_of: Gives the address of its 624 words and its position.
     """
 
-    def __init__(self, find: Callable[[], tuple[Any, int]]) -> None:
-        self._find = find
+    def __init__(self, find: Callable[[], Any], address_of: Callable[[Any], int]) -> None:
+        self._find, self._address_of = find, address_of
         self._generator: Any = None
         self._known: bytes | None = None
 
     def has_moved(self) -> bool:
-        generator, address = self._find()
+        generator = self._find()
         if generator is not self._generator:
+            self._memory = (ctypes.c_char * _TWISTER_BYTES).from_address(self._address_of(generator))
             self._generator, self._known = generator, None
-            self._memory = (ctypes.c_char * _TWISTER_BYTES).from_address(address)
         return self._known is None or self._memory.raw != self._known
 
     def has_state(self, words: "np.ndarray[Any, Any]", waiting: bool) -> None:
@@ -88,19 +92,21 @@ class _Watched:
         self._known = known if known == self._memory.raw and not waiting else None
 
 
-def _python_generator() -> tuple[Any, int]:
-    generator = random._inst
-    return generator, id(generator) + object.__basicsize__
+def _python_generator() -> Any:
+    return random._inst
 
 
-def _numpy_generator() -> tuple[Any, int]:
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+def _python_address(generator: Any) -> int:
+    return id(generator) + object.__basicsize__
+
+
+def _numpy_address(generator: Any) -> int:
     if not isinstance(generator, np.random.MT19937):
         raise UnsupportedTrainingError(
             f"NumPy's global generator is a {type(generator).__name__}; only its own MT19937 is followed. Leave out "
             "np.random.set_bit_generator, and draw from a np.random.Generator of your own."
         )
-    return generator, generator.ctypes.state_address
+    return int(generator.ctypes.state_address)
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:

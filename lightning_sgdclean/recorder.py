@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record a run, one optimizer update at a time, from what the hooks hand over."""
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer:
     return State(dict(params), dict(module.named_buffers()), states)
 
 
+def _is_fixed(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (type(value) is tuple and all(map(_is_fixed, value)))
+
+
 class Recorder:
     """Collects micro-batches and writes a step whenever the optimizer has made one."""
 
@@ -66,6 +71,8 @@ class Recorder:
         self._params = trained_parameters(module, optimizer)
         self._pending: list[MicroBatch] = []
         self._constants: Constants | None = None
+        self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
+        self._groups: list[dict[str, Any]] = []
         self.num_steps = 0
         self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
@@ -112,9 +119,18 @@ class Recorder:
             UnsupportedTrainingError: If the optimizer was given other parameters on the way.
         """
         self._check_parameters(index)
-        groups = hyper_parameters(self._optimizer, self._params)
+        groups = self._hyper_parameters()
         unused = [name for name, param in self._params.items() if param.grad is None]
         return self._write(Step(index, 0, ends_epoch, groups, clip, divisor, unused, []), is_last)
+
+    def _hyper_parameters(self) -> list[dict[str, Any]]:
+        """Those of now; the same object as before where no option is another."""
+        now = [value for group in self._optimizer.param_groups for key, value in group.items() if key != "params"]
+        known = self._options
+        if known is None or len(now) != len(known) or not all(map(is_, now, known)):
+            self._groups = hyper_parameters(self._optimizer, self._params)
+            self._options = now if all(map(_is_fixed, now)) else None
+        return self._groups
 
     def leave(self, index: int, ends_epoch: bool, divisor: int) -> None:
         """The batches that wait will never make a step: a GradScaler skipped it, or training stops here.

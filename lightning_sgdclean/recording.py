@@ -18,7 +18,7 @@ from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Budget, Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.ending import Ending, write_ending
 from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning, warn_of
-from lightning_sgdclean.fingerprints import fingerprint
+from lightning_sgdclean.fingerprints import Fingerprint, fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
@@ -30,6 +30,7 @@ from lightning_sgdclean.surroundings import surroundings_of
 from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.trajectory import MicroBatch, first_epoch_kept
 from lightning_sgdclean.verified_split import VerifiedSplit
+from lightning_sgdclean.waiting import Waiting
 from lightning_sgdclean.walk import RetraceOptions
 from lightning_sgdclean.weighting import Plan as SplitPlan
 from lightning_sgdclean.writer import TrajectoryWriter
@@ -83,7 +84,8 @@ class Recording:
             "device": trainer.strategy.root_device.type,
             "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         }
-        self.writer = TrajectoryWriter(folder / "trajectory", trained=trained)
+        self._waiting = Waiting(self._read)
+        self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
         self._planned_bytes = 0
@@ -127,10 +129,16 @@ class Recording:
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
         try:
             positions = self._loaders.next_positions(trainer)
-            names = self._loaders.names(batch, positions)
-            seen = fingerprint(batch, len(names))
-            random = self._random.now()
-            kept = self.keeper.packed(batch, positions, seen, trainer.current_epoch, random)
+            micro = MicroBatch(
+                ids=self._loaders.names(batch, positions),
+                positions=positions,
+                epoch=trainer.current_epoch,
+                batch_idx=batch_idx,
+                random=self._random.now(),
+                loader=self._loaders.number(trainer.current_epoch),
+                global_step=trainer.global_step,
+            )
+            self._waiting.take(micro, batch, may_wait=self.keeper.watch.is_settled)
         except Exception as error:  # theirs, too: sample_ids= is the user's
             if is_first:
                 raise
@@ -138,23 +146,19 @@ class Recording:
             text = f"The samples of a batch could not be named: {type(error).__name__}: {error}"
             self._stop(trainer, error if known else SampleIdError(text))
             return
-        micro = MicroBatch(
-            ids=names,
-            positions=positions,
-            epoch=trainer.current_epoch,
-            batch_idx=batch_idx,
-            random=random,
-            digest=seen.digest,
-            loader=self._loaders.number(trainer.current_epoch),
-            global_step=trainer.global_step,
-            batch=kept,
-        )
         self.recorder.begin_batch(micro)
         if self._rehearsal is not None:
             self._rehearsal.begin_batch(micro, batch, self.recorder.state())
         if is_first and self._retrace.sample_losses is None:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
             self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
+
+    def _read(self, micro: MicroBatch, batch: Any) -> Fingerprint:
+        """Take in what a batch holds."""
+        found = fingerprint(batch, len(micro.ids))
+        micro.digest = found.digest
+        micro.batch = self.keeper.packed(batch, micro.positions, found, micro.epoch, micro.random)
+        return found
 
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""

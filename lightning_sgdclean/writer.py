@@ -42,6 +42,7 @@ class TrajectoryWriter:
         interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
         max_bytes: As many may lie there at once.
         trained: What a retrace in another process has to know: ``precision``, ``device`` and ``optimizer``.
+        complete: Called before steps are written, for what is still missing of them.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class TrajectoryWriter:
         interval: int | None = 1,
         max_bytes: float = math.inf,
         trained: dict[str, str] | None = None,
+        complete: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._trained = folder, trained or {}
+        self._folder, self._trained, self._complete = folder, trained or {}, complete
         folder.mkdir(parents=True, exist_ok=True)
         self.interval, self.max_bytes = interval, max_bytes
         self.keeps_epochs = False
@@ -127,6 +129,7 @@ class TrajectoryWriter:
         """Have what is held in memory written as one segment, by and by."""
         if not self._steps and not self._states:
             return
+        self._complete()
         following = self.next_index
         segment = {
             "file": f"segment-{self._num_segments:06d}.safetensors",
@@ -192,7 +195,7 @@ class TrajectoryWriter:
         """About what a micro-batch takes besides ids; of random states only what moved."""
         moved = [tensor for name, tensor in micro.random.items() if tensor is not self._random.get(name)]
         self._random = micro.random
-        return micro.digest.nbytes + sum(t.nbytes for t in moved) + (0 if micro.batch is None else micro.batch.nbytes)
+        return 8 * len(micro.ids) + sum(t.nbytes for t in moved) + (0 if micro.batch is None else micro.batch.nbytes)
 
     def _flat(self, state: State) -> tuple[int, Flat]:
         layout, flat = self._flattener.flatten(state, self._buffer)

@@ -102,7 +102,7 @@ def missing(copy, _):
     ("harm", "words"),
     [
         (swap, r"segment-00000\d.safetensors is (damaged, or belongs to another place or run|cut short or grown)"),
-        (take_from_other_run, r"segment-000001.safetensors is damaged, or belongs to another place or run"),
+        (take_from_other_run, r"segment-000001.safetensors is (damaged, or belongs to another|cut short or grown)"),
         (truncate, r"segment-000002.safetensors is cut short or grown: it has \d+ bytes instead of \d+"),
         (remove, r"segment-000000.safetensors is missing"),
         (empty, r"holds no readable trajectory"),

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches that wait to be read: in order, never for long, and never read as anything but what was trained on."""
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Dataset
+
+from cases import TRAIN, Case, Plain, fit
+from datasets import KEPT
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.fingerprints import batch_digest, fingerprint
+from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.trajectory import MicroBatch
+from lightning_sgdclean.waiting import _MOST, _TRIALS, Waiting
+from reference import assert_influence_is_the_derivative, influences
+
+EPOCHS = 9
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Batches may wait from the second epoch on; the lengths of what is read at once."""
+    monkeypatch.setattr("lightning_sgdclean.keeping._ENOUGH", 10)
+    lengths, read_all = [], Waiting.read_all
+
+    def counting(self):
+        lengths.append(len(self._waiting))
+        read_all(self)
+
+    monkeypatch.setattr(Waiting, "read_all", counting)
+    return lengths
+
+
+def trained(make=Plain, loader=None, **trainer):
+    callback = SGDInfluence("val_loss", epochs="all")
+    case = Case("waiting", {"norm": True}, {"max_epochs": EPOCHS, **trainer}, loader or {}, make=make)
+    return callback, fit(case, callback)
+
+
+def digests(callback):
+    return [micro.digest for step in Trajectory(callback.run_dir / "trajectory").steps for micro in step.micro]
+
+
+# In a fit -----------------------------------------------------------------------------------------------------------
+
+
+def test_influence_is_the_derivative_where_batches_waited(soon):
+    assert_influence_is_the_derivative(Case("waiting", {"norm": True}, {"max_epochs": 5}))
+    assert max(soon) > 1
+
+
+def test_what_waited_has_the_fingerprints_that_it_would_have_had_at_once(soon):
+    waiting, _ = trained()
+    assert max(soon) > 1
+    soon.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sgdclean.waiting._MOST_BYTES", 0)
+        at_once, _ = trained()
+    assert max(soon) == 0
+    assert all(map(torch.equal, digests(waiting), digests(at_once)))
+    assert np.array_equal(influences(waiting), influences(at_once))
+
+
+class Popping(Plain):
+    """Takes a batch apart, as many a training_step does."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch.pop("x")
+        return self.loss((x, batch.pop("y"), batch.clear()))
+
+
+def as_dict(items):
+    x, y, _ = map(torch.stack, zip(*items, strict=True))
+    return {"x": x, "y": y}
+
+
+def test_a_dict_that_is_emptied_meanwhile_is_read_as_it_was(soon):
+    popping, _ = trained(Popping, {"collate_fn": as_dict})
+    assert max(soon) > 1
+    assert np.array_equal(influences(popping), influences(trained()[0]))
+
+
+class InPlace(Plain):
+    """Writes to a few late batches, and so to what waits."""
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch >= 6 and batch_idx == 2:
+            x, y, i = batch
+            return self.loss((x.mul_(0.9), y, i))
+        return self.loss(batch)
+
+
+class OutOfPlace(InPlace):
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0].clone(), *batch[1:]], batch_idx)
+
+
+def test_a_batch_that_is_written_to_while_it_waits_is_held_against_its_loss_and_no_other_waits(soon):
+    (written, module), (clean, same) = trained(InPlace), trained(OutOfPlace)
+    assert [digest is None for digest in digests(clean)] == [False] * 5 * EPOCHS
+    unknown = [number for number, digest in enumerate(digests(written)) if digest is None]
+    assert unknown
+    assert set(unknown) <= {6 * 5 + 2, 7 * 5 + 2, 8 * 5 + 2}
+    assert np.array_equal(influences(written), influences(clean))
+    assert torch.equal(module.net[0].weight, same.net[0].weight)
+    assert written.summary["replay"]["batches_bit_for_bit"] == 5 * EPOCHS
+
+
+class OneBuffer:
+    """A collate function that fills the same tensor each time."""
+
+    def __init__(self):
+        self.x = torch.empty(5, 5)
+
+    def __call__(self, items):
+        x, y, i = map(torch.stack, zip(*items, strict=True))
+        return [self.x[: len(x)].copy_(x), y, i]
+
+
+def test_a_buffer_that_the_loader_fills_again_and_again_is_noticed_and_read_at_once(soon):
+    single = {"precision": "32-true"}  # in float64 a batch would be converted, and so copied
+    reusing, _ = trained(loader={"collate_fn": OneBuffer()}, **single)
+    assert max(soon) == 0
+    assert np.array_equal(influences(reusing), influences(trained(**single)[0]))
+
+
+class LateNoise(Dataset):
+    """The same data each time, until it is told otherwise."""
+
+    is_noisy = False
+
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, index):
+        x, y, i = TRAIN[index]
+        return (x + 0.3 * torch.randn(5) if self.is_noisy else x), y, i
+
+
+class Begin(pl.Callback):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.dataset.is_noisy = trainer.current_epoch == EPOCHS - 1
+
+
+def test_augmentation_that_begins_while_batches_wait_loses_none_of_them(soon):
+    dataset = LateNoise()
+    callback = SGDInfluence("val_loss")
+    case = Case("late", {}, {"max_epochs": EPOCHS}, train=dataset, callbacks=lambda: [Begin(dataset)])
+    with pytest.warns(SGDInfluenceWarning, match=f"{KEPT}, since sample .* holds other data in epoch 8"):
+        fit(case, callback)
+    assert max(soon) > 1
+    assert callback.summary["batches"]["kept"] == 5
+    assert callback.summary["replay"]["batches_bit_for_bit"] == 5
+
+
+def test_augmentation_that_begins_with_an_epoch_of_many_batches_loses_none_of_them_either(soon):
+    dataset = LateNoise()
+    callback = SGDInfluence("val_loss", snapshots="sqrt")
+    case = Case(
+        "late", {}, {"max_epochs": EPOCHS}, {"batch_size": 1}, train=dataset, callbacks=lambda: [Begin(dataset)]
+    )
+    with pytest.warns(SGDInfluenceWarning, match=KEPT):
+        fit(case, callback)
+    assert callback.summary["batches"]["kept"] == 23
+    assert callback.summary["replay"]["batches_bit_for_bit"] == 23
+
+
+# Alone --------------------------------------------------------------------------------------------------------------
+
+
+def micro(number):
+    return MicroBatch(ids=[number], positions=[number], epoch=0, batch_idx=number, random={})
+
+
+def waiting():
+    read = []
+
+    def take_in(one, batch):
+        read.append((one.batch_idx, batch))
+        return fingerprint(batch, 1)
+
+    return Waiting(take_in), read
+
+
+def trusting():
+    """One that was seen to get batches that stay."""
+    line, read = waiting()
+    for number in range(_TRIALS + 1):
+        line.take(micro(number), [torch.ones(1)], may_wait=True)
+    assert len(read) == _TRIALS
+    line.read_all()
+    read.clear()
+    return line, read
+
+
+def test_batches_are_read_in_order_so_many_at_once():
+    line, read = trusting()
+    for number in range(_MOST - 1):
+        line.take(micro(number), [torch.tensor([number])], may_wait=True)
+    assert read == []
+    line.take(micro(_MOST - 1), [torch.tensor([_MOST - 1])], may_wait=True)
+    assert read == [(number, [torch.tensor([number])]) for number in range(_MOST)]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.ones(1), "text"],
+        {"x": [torch.ones(1)]},
+        np.ones(1),
+        torch.ones(1 << 20),
+        torch.nn.Parameter(torch.ones(1)),
+        [],
+    ],
+)
+def test_what_is_large_or_not_made_of_plain_tensors_is_read_at_once_after_all_before_it(batch):
+    line, read = trusting()
+    line.take(micro(0), torch.ones(1), may_wait=True)
+    line.take(micro(1), batch, may_wait=True)
+    assert [number for number, _ in read] == [0, 1]
+
+
+def test_nothing_waits_that_may_not():
+    line, read = trusting()
+    line.take(micro(0), torch.ones(1), may_wait=False)
+    assert [number for number, _ in read] == [0]
+
+
+def test_an_error_of_one_that_waited_reaches_who_brings_the_next():
+    def fail(one, batch):
+        if one.batch_idx == 100:
+            raise OSError("no")
+        return fingerprint(batch, 1)
+
+    line = Waiting(fail)
+    for number in range(_TRIALS + 1):
+        line.take(micro(number), torch.ones(1), may_wait=True)
+    line.take(micro(100), torch.ones(1), may_wait=True)
+    with pytest.raises(OSError, match="no"):
+        line.take(micro(101), "text", may_wait=True)
+    assert batch_digest(torch.ones(1), 1).shape == (1,)
