@@ -73,8 +73,25 @@ def reference_of(run):
     }
 
 
+def settings_of(task):
+    """What the numbers of a task depend on besides its seeds."""
+    settings = {name: value for name, value in asdict(task).items() if not callable(value)}
+    libraries = {name: version(name) for name in LIBRARIES}
+    return json.loads(json.dumps({"task": settings, "versions": versions() | libraries}))
+
+
+def check_settings(task, folder):
+    """Parts of other settings, or made with other versions, are not to be joined with those to come."""
+    path, now = folder / "settings.json", settings_of(task)
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != now:
+        raise SystemExit(f"{folder} holds results of other settings or versions; give another --work, or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
+
+
 def run_seed(task, seed, folder, work, names):
     """Compute what is missing of one seed, the training itself under the name ``none``."""
+    check_settings(task, work / task.name)
     paths = {name: work / task.name / f"seed{seed}" / f"{name}.json" for name in ("none", *names)}
     missing = [name for name, path in paths.items() if not path.exists()]
     if not missing:
@@ -94,9 +111,7 @@ def gathered(work, task):
         int(folder.name[4:]): {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         for folder in seeds
     }
-    settings = {name: value for name, value in asdict(task).items() if not callable(value)}
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"task": settings, "versions": versions() | libraries, "seeds": parts}
+    return json.loads((work / task.name / "settings.json").read_text(encoding="utf-8")) | {"seeds": parts}
 
 
 def write_docs(work):
