@@ -33,8 +33,8 @@ def rank_run(
     module: Any,
     run: RecordedRun,
     options: RetraceOptions,
-    look: Callable[[OpenedRun, Ranking], None] = lambda this, ranking: None,
-) -> tuple[Ranking, dict[str, Any], list[str]]:
+    ready: Callable[[OpenedRun, Ranking, dict[str, Any]], None],
+) -> list[str]:
     """Rank the samples of a run that has just ended; the module is left as it was found.
 
     Args:
@@ -42,22 +42,26 @@ def rank_run(
         module: Its module.
         run: What the recording left.
         options: What is asked of it.
-        look: Called with the ranking while the run is still open.
+        ready: Called with the ranking and the summary's entries about it, while the run is still open.
 
     Returns:
-        The ranking, the summary's entries about it, and complaints to warn of.
+        Complaints to warn of.
 
     Raises:
         SGDInfluenceError: If the run cannot be ranked right.
     """
     with opened(trainer, module, run, options) as this:
         ranking, about, complaints = rank_opened(this, bar=shown_bar(trainer))
-        look(this, ranking)
-        return ranking, about, complaints
+        ready(this, ranking, about)
+        return complaints
 
 
 def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:
-    """Rank the samples of an opened run, under a bar in the style of ``bar``; see :func:`rank_run`."""
+    """Rank the samples of an opened run, under a bar in the style of ``bar``.
+
+    Returns:
+        The ranking, the summary's entries about it, and complaints to warn of.
+    """
     walk, steps, run, options = this.walk, this.steps, this.run, this.options
     objectives = this.objectives_at(this.end, this.surroundings)
     complaints = [] if run.averaging else _compare_objective(objectives[0].value, steps[-1], run, walk, options)

@@ -2,6 +2,7 @@
 """The callback: Lightning's hooks wired to the stages. No arithmetic here."""
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -16,13 +17,13 @@ from lightning_sgdclean import checks, report
 from lightning_sgdclean._lightning import CALLBACK_BASES
 from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.batches import cloned
-from lightning_sgdclean.errors import NonFiniteError, SGDInfluenceError, warn_of
+from lightning_sgdclean.errors import NonFiniteError, warn_of
 from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
 from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
-from lightning_sgdclean.opened import RecordedRun
+from lightning_sgdclean.opened import OpenedRun, RecordedRun
 from lightning_sgdclean.page.of_run import PageOfRun
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.recording import Recording, RecordingOptions
@@ -307,7 +308,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._stop(trainer)
         if self._recording.failure is not None:
             raise self._recording.failure
-        began = time.perf_counter()
+        self._seconds["retrace"] = -time.perf_counter()
         run = RecordedRun(
             self.run_dir,
             self._loaders.loaders,
@@ -322,37 +323,41 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             as_delivered=self._loaders.as_delivered,
         )
         page = PageOfRun(self.page, self.show_samples, self.render, self.class_names)
+
+        def ready(this: OpenedRun, ranking: Ranking, about: dict[str, Any]) -> None:
+            """Files first: whatever comes behind them cannot cost the ranking."""
+            self._write(trainer, ranking, about)
+            page.look(this, ranking)
+
         try:
             self._recording.recorder.check_constants()
-            ranking, about, complaints = rank_run(trainer, pl_module, run, self._options(), page.look)
-        except SGDInfluenceError as error:
-            error.add_note(
-                f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
-                f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
-                f"val_dataloaders=..., monitor={self.monitor!r}, mode={self.mode!r}, epochs={self.epochs!r}, "
-                f"at={self.at!r}, curvature={self.curvature!r})."
-            )
+            complaints = rank_run(trainer, pl_module, run, self._options(), ready)
+        except (Exception, KeyboardInterrupt) as error:
+            self._tell_how_to_go_on(error)
             raise
-        self._seconds["retrace"] = time.perf_counter() - began
-        warn_of(complaints)
-        self._finish(trainer, ranking, about, self._recording, self.run_dir, page)
+        self._show(trainer, page, complaints)
 
     def _options(self) -> RetraceOptions:
         return RetraceOptions(**{option.name: getattr(self, option.name) for option in fields(RetraceOptions)})
 
-    def _finish(
-        self,
-        trainer: Any,
-        ranking: Ranking,
-        about: dict[str, Any],
-        recording: Recording,
-        run_dir: Path,
-        page: PageOfRun,
-    ) -> None:
+    def _tell_how_to_go_on(self, error: BaseException) -> None:
+        text = (
+            f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
+            f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
+            f"val_dataloaders=..., monitor={self.monitor!r}, mode={self.mode!r}, epochs={self.epochs!r}, "
+            f"at={self.at!r}, curvature={self.curvature!r})."
+        )
+        error.add_note(text)
+        if isinstance(error, KeyboardInterrupt):  # of which Lightning shows nothing: it ends the process
+            tqdm.write(text, file=sys.stderr)
+
+    def _write(self, trainer: Any, ranking: Ranking, about: dict[str, Any]) -> None:
+        """The ranking and its summary."""
+        assert self._recording is not None and self.run_dir is not None  # noqa: PT018
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
+        self._seconds["retrace"] += time.perf_counter()
         optimizer = trainer.optimizers[0]
-        self.ranking = ranking
         self.summary = {
             "format": 1,
             "versions": report.versions(),
@@ -365,29 +370,33 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             **about,
             "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
-            "batches": recording.keeper.summary(),
-            "trajectory_bytes": recording.writer.bytes_written,
+            "batches": self._recording.keeper.summary(),
+            "trajectory_bytes": self._recording.writer.bytes_written,
         }
-        files = [ranking.save(run_dir / f"influence.{kind}") for kind in self.formats]
-        write_json(run_dir / "summary.json", self.summary)
-        warn_of(page.write(run_dir, ranking, self.summary))
-        self._publish(trainer, ranking, [*files, run_dir / "summary.json", run_dir / "report.html"])
-        if not self.keep_trajectory:
-            shutil.rmtree(run_dir / "trajectory")
-        if shown_bar(trainer) is not None:
-            tqdm.write(report.closing_text(ranking, self.summary, run_dir))
+        for kind in self.formats:
+            ranking.save(self.run_dir / f"influence.{kind}")
+        write_json(self.run_dir / "summary.json", self.summary)
+        self.ranking = ranking
 
-    def _publish(self, trainer: Any, ranking: Ranking, files: list[Path]) -> None:
-        if not trainer.is_global_zero:
-            return
-        publish(
-            trainer.loggers,
-            ranking,
-            [file for file in files if file.exists()],
-            summary=self.summary,
-            step=trainer.global_step,
-            pictures=partial(self._pictures, ranking),
-        )
+    def _show(self, trainer: Any, page: PageOfRun, complaints: list[str]) -> None:
+        """The page, the loggers, the last word; warnings at the very end, since they may be errors."""
+        assert self.ranking is not None and self.run_dir is not None  # noqa: PT018
+        complaints = complaints + page.write(self.run_dir, self.ranking, self.summary)
+        names = [*(f"influence.{kind}" for kind in self.formats), "summary.json", "report.html"]
+        if trainer.is_global_zero:
+            complaints += publish(
+                trainer.loggers,
+                self.ranking,
+                [self.run_dir / name for name in names if (self.run_dir / name).exists()],
+                summary=self.summary,
+                step=trainer.global_step,
+                pictures=partial(self._pictures, self.ranking),
+            )
+        if not self.keep_trajectory:
+            shutil.rmtree(self.run_dir / "trajectory")
+        if shown_bar(trainer) is not None:
+            tqdm.write(report.closing_text(self.ranking, self.summary, self.run_dir))
+        warn_of(complaints)
 
     def _pictures(self, ranking: Ranking) -> list[Exhibit]:
         """The worst samples, where the ids are known to be positions in the one dataset that there was."""

@@ -50,6 +50,18 @@ class SGDInfluenceWarning(UserWarning):
 
 
 def warn_of(texts: Iterable[str]) -> None:
-    """One warning for each text, as from the caller of the function that asks for it."""
+    """One warning for each text, as from the caller of the function that asks for it.
+
+    Where warnings are errors the first is raised, with the others as its notes.
+    """
+    raised: SGDInfluenceWarning | None = None
     for text in texts:
-        warnings.warn(text, SGDInfluenceWarning, stacklevel=3)
+        try:
+            warnings.warn(text, SGDInfluenceWarning, stacklevel=3)
+        except SGDInfluenceWarning as error:
+            if raised is None:
+                raised = error
+            else:
+                raised.add_note(text)
+    if raised is not None:
+        raise raised

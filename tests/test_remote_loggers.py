@@ -172,7 +172,7 @@ def test_wandb_shows_the_page_and_the_pictures_of_the_worst(wandb: Any, tmp_path
     page.write_text("<!doctype html><title>Report</title>", encoding="utf-8")
     logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
     pictures = partial(worst_pictures, ranking, IMAGES, 5)
-    publish([logger], ranking, [page], summary={}, step=3, pictures=pictures)
+    assert publish([logger], ranking, [page], summary={}, step=3, pictures=pictures) == []
     media = Path(logger.experiment.dir) / "media"
     written(wandb)
     (report,) = (media / "html" / "sgd_influence").iterdir()
@@ -308,7 +308,7 @@ def test_random_states_are_left_as_they_were(wandb: Any, tmp_path: Path) -> None
     logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
     before = logger.experiment and (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
     ranking = Ranking.from_influence(range(24), np.linspace(-1, 1, 24), [1] * 24)
-    publish([logger], ranking, [], summary={}, step=3, pictures=partial(worst_pictures, ranking, IMAGES))
+    assert publish([logger], ranking, [], summary={}, step=3, pictures=partial(worst_pictures, ranking, IMAGES)) == []
     written(wandb)
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_sgdclean.errors import warn_of
 from lightning_sgdclean.exhibits import Exhibit
 from lightning_sgdclean.figures import save_png
 from lightning_sgdclean.loggers.comet import parts_for_comet
@@ -47,10 +46,10 @@ def publish(
     summary: Mapping[str, Any],
     step: int,
     pictures: Callable[[], Sequence[Exhibit]] = list,
-) -> None:
+) -> list[str]:
     """Give every logger the numbers, and those known here files, figures, table and pictures as they can hold them.
 
-    Nothing is raised for a logger that fails: the others are served, and of that one what it takes; a warning tells.
+    Nothing is raised for a logger that fails: the others are served, and of that one what it takes.
     To be called in one process only (rank 0), before the loggers are finalized. Random states are left as they were.
 
     Args:
@@ -61,12 +60,12 @@ def publish(
         step: ``trainer.global_step``, under which all is logged.
         pictures: Gives the worst samples with their pictures; called only if there is a logger.
 
-    Warns:
-        SGDInfluenceWarning: If a logger is unknown or failed, or a figure could not be drawn.
+    Returns:
+        Complaints, each in words: of a logger that is unknown or failed, of a figure that could not be drawn.
     """
     audible = [logger for logger in loggers if _SILENT not in _names_of(logger)]
     if not audible:
-        return
+        return []
     problems: list[str] = []
     with untouched_randomness(torch.device("cpu")), tempfile.TemporaryDirectory() as folder:
         exhibits = _attempt("pictures", pictures, problems) or ()
@@ -75,8 +74,7 @@ def publish(
         results = Results(ranking, tuple(files), drawings, tuple(exhibits), numbers, step)
         for logger in audible:
             problems += _serve(logger, results)
-    # At the end and once each: where warnings are errors, the first of them must not cost the others theirs.
-    warn_of(dict.fromkeys(problems))
+    return list(dict.fromkeys(problems))
 
 
 def _serve(logger: Any, results: Results) -> list[str]:

@@ -40,8 +40,9 @@ class PageOfRun:
             return
         try:
             self._look(this, ranking)
-        except Exception as error:  # the user's dataset and module, which may raise anything
-            self._complaints.append(f"The page shows no samples: {type(error).__name__}: {error}")
+        except (Exception, KeyboardInterrupt) as error:  # the user's dataset and module, which may raise anything
+            why = "it was interrupted." if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            self._complaints.append(f"The page shows no samples: {why}")
 
     def _look(self, this: OpenedRun, ranking: Ranking) -> None:
         ids = ids_to_show(ranking)
