@@ -16,7 +16,15 @@ from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import CSV_NAME, SampleId
 from lightning_sgdclean.relabelling import RelabelledDataset
 from lightning_sgdclean.run_directory import check_dataset, read_summary
-from lightning_sgdclean.sample_labels import Label, Place, converted_label, label_of, place_or_refuse, with_label
+from lightning_sgdclean.sample_labels import (
+    Label,
+    Place,
+    converted_label,
+    label_of,
+    likely_place_of_label,
+    place_or_refuse,
+    with_label,
+)
 
 DECISIONS_NAME = "decisions.csv"
 DECISION_COLUMNS = ("sample_id", "decision", "label", "was", "run")
@@ -197,7 +205,9 @@ def _check_sample(sample: Any, decision: Decision, label: "Place | Relabel | Non
             raise
         return
     now = label_of(sample, place)
-    if decision.was and now is not None and not _same(decision.was, now):
+    likely = label_of(sample, likely_place_of_label(sample))  # where the page looked, which was not told of label=
+    is_as_then = any(_same(decision.was, value) for value in (now, likely) if value is not None)
+    if decision.was and now is not None and not is_as_then:
         raise ValueError(
             f"{decision.where}: sample {decision.sample_id!r} had the label {decision.was!r} when it was decided on, "
             f"but has {str(now)!r} now. Give the dataset that the ranked training drew from."

@@ -256,3 +256,12 @@ def test_a_stream_has_no_samples_to_drop(tmp_path):
 
     with pytest.raises(TypeError, match="a length and positions, found Stream"):
         apply_decisions(Stream(), write(tmp_path), run=RANKING)
+
+
+def test_the_label_then_may_be_that_of_the_likely_place_and_not_of_the_one_given(tmp_path):
+    # The page takes the first single value for the label; only the person knows that it is the last one.
+    data = Samples([(f"text {i}", 100 + i, i % 3) for i in range(6)])
+    cleaned = apply_decisions(data, write(tmp_path, "4,drop,,104", "2,relabel,0,102"), run=RANKING, label=2)
+    assert cleaned[2] == ("text 2", 102, 0)
+    with pytest.raises(ValueError, match="sample 4 had the label '105' when it was decided on, but has '1' now"):
+        apply_decisions(data, write(tmp_path, "4,drop,,105"), run=RANKING, label=2)

@@ -215,3 +215,38 @@ def test_a_new_run_takes_the_old_page_with_it(tmp_path):
     train(SGDInfluence(dirpath=tmp_path / "run"))
     train(SGDInfluence(dirpath=tmp_path / "run", overwrite=True, page=False))
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+class Categories(Dataset):
+    """Samples whose label is text, under a key that no rule knows."""
+
+    def __init__(self):
+        self.rows = [{"x": x, "category": Rows.classes[int(y)]} for x, y, _ in TRAIN]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class OfCategories(OfPairs):
+    def loss(self, batch, reduction="mean"):
+        if not isinstance(batch, dict):  # of the validation set
+            return super().loss(batch, reduction)
+        labels = torch.tensor([Rows.classes.index(name) for name in batch["category"]])
+        return F.cross_entropy(self.net(batch["x"]), labels, reduction=reduction)
+
+
+def test_a_label_that_only_the_loss_tells_is_shown_but_never_taken_for_the_datasets(tmp_path):
+    callback, rows = SGDInfluence(dirpath=tmp_path / "run"), Categories()
+    train(callback, rows, OfCategories())
+    data = data_of(callback)
+    worst = data["samples"]["0"]
+    assert Rows.classes[int(worst["label"])] == rows[data["ids"][0]]["category"]
+    assert "labelText" not in worst
+    assert data["choices"] == []
+    path = callback.run_dir / "decisions.csv"  # as the page writes it where the dataset's label is not known
+    lines = [f"{data['ids'][0]},drop,,,{data['run']}", f"{data['ids'][1]},relabel,blue,,{data['run']}"]
+    path.write_text("\n".join(["sample_id,decision,label,was,run", *lines]) + "\n")
+    assert len(apply_decisions(rows, path, label="category")) == len(rows) - 1

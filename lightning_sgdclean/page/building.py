@@ -98,7 +98,6 @@ def with_seen(shown: Sequence[Shown], seen: Mapping[SampleId, Seen], sources: Ma
         changes: dict[str, Any] = {"source": sources.get(row.sample_id)}
         if at_end is not None:
             changes |= {"target": at_end.label, "prediction": at_end.prediction, "loss": at_end.loss}
-            changes |= {"label": at_end.label} if row.label is None else {}
         found.append(replace(row, **changes))
     return found
 

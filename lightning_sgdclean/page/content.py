@@ -71,7 +71,7 @@ def page_data(
             for row in shown
             if row.sample_id in place
         },
-        "choices": _choices(decided_on, shown, names),
+        "choices": _choices(labels, shown, names),
         "histogram": histogram(ranking.influence),
         "runningSum": running_sum(ranking.influence),
         "concentration": concentration(ranking.influence),
@@ -149,8 +149,9 @@ def _name(value: Any, names: Mapping[str, str]) -> str:
 
 def _sample(row: Shown, names: Mapping[str, str]) -> dict[str, Any]:
     """One shown sample; what is unknown or empty is left out."""
+    label = row.target if row.label is None else row.label
     seen = {
-        "label": None if row.label is None else _name(row.label, names),
+        "label": None if label is None else _name(label, names),
         "labelText": None if row.label is None else str(row.label),
         "prediction": None if row.prediction is None else _name(row.prediction, names),
         "loss": _finite(row.loss),
@@ -188,12 +189,15 @@ def _disagreement(columns: Mapping[str, list[Any]], kept: NDArray[np.int64]) -> 
 
 
 def _choices(labels: Labels | None, shown: Sequence[Shown], names: Mapping[str, str]) -> list[dict[str, str]]:
-    """What a sample may be relabelled to; empty where labels are no classes, so that any may be typed."""
+    """What a sample may be relabelled to, in the dataset's terms.
+
+    Empty where these are not known, since the loss may be given others, or no classes: any may then be typed.
+    """
     known = {label for label in [*(labels or ()), *(row.label for row in shown)] if label is not None}
-    if any(isinstance(label, float) for label in known):
+    if not known or any(isinstance(label, float) for label in known):
         return []
     named = {int(text) if _is_number(text) else text for text in names}
-    if known and all(isinstance(label, str) for label in known):
+    if all(isinstance(label, str) for label in known):
         known |= set(names.values()) if known <= set(names.values()) else set()
         named = set()
     distinct, _ = coded([*known, *named])
