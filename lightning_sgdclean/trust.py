@@ -15,6 +15,7 @@ from lightning_sgdclean.leaving_out import LeftOut, Progress, leave_out
 from lightning_sgdclean.opened import OpenedRun
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.trajectory import SampleId
+from lightning_sgdclean.trust_words import doubts, in_words
 
 _NUM_NUDGED = 4
 
@@ -83,7 +84,6 @@ def put_to_the_test(this: OpenedRun, ranking: Ranking, progress: Progress) -> tu
     agreement = _agreement(strata, predicted, real, differences[len(singles) :]) if strata else None
     noise = noise_floor(found)
     card = {
-        "words": _in_words(strata, agreement, noise, len(reranked)),
         "num_verified": len(strata),
         "num_reranked": len(reranked),
         **(asdict(agreement) if agreement is not None else dict.fromkeys(Agreement.__dataclass_fields__)),
@@ -98,7 +98,8 @@ def put_to_the_test(this: OpenedRun, ranking: Ranking, progress: Progress) -> tu
             "real": [real[name] for name in singles],
         },
     }
-    return _with_real(ranking, real, is_reranked=bool(reranked)), card
+    said = {"words": in_words(card), "doubts": doubts(card)}
+    return _with_real(ranking, real, is_reranked=bool(reranked)), said | card
 
 
 def stratified(ranking: Ranking, num: int) -> dict[SampleId, str]:
@@ -172,20 +173,3 @@ def _with_real(ranking: Ranking, real: dict[SampleId, float], is_reranked: bool)
     influence = np.where(np.isnan(column), ranking.influence, column)
     reordered = ranking.with_columns({"predicted": ranking.influence, "real": column})
     return Ranking.from_influence(ranking.sample_id, influence, ranking.visits, reordered.columns)
-
-
-def _in_words(strata: dict[SampleId, str], agreement: Agreement | None, noise: float, num_reranked: int) -> str:
-    parts = []
-    if agreement is not None:
-        kinds = [*strata.values()]
-        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("worst", "best", "random"))
-        tau, random = agreement.kendall_tau, agreement.kendall_tau_random
-        among = "" if random is None else f" ({random:.2f} among the random ones)"
-        parts.append(f"{len(strata)} samples really left out ({counts})")
-        parts.append("no order to compare" if tau is None else f"tau {tau:.2f}{among}")
-        for name, sum_of in (("all of them", agreement.together), ("the worst", agreement.worst_together)):
-            if sum_of is not None:
-                parts.append(f"{name} together {sum_of.real:.3g}, predicted {sum_of.predicted:.3g}")
-    if num_reranked:
-        parts.append(f"the {num_reranked} worst ranked by what leaving them out really does")
-    return "; ".join([*parts, f"rounding alone {noise:.1g}"])

@@ -12,9 +12,11 @@ from scipy import stats
 from torch.nn import functional as F
 
 from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective
-from lightning_sgdclean import Ranking, SGDInfluence, retrace
+from lightning_sgdclean import Ranking, SGDInfluence, report, retrace
 from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.page.trust import TrustLine, trust_lines
 from lightning_sgdclean.trust import stratified
+from lightning_sgdclean.trust_words import doubts, in_words
 from reference import leave_one_out, ranked
 from test_counterfactual import without
 from test_loop import scaled
@@ -85,11 +87,56 @@ def test_training_and_random_states_are_untouched():
     assert torch.equal(state, other_state)
 
 
-def test_the_words_are_everywhere(verified):
-    words = verified.summary["trust"]["words"]
-    assert words.startswith("12 samples really left out (4 worst, 4 best, 4 random); tau ")
-    assert json.loads((verified.run_dir / "summary.json").read_text())["trust"]["words"] == words
-    assert words in (verified.run_dir / "report.html").read_text(encoding="utf-8")
+def test_every_figure_stands_in_the_summary_on_the_terminal_and_on_the_page(verified):
+    trust = verified.summary["trust"]
+    said = [
+        "12 samples really left out (4 worst, 4 best, 4 random)",
+        f"tau {trust['kendall_tau']:.2f} ({trust['kendall_tau_random']:.2f} among the random ones)",
+        f"Spearman {trust['spearman']:.2f}, Jaccard {trust['jaccard']:.2f}",
+        *(
+            f"{name} together {sums['real']:.3g}, predicted {sums['predicted']:.3g}, off by {sums['error']:.0%}"
+            for name, sums in (("all of them", trust["together"]), ("the worst", trust["worst_together"]))
+        ),
+        f"{trust['num_within_noise']} of 12 within noise",
+        f"rounding alone {trust['noise_floor']:.1g}",
+    ]
+    in_file = json.loads((verified.run_dir / "summary.json").read_text())["trust"]
+    terminal = report.closing_text(verified.ranking, verified.summary, verified.run_dir)
+    page = (verified.run_dir / "report.html").read_text(encoding="utf-8")
+    assert in_file == trust
+    assert trust["doubts"] == []
+    for words in said:
+        for text in (trust["words"], terminal, page):
+            assert words in text
+    assert trust_lines(verified.summary)[-1] == TrustLine("Leave-one-out", trust["words"], "plain")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case("hardly a step", {"options": {"lr": 1e-8}}, {"precision": "32-true"}), "most differences are within"),
+        (Case("steps too large", {"options": {"lr": 20.0, "momentum": 0.9}}), "tau is below 0.3"),
+    ],
+    ids=str,
+)
+def test_what_is_not_to_be_trusted_is_doubted_everywhere(case, words):
+    callback = ranked(case, verify=12)
+    (doubt,) = callback.summary["trust"]["doubts"]
+    assert words in doubt
+    assert doubt in report.closing_text(callback.ranking, callback.summary, callback.run_dir)
+    assert doubt in (callback.run_dir / "report.html").read_text(encoding="utf-8")
+    assert trust_lines(callback.summary)[-1].state == "warning"
+
+
+@pytest.mark.parametrize(
+    ("tau", "within", "found"), [(0.3, 6, []), (0.29, 6, ["tau is below 0.3"]), (None, 7, ["within the noise"])]
+)
+def test_a_low_tau_and_much_noise_are_doubts(verified, tau, within, found):
+    card = verified.summary["trust"] | {"kendall_tau": tau, "num_within_noise": within}
+    assert len(doubts(card)) == len(found)
+    for words, doubt in zip(found, doubts(card), strict=True):
+        assert words in doubt
+        assert in_words(card).endswith(doubt)
 
 
 # Reranked -----------------------------------------------------------------------------------------------

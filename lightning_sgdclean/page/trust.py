@@ -90,7 +90,7 @@ def _measured(summary: Mapping[str, Any]) -> list[TrustLine]:
     if not isinstance(trust, Mapping):
         return []
     if isinstance(trust.get("words"), str):
-        return [TrustLine("Leave-one-out", trust["words"])]
+        return [TrustLine("Leave-one-out", trust["words"], "warning" if trust.get("doubts") else "plain")]
     values = [
         f"{name.replace('_', ' ')} {value}" for name, value in trust.items() if isinstance(value, int | float | str)
     ]
