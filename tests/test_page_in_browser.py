@@ -353,6 +353,37 @@ def test_where_nothing_can_be_remembered_that_is_said(opened, pictures, tmp_path
     assert "remembers nothing" in inner.locator("#storage").inner_text()
 
 
+def test_two_tabs_keep_each_others_decisions(opened, pictures):
+    first = opened(pictures.address)
+    second = opened(pictures.address, first.context)
+    first.keyboard.press("d")
+    expect(second.locator("#decided-counts")).to_have_text("1 drop · 0 relabel · 0 keep")
+    expect(second.locator(".badge")).to_have_text("Drop")
+    expect(second.locator(".choices .drop")).to_have_attribute("aria-pressed", "true")
+    second.keyboard.press("ArrowRight")
+    second.keyboard.press("k")
+    expect(first.locator("#decided-counts")).to_have_text("1 drop · 0 relabel · 1 keep")
+    first.reload()
+    assert first.inner_text("#decided-counts") == "1 drop · 0 relabel · 1 keep"
+
+
+def test_a_tab_that_was_told_nothing_reads_again_before_it_writes(opened, pictures):
+    page = opened(pictures.address)
+    page.keyboard.press("d")
+    other = str(pictures.ranking.harmful(5)[4])
+    page.evaluate(  # as another tab writes it just before this one is told
+        """id => {
+            const store = Object.keys(localStorage).find((key) => localStorage[key].includes("drop"));
+            localStorage[store] = JSON.stringify([...JSON.parse(localStorage[store]), [id, "keep", ""]]);
+        }""",
+        other,
+    )
+    page.keyboard.press("d")
+    assert page.inner_text("#decided-counts") == "2 drop · 0 relabel · 1 keep"
+    page.reload()
+    assert page.inner_text("#decided-counts") == "2 drop · 0 relabel · 1 keep"
+
+
 # --- hostile data
 
 
@@ -433,6 +464,45 @@ def test_arrow_keys_lead_through_the_list_and_its_pages(opened, pictures):
     assert selected(page) == worst[0]
 
 
+def test_after_a_decision_the_keyboard_goes_on_in_the_table(opened, pictures):
+    page = opened(pictures.address)
+    page.click("#view >> text=Table")
+    worst = [str(name) for name in pictures.ranking.harmful(5)]
+    page.focus("td button")
+    focused = "document.activeElement.textContent"
+    page.keyboard.press("d")
+    assert page.evaluate(focused) == worst[1]
+    page.keyboard.press("ArrowDown")
+    assert (selected(page), page.evaluate(focused)) == (worst[2], worst[2])
+    page.keyboard.press("u")
+    assert page.evaluate(focused) == worst[0]
+
+
+def test_after_a_decision_the_keyboard_goes_on_among_filtered_cards(opened, pictures):
+    page = opened(pictures.address)
+    worst = [str(name) for name in pictures.ranking.harmful(5)]
+    page.select_option("#decision", "none")
+    page.focus("#options")
+    page.keyboard.press("d")
+    assert page.evaluate("document.activeElement.id") == "options"
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == worst[2]
+    page.keyboard.press("u")
+    assert page.evaluate("document.activeElement.id") == "options"
+
+
+def test_after_the_last_decision_the_keyboard_stays_at_the_list(opened, few):
+    page = opened(few.address)
+    page.select_option("#decision", "none")
+    page.focus("#options")
+    for _ in range(12):
+        page.keyboard.press("k")
+    assert page.inner_text("#list") == "No sample passes the filters."
+    assert page.evaluate("document.activeElement.id") == "list"
+    page.keyboard.press("u")
+    assert page.evaluate("document.activeElement.id") == "options"
+
+
 def test_what_happens_is_said(opened, pictures):
     page = opened(pictures.address)
     first, second = map(str, pictures.ranking.harmful(2))
@@ -495,6 +565,33 @@ def test_on_a_phone_a_sheet_opens_over_the_list(opened, pictures):
     page.tap(".close")
     assert not page.is_visible("#detail")
     assert page.inner_text("#decided-counts") == "1 drop · 0 relabel · 0 keep"
+
+
+def test_a_turned_tablet_keeps_its_filters(opened, pictures):
+    page = opened(pictures.address, viewport={"width": 820, "height": 1180})
+    assert page.is_visible("#filter-fold summary")
+    assert not page.is_visible("#search")
+    page.set_viewport_size({"width": 1180, "height": 820})
+    expect(page.locator("#search")).to_be_visible()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.set_viewport_size({"width": 820, "height": 1180})
+    page.wait_for_timeout(100)
+    assert page.is_visible("#search"), "folded away while something is typed"
+    page.evaluate("document.activeElement.blur()")
+    page.set_viewport_size({"width": 1180, "height": 820})
+    page.set_viewport_size({"width": 820, "height": 1180})
+    expect(page.locator("#search")).not_to_be_visible()
+
+
+def test_the_key_for_searching_opens_the_folded_filters(opened, pictures):
+    page = opened(pictures.address, viewport=PHONE)
+    page.click(".card >> nth=0")
+    page.keyboard.press("/")
+    page.keyboard.type("12")
+    assert page.evaluate("document.activeElement.id") == "search"
+    assert page.input_value("#search") == "12"
+    assert not page.is_visible("#detail")
 
 
 def test_a_hundred_thousand_samples_are_no_burden(opened, tmp_path):

@@ -7,14 +7,17 @@ const decisions = new Map(); // id as text -> { choice, label }
 const history = []; // [id, decision before]
 let isRemembered = true;
 
+// What is remembered, other tabs' decisions among it, takes the place of what is known here.
 function readDecisions() {
-  let entries = [];
+  let entries;
   try {
-    entries = JSON.parse(memory.read(STORE) ?? "[]");
+    entries = JSON.parse(memory.read(STORE));
   } catch {
     return; // not ours
   }
-  for (const entry of Array.isArray(entries) ? entries : []) {
+  if (!Array.isArray(entries)) return;
+  decisions.clear();
+  for (const entry of entries) {
     const [id, choice, label] = Array.isArray(entry) ? entry : [];
     if (rowOfId.has(id) && Object.hasOwn(WORDS, choice) && typeof label === "string") decisions.set(id, { choice, label });
   }
@@ -26,6 +29,7 @@ function remember() {
 
 function setDecision(row, decision, isUndo = false) {
   const id = idOf(row);
+  if (isRemembered) readDecisions();
   if (!isUndo) history.push([id, decisions.get(id)]);
   if (decision) decisions.set(id, decision);
   else decisions.delete(id);

@@ -11,9 +11,15 @@ const actions = {
   k: () => state.selected !== null && decide(state.selected, { choice: "keep", label: "" }),
   r: () => byId("new-label")?.focus(),
   u: () => undo(),
-  "/": () => byId("search").focus(),
+  "/": () => search(),
   "?": () => byId("keys").showModal(),
 };
+
+function search() {
+  if (isNarrow() && state.selected !== null) select(null); // the sheet would cover it
+  byId("filter-fold").open = true;
+  byId("search").focus();
+}
 
 function stepsInList(event) {
   if (!event.target.closest("#list")) return null;

@@ -3,7 +3,8 @@
 const THEME_STORE = "sgdclean:theme";
 const THEMES = { auto: "light dark", light: "light", dark: "dark" };
 
-const isNarrow = () => matchMedia("(max-width: 859px)").matches;
+const narrow = matchMedia("(max-width: 859px)");
+const isNarrow = () => narrow.matches;
 
 function showAll() {
   showList();
@@ -24,8 +25,10 @@ function refilter() {
   showAll();
 }
 
-function select(row, { fromPointer = false } = {}) {
-  const wasFocused = document.activeElement?.closest("#list, #detail") !== null;
+// To be asked before anything is drawn anew, since what had the focus is then gone.
+const isAmongSamples = () => document.activeElement !== null && document.activeElement.closest("#list, #detail") !== null;
+
+function select(row, { fromPointer = false, wasFocused = isAmongSamples() } = {}) {
   const [before, page] = [state.selected, state.page];
   state.selected = row;
   const place = state.rows.indexOf(row);
@@ -34,15 +37,20 @@ function select(row, { fromPointer = false } = {}) {
   else showList();
   showDetail();
   drawCharts(row);
-  if (row === null) return byId("options")?.focus({ preventScroll: true });
+  if (row === null) return focusList();
   if (wasFocused || fromPointer) focusSelected();
   if (!fromPointer) byId(`row-${row}`)?.scrollIntoView({ block: "nearest" });
 }
 
-// The list is drawn anew at each step, so what had the focus is gone.
 function focusSelected() {
-  const target = isNarrow() ? byId("detail") : (byId("options") ?? byId(`row-${state.selected}`)?.querySelector("button"));
-  target?.focus({ preventScroll: true });
+  if (isNarrow()) byId("detail").focus({ preventScroll: true });
+  else focusList();
+}
+
+// The cards together, the button of a row, or the place where there would be some.
+function focusList() {
+  const target = byId("options") ?? byId(`row-${state.selected}`)?.querySelector("button") ?? byId("list");
+  target.focus({ preventScroll: true });
 }
 
 function goTo(place) {
@@ -59,10 +67,12 @@ function step(by) {
 function decide(row, decision) {
   const place = state.rows.indexOf(row);
   const next = decision ? (state.rows[place + 1] ?? row) : row;
+  const wasFocused = isAmongSamples();
   setDecision(row, decision);
   const done = `Sample ${idOf(row)}: ${decisionInWords(row)}.`;
   showDecided(row);
-  select(state.rows.includes(next) ? next : (state.rows[Math.min(place, state.rows.length - 1)] ?? null));
+  const shown = state.rows.includes(next) ? next : (state.rows[Math.min(place, state.rows.length - 1)] ?? null);
+  select(shown, { wasFocused });
   say(next === row ? done : `${done} Next: ${spoken(next)}`);
 }
 
@@ -78,10 +88,23 @@ function undo() {
   const last = history.pop();
   if (!last) return;
   const row = rowOfId.get(last[0]);
+  const wasFocused = isAmongSamples();
   setDecision(row, last[1], true);
   showDecided(row);
-  select(row);
+  select(row, { wasFocused });
   say(`Undone. Sample ${idOf(row)}: ${decisionInWords(row)}`);
+}
+
+// What another tab decided on this run.
+function takeOver(event) {
+  if (event.key !== STORE) return;
+  const [wasFocused, before] = [isAmongSamples(), state.selected === null ? null : decisionInWords(state.selected)];
+  readDecisions();
+  if (state.decision !== "any") applyFilters();
+  showList();
+  showDecisionCounts();
+  if (before !== null && decisionInWords(state.selected) !== before) showDetail();
+  if (wasFocused && !isAmongSamples()) focusSelected();
 }
 
 function forget() {
@@ -156,7 +179,14 @@ function setUpFilters() {
     state.groups.clear();
     setTimeout(refilter); // when the controls have their first values again
   });
-  if (isNarrow()) byId("filter-fold").open = false;
+  byId("filter-fold").open = !isNarrow();
+  narrow.addEventListener("change", foldFilters);
+}
+
+// Wide screens have no line to unfold them by; on narrow ones what is being typed into stays.
+function foldFilters() {
+  const fold = byId("filter-fold");
+  fold.open = !isNarrow() || fold.contains(document.activeElement);
 }
 
 function setUpButtons() {
@@ -165,6 +195,7 @@ function setUpButtons() {
   byId("download").addEventListener("click", download);
   byId("undo").addEventListener("click", undo);
   byId("forget").addEventListener("click", forget);
+  addEventListener("storage", takeOver);
 }
 
 readDecisions();
