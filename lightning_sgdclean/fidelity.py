@@ -61,7 +61,8 @@ class Fidelity:
     def compare_batch(self, step: Step, number: int, digest: Tensor) -> None:
         """Is micro-batch ``number``, at hand again, the one that was trained on?"""
         micro = step.micro[number]
-        if micro.digest is None or torch.equal(digest, micro.digest):
+        assert micro.digest is not None
+        if torch.equal(digest, micro.digest):
             return
         off = (digest != micro.digest).nonzero().flatten().tolist()
         self.mismatch(

@@ -18,7 +18,7 @@ from lightning_sgdclean.best_model import BestModel
 from lightning_sgdclean.budget import Budget, Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.ending import Ending, write_ending
 from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning, warn_of
-from lightning_sgdclean.fingerprints import Fingerprint, fingerprint
+from lightning_sgdclean.fingerprints import fingerprint
 from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
@@ -153,12 +153,11 @@ class Recording:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
             self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
 
-    def _read(self, micro: MicroBatch, batch: Any) -> Fingerprint:
+    def _read(self, micro: MicroBatch, batch: Any) -> None:
         """Take in what a batch holds."""
         found = fingerprint(batch, len(micro.ids))
         micro.digest = found.digest
         micro.batch = self.keeper.packed(batch, micro.positions, found, micro.epoch, micro.random)
-        return found
 
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""

@@ -55,7 +55,8 @@ def write_segment(path: Path, steps: list[Step], states: dict[int, Flat]) -> Non
             tensors |= {f"batch/{step.index}/{i}/{n}": tensor for n, tensor in enumerate(kept)}
     tensors["steps"] = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     if steps:
-        tensors["digest"] = torch.cat([_digest(micro) for step in steps for micro in step.micro])
+        digests = [micro.digest for step in steps for micro in step.micro if micro.digest is not None]
+        tensors["digest"] = torch.cat(digests)
     if held.ids:
         tensors["ids"] = torch.from_numpy(np.concatenate(held.ids))
     tensors |= {f"random/{name}": torch.stack(states) for name, states in held.random.items()}
@@ -83,7 +84,6 @@ def _micro_row(micro: MicroBatch, held: _Held) -> dict[str, Any]:
     return {
         "ids": _names(micro.ids, held),
         **({} if micro.positions == micro.ids else {"positions": micro.positions}),
-        "is_read": micro.digest is not None,
         "epoch": micro.epoch,
         "batch_idx": micro.batch_idx,
         "loss": float(micro.loss),
@@ -94,10 +94,6 @@ def _micro_row(micro: MicroBatch, held: _Held) -> dict[str, Any]:
         "batch": None if micro.batch is None else micro.batch.skeleton,
         "num_tensors": 0 if micro.batch is None else len(micro.batch.tensors),
     }
-
-
-def _digest(micro: MicroBatch) -> Tensor:
-    return torch.zeros(len(micro.ids), dtype=torch.int64) if micro.digest is None else micro.digest
 
 
 def _names(ids: list[SampleId], held: _Held) -> list[SampleId] | int:
@@ -178,10 +174,10 @@ def _step(row: dict[str, Any], digests: Iterator[Tensor], numbers: Iterator[Tens
 
 
 def _micro(row: dict[str, Any], digest: Tensor, numbers: Iterator[Tensor]) -> MicroBatch:
-    given = {key: value for key, value in row.items() if key not in ("num_tensors", "is_read")}
+    given = {key: value for key, value in row.items() if key != "num_tensors"}
     given["ids"] = next(numbers).tolist() if isinstance(row["ids"], int) else row["ids"]
     given.setdefault("positions", [*given["ids"]])
     given["loss"] = torch.tensor(row["loss"], dtype=torch.float64)
     given["random"] = dict.fromkeys(row["random"], torch.empty(0))
     given["batch"] = None if row["batch"] is None else PackedBatch(row["batch"], [])
-    return MicroBatch(**given, digest=digest if row["is_read"] else None)
+    return MicroBatch(**given, digest=digest)

@@ -23,7 +23,7 @@ class MicroBatch:
         epoch: Epoch, counted from 0 as Lightning counts.
         batch_idx: The ``batch_idx`` that ``training_step`` got.
         random: Random state just before.
-        digest: Fingerprint of the batch, ``(B,)``; None while it waits to be read, and where it changed before it was.
+        digest: Fingerprint of the batch, ``(B,)``; None while it waits to be read.
         loss: The loss that was differentiated (already divided by the accumulation, and multiplied by
             ``scale``), or None before it is known.
         global_step: Optimizer steps made before it, as the module sees it.

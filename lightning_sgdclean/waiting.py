@@ -6,34 +6,22 @@ right after another, which is a percent or two of a step of some milliseconds.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lightning_sgdclean.fingerprints import Fingerprint, fingerprint
 from lightning_sgdclean.trajectory import MicroBatch
 
 _MOST, _MOST_BYTES = 16, 8 << 20  # that wait
-_TRIALS = 4  # batches seen to be the same once training has gone on, before any may wait
 
-Read = Callable[[MicroBatch, Any], Fingerprint]
-
-
-@dataclass
-class _Waiting:
-    micro: MicroBatch
-    batch: Any
-    tensors: list[Tensor]
-    versions: list[int]  # torch counts what is done to a tensor in place
+Read = Callable[[MicroBatch, Any], None]
 
 
 class Waiting:
     """Hands batches on to be read, at once or together with those that follow.
 
-    A batch waits only where it is made of plain tensors that are sure to stay as they are: where batches before it did.
-    One that is written to while it waits has no fingerprint, and no batch waits any more; its replay is held against
-    its loss alone.
+    Only a small batch of plain tensors waits, as a copy: a training step may write to it, and a loader fill its memory
+    again.
 
     Args:
         read: Takes in a batch.
@@ -41,11 +29,7 @@ class Waiting:
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._waiting: list[_Waiting] = []
-        self._nbytes = 0
-        self._stay = True
-        self._trials = 0
-        self._last: tuple[Any, Fingerprint] | None = None
+        self._waiting: list[tuple[MicroBatch, Any]] = []
 
     def take(self, micro: MicroBatch, batch: Any, may_wait: bool) -> None:
         """A batch, about to be trained on.
@@ -53,19 +37,13 @@ class Waiting:
         Raises:
             Exception: What ``read`` raises, of this batch or one that waited.
         """
-        self._try()
-        tensors = _plain_tensors(batch)
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        is_small = self._stay and 0 < nbytes <= _MOST_BYTES // _MOST
-        if may_wait and is_small and self._trials >= _TRIALS:
-            self._waiting.append(_Waiting(micro, _held(batch), tensors, [tensor._version for tensor in tensors]))
-            if len(self._waiting) >= _MOST:
-                self.read_all()
-            return
-        self.read_all()
-        found = self._read(micro, batch)
-        if is_small and self._trials < _TRIALS:
-            self._last = _held(batch), found
+        copied = _small_copy(batch) if may_wait else None
+        if copied is not None:
+            self._waiting.append((micro, copied))
+        if copied is None or len(self._waiting) >= _MOST:
+            self.read_all()
+        if copied is None:
+            self._read(micro, batch)
 
     def read_all(self) -> None:
         """Read all that wait.
@@ -74,28 +52,19 @@ class Waiting:
             Exception: What ``read`` raises.
         """
         waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            if [tensor._version for tensor in one.tensors] == one.versions:
-                self._read(one.micro, one.batch)
-            else:
-                self._stay = False
-
-    def _try(self) -> None:
-        """Is the last batch, after a step was made of it and the next one was loaded, still what it was?"""
-        if self._last is None:
-            return
-        (batch, before), self._last = self._last, None
-        now = fingerprint(batch, len(before.rows))
-        self._trials += 1
-        self._stay = self._stay and now.setting == before.setting and bool((now.rows == before.rows).all())
+        for micro, batch in waiting:
+            self._read(micro, batch)
 
 
-def _plain_tensors(batch: Any) -> list[Tensor]:
-    """The tensors of a batch that is made of nothing else, and none of another."""
-    items = list(batch.values()) if type(batch) is dict else batch if type(batch) in (list, tuple) else [batch]
-    return list(items) if all(type(item) is Tensor for item in items) else []
-
-
-def _held(batch: Any) -> Any:
-    """The same tensors in a container of our own."""
-    return type(batch)(batch) if type(batch) in (dict, list) else batch
+def _small_copy(batch: Any) -> Any:
+    """A copy of a batch that is made of plain tensors and nothing else, or None if it is not, or large."""
+    kind = type(batch)
+    parts = list(batch.values()) if kind is dict else batch if kind in (list, tuple) else [batch]
+    if not parts or not all(type(part) is Tensor and not part.requires_grad for part in parts):
+        return None
+    if sum(part.nbytes for part in parts) > _MOST_BYTES // _MOST:
+        return None
+    copies = [part.clone() for part in parts]
+    if kind is dict:
+        return dict(zip(batch, copies, strict=True))
+    return kind(copies) if kind in (list, tuple) else copies[0]

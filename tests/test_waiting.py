@@ -11,10 +11,9 @@ from cases import TRAIN, Case, Plain, fit
 from datasets import KEPT
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.errors import SGDInfluenceWarning
-from lightning_sgdclean.fingerprints import batch_digest, fingerprint
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch
-from lightning_sgdclean.waiting import _MOST, _TRIALS, Waiting
+from lightning_sgdclean.waiting import _MOST, Waiting
 from reference import assert_influence_is_the_derivative, influences
 
 EPOCHS = 9
@@ -84,46 +83,41 @@ def test_a_dict_that_is_emptied_meanwhile_is_read_as_it_was(soon):
 
 
 class InPlace(Plain):
-    """Writes to a few late batches, and so to what waits."""
+    """Writes to its batch, which waits to be read."""
 
     def training_step(self, batch, batch_idx):
-        if self.current_epoch >= 6 and batch_idx == 2:
-            x, y, i = batch
-            return self.loss((x.mul_(0.9), y, i))
-        return self.loss(batch)
+        return self.loss((batch[0].mul_(0.9), *batch[1:]))
 
 
-class OutOfPlace(InPlace):
+class OutOfPlace(Plain):
     def training_step(self, batch, batch_idx):
-        return super().training_step([batch[0].clone(), *batch[1:]], batch_idx)
+        return self.loss((batch[0] * 0.9, *batch[1:]))
 
 
-def test_a_batch_that_is_written_to_while_it_waits_is_held_against_its_loss_and_no_other_waits(soon):
-    (written, module), (clean, same) = trained(InPlace), trained(OutOfPlace)
-    assert [digest is None for digest in digests(clean)] == [False] * 5 * EPOCHS
-    unknown = [number for number, digest in enumerate(digests(written)) if digest is None]
-    assert unknown
-    assert set(unknown) <= {6 * 5 + 2, 7 * 5 + 2, 8 * 5 + 2}
+def test_a_batch_that_is_written_to_meanwhile_is_read_as_it_was(soon):
+    written, clean = trained(InPlace)[0], trained(OutOfPlace)[0]
+    assert max(soon) > 1
+    assert all(map(torch.equal, digests(written), digests(clean)))
     assert np.array_equal(influences(written), influences(clean))
-    assert torch.equal(module.net[0].weight, same.net[0].weight)
-    assert written.summary["replay"]["batches_bit_for_bit"] == 5 * EPOCHS
 
 
-class OneBuffer:
-    """A collate function that fills the same tensor each time."""
+class Ring:
+    """A collate function that fills a few buffers again and again, behind torch's back."""
 
     def __init__(self):
-        self.x = torch.empty(5, 5)
+        self.buffers = [np.empty((5, 5), np.float32) for _ in range(3)]
 
     def __call__(self, items):
         x, y, i = map(torch.stack, zip(*items, strict=True))
-        return [self.x[: len(x)].copy_(x), y, i]
+        self.buffers.append(buffer := self.buffers.pop(0))
+        buffer[: len(x)] = x.numpy()
+        return [torch.from_numpy(buffer)[: len(x)], y, i]
 
 
-def test_a_buffer_that_the_loader_fills_again_and_again_is_noticed_and_read_at_once(soon):
+def test_buffers_that_the_loader_fills_again_are_read_as_they_were(soon):
     single = {"precision": "32-true"}  # in float64 a batch would be converted, and so copied
-    reusing, _ = trained(loader={"collate_fn": OneBuffer()}, **single)
-    assert max(soon) == 0
+    reusing = trained(loader={"collate_fn": Ring()}, **single)[0]
+    assert max(soon) > 3
     assert np.array_equal(influences(reusing), influences(trained(**single)[0]))
 
 
@@ -180,27 +174,11 @@ def micro(number):
 
 def waiting():
     read = []
-
-    def take_in(one, batch):
-        read.append((one.batch_idx, batch))
-        return fingerprint(batch, 1)
-
-    return Waiting(take_in), read
-
-
-def trusting():
-    """One that was seen to get batches that stay."""
-    line, read = waiting()
-    for number in range(_TRIALS + 1):
-        line.take(micro(number), [torch.ones(1)], may_wait=True)
-    assert len(read) == _TRIALS
-    line.read_all()
-    read.clear()
-    return line, read
+    return Waiting(lambda one, batch: read.append((one.batch_idx, batch))), read
 
 
 def test_batches_are_read_in_order_so_many_at_once():
-    line, read = trusting()
+    line, read = waiting()
     for number in range(_MOST - 1):
         line.take(micro(number), [torch.tensor([number])], may_wait=True)
     assert read == []
@@ -220,28 +198,23 @@ def test_batches_are_read_in_order_so_many_at_once():
     ],
 )
 def test_what_is_large_or_not_made_of_plain_tensors_is_read_at_once_after_all_before_it(batch):
-    line, read = trusting()
+    line, read = waiting()
     line.take(micro(0), torch.ones(1), may_wait=True)
     line.take(micro(1), batch, may_wait=True)
     assert [number for number, _ in read] == [0, 1]
 
 
 def test_nothing_waits_that_may_not():
-    line, read = trusting()
+    line, read = waiting()
     line.take(micro(0), torch.ones(1), may_wait=False)
     assert [number for number, _ in read] == [0]
 
 
 def test_an_error_of_one_that_waited_reaches_who_brings_the_next():
     def fail(one, batch):
-        if one.batch_idx == 100:
-            raise OSError("no")
-        return fingerprint(batch, 1)
+        raise OSError("no")
 
     line = Waiting(fail)
-    for number in range(_TRIALS + 1):
-        line.take(micro(number), torch.ones(1), may_wait=True)
-    line.take(micro(100), torch.ones(1), may_wait=True)
+    line.take(micro(0), torch.ones(1), may_wait=True)
     with pytest.raises(OSError, match="no"):
-        line.take(micro(101), "text", may_wait=True)
-    assert batch_digest(torch.ones(1), 1).shape == (1,)
+        line.take(micro(1), "text", may_wait=True)
