@@ -10,11 +10,12 @@ from torch import Size, Tensor
 
 from lightning_sgdclean.trajectory import State
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+DTYPES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PAIRS = {"complex64": "float32", "complex128": "float64"}  # held as real and imaginary parts: rotary embeddings, say
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {getattr(torch, name): name for name in _PAIRS}
 
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 Flat = dict[str, Tensor]  # a state's tensors one after another, by dtype
@@ -68,10 +69,17 @@ class Flattener:
         views: dict[str, list[Tensor]] = {}
         stay = True
         for (*_, tensor), live in zip(entries, self._tensors, strict=True):
-            views.setdefault(_NAMES[tensor.dtype], []).append(tensor.detach().reshape(-1))
-            stay = stay and tensor is live and tensor.is_contiguous()  # else it is a copy
+            name, plain = _NAMES[tensor.dtype], tensor.detach().resolve_conj()
+            flat = torch.view_as_real(plain) if name in _PAIRS else plain
+            views.setdefault(_held_as(name), []).append(flat.reshape(-1))
+            stay = stay and tensor is live and tensor.is_contiguous() and not tensor.is_conj()  # else it is a copy
         self._views = views if stay else None
         return views
+
+
+def _held_as(dtype: str) -> str:
+    """The dtype of the flat tensor in which tensors of this one lie."""
+    return _PAIRS.get(dtype, dtype)
 
 
 def _keys_and_tensors(state: State) -> tuple[list[Any], list[Tensor]]:
@@ -99,13 +107,26 @@ def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:
     ]
 
 
+def dtypes_of(layout: Layout) -> list[str]:
+    """Those of the flat tensors of a state."""
+    return list(dict.fromkeys(_held_as(row[3]) for row in layout))
+
+
+def nbytes_of(layout: Layout) -> int:
+    """Bytes that a state takes."""
+    sizes = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"complex64": 8, "complex128": 16}
+    return sum(sizes[dtype] * Size(shape).numel() for *_, dtype, shape in layout)
+
+
 def unflatten(layout: Layout, flat: Flat) -> State:
-    """Undo :func:`flatten`; the tensors are views into ``flat``."""
+    """Undo :func:`flatten`; the tensors are views into ``flat``, complex ones copies."""
     state, offset = State(), dict.fromkeys(flat, 0)
     for kind, name, key, dtype, shape in layout:
-        size = Size(shape).numel()
-        tensor = flat[dtype][offset[dtype] : offset[dtype] + size].reshape(shape)
-        offset[dtype] += size
+        held, parts = _held_as(dtype), [*shape, 2] if dtype in _PAIRS else shape
+        size = Size(parts).numel()
+        tensor = flat[held][offset[held] : offset[held] + size].reshape(parts)
+        tensor = torch.view_as_complex(tensor.clone()) if dtype in _PAIRS else tensor  # which an odd offset forbids
+        offset[held] += size
         if kind == "optimizer":
             state.optimizer.setdefault(name, {})[key] = tensor
         else:

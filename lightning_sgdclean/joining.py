@@ -15,7 +15,7 @@ from typing import Any
 from lightning_sgdclean.ending import forget_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
-from lightning_sgdclean.flat_state import Layout
+from lightning_sgdclean.flat_state import Layout, dtypes_of
 from lightning_sgdclean.run_directory import fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
 from lightning_sgdclean.store import Trajectory
@@ -132,7 +132,7 @@ def _shortened(folder: Path, segment: dict[str, Any], layouts: list[Layout], ste
     whole = Segment(folder / segment["file"])
     steps = list(whole.whole_steps(step))
     before = [(index, layout) for index, layout in segment["states"] if index < step]
-    states = {index: whole.state(index, dict.fromkeys(row[3] for row in layouts[layout])) for index, layout in before}
+    states = {index: whole.state(index, dtypes_of(layouts[layout])) for index, layout in before}
     name = f"segment-{number:06d}.safetensors"
     with appearing_whole(folder / name) as temporary:
         write_segment(temporary, steps, states)

@@ -291,12 +291,7 @@ class Recording:
     def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
         try:
             yield
-        except (
-            SGDInfluenceError,
-            OSError,
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch's own lack of memory is the last
+        except Exception as error:  # whatever it is: a lack of memory or disk, a fault of ours
             self._stop(trainer, error)
 
     def _stop(self, trainer: Any, error: Exception) -> None:

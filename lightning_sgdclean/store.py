@@ -6,11 +6,9 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
-from torch import Size
-
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.files import checksum_of, read_sealed
-from lightning_sgdclean.flat_state import DTYPES, Layout, unflatten
+from lightning_sgdclean.flat_state import Layout, dtypes_of, nbytes_of, unflatten
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.segments import Segment
@@ -61,8 +59,7 @@ class Trajectory:
     @property
     def state_bytes(self) -> int:
         """Bytes of the largest state."""
-        sizes = (sum(DTYPES[row[3]].itemsize * Size(row[4]).numel() for row in layout) for layout in self._layouts)
-        return max(sizes, default=0)
+        return max(map(nbytes_of, self._layouts), default=0)
 
     def shapes(self, kind: str) -> dict[str, list[int]]:
         """Shapes of the states' entries of a kind, by name."""
@@ -90,8 +87,8 @@ class Trajectory:
         if position not in self._states:
             raise RunDirectoryError(f"{self.folder} keeps no state before step {index}.")
         file, number, layout = self._states[position]
-        dtypes = dict.fromkeys(row[3] for row in self._layouts[layout])
-        return unflatten(self._layouts[layout], self._segment(file).state(number, dtypes))
+        held = self._segment(file).state(number, dtypes_of(self._layouts[layout]))
+        return unflatten(self._layouts[layout], held)
 
     def _segment(self, file: str) -> Segment:
         if self._open is None or self._open[0] != file:

@@ -100,22 +100,25 @@ class TrajectoryWriter:
         self._background.check()
         if self._steps and (self._is_full() or self._steps[-1].ends_epoch):
             self._hand_over()
+        before, self._current = self._current, None  # first of all: what Ctrl-C leaves behind must not lie about itself
         begins_epoch = self.keeps_epochs and self._has_ended_epoch
         if self._is_start or begins_epoch or is_snapshot(self._num_steps, self.interval):
-            self._keep_current(step.index)
-        elif self._current is not None:
-            self._give_back(self._current[1])
+            assert before is not None
+            self._keep(step.index, before)
+        elif before is not None:
+            self._give_back(before[1])
         self._is_start, self._has_ended_epoch = False, step.ends_epoch
         self._steps.append(step)
         self._held += sum(self._nbytes_of(micro) for micro in step.micro)
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
-        self._current = self._flat(state_after()) if wanted else None
+        if wanted:
+            self._current = self._flat(state_after())
 
     def close(self) -> None:
         """Write what is held in memory, and the state after the last step if it is known."""
         if self._current is not None and self._num_steps:
-            self._keep_current(self.next_index)
+            self._keep(self.next_index, self._current)
             self._current = None
         self.flush()
 
@@ -211,10 +214,9 @@ class TrajectoryWriter:
         for tensor in flat.values():
             self._buffers[str(tensor.dtype).removeprefix("torch."), tensor.numel()].append(tensor)
 
-    def _keep_current(self, index: int) -> None:
-        assert self._current is not None
-        self._states[index] = self._current
-        self._held += sum(tensor.nbytes for tensor in self._current[1].values())
+    def _keep(self, index: int, state: tuple[int, Flat]) -> None:
+        self._states[index] = state
+        self._held += sum(tensor.nbytes for tensor in state[1].values())
 
     def _write_manifest(self, segments: list[dict[str, Any]]) -> None:
         manifest = {

@@ -160,3 +160,23 @@ def test_a_module_that_collects_losses_does_not_grow_while_it_is_replayed():
     callback = ranked(Case("watching", {}, make=Watching))
     assert callback.summary["replay"]["batches"] == 15
     assert max(sizes) == 15
+
+
+class Rotary(Plain):
+    """Turns its inputs by angles that it holds as complex numbers, as language models do."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("turns", torch.polar(torch.ones(2), torch.tensor([0.3, 1.1])))
+
+    def loss(self, batch, reduction="mean"):
+        x, y, i = batch
+        pairs = torch.view_as_complex(x[:, :4].reshape(-1, 2, 2).contiguous())
+        turned = torch.view_as_real(pairs * self.turns.to(pairs.dtype)).flatten(1)
+        return super().loss((torch.cat([turned, x[:, 4:]], 1), y, i), reduction)
+
+
+@pytest.mark.parametrize("snapshots", ["every", 4])
+def test_complex_buffers_are_held_as_they_are(snapshots):
+    case = Case("rotary", {"options": {"momentum": 0.9}}, make=Rotary)
+    assert_influence_is_the_derivative(case, snapshots=snapshots)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sgdclean.errors import RunDirectoryError
-from lightning_sgdclean.flat_state import flatten, unflatten
+from lightning_sgdclean.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
 from lightning_sgdclean.packing import pack_batch, unpack_batch
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept, window_in_words
@@ -132,6 +132,65 @@ def test_flatten_and_unflatten_are_inverse():
     back = unflatten(json.loads(json.dumps(layout)), flat)
     assert torch.equal(back.params["a"], torch.full((2, 3), 3.0))
     assert back.params["b"].shape == ()
+
+
+def test_complex_tensors_are_held_as_pairs():
+    one = State({"odd": torch.ones(3)}, {"freqs": torch.polar(torch.ones(4), torch.arange(4.0)), "z": torch.tensor(1j)})
+    layout, flat = flatten(one)
+    assert set(flat) == {"float32"}
+    assert nbytes_of(layout) == one.nbytes == flat["float32"].nbytes
+    back = unflatten(json.loads(json.dumps(layout)), flat)
+    assert all(torch.equal(back.buffers[name], tensor) for name, tensor in one.buffers.items())
+
+
+def test_what_a_flattener_has_seen_before_is_looked_at_anew_where_it_is_another():
+    params = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    flattener = Flattener()
+
+    def agrees():
+        now = State(dict(params))
+        found, truth = flattener.flatten(now, buffer_for), flatten(now)
+        return found[0] == truth[0] and torch.equal(found[1]["float32"], truth[1]["float32"])
+
+    def buffer_for(dtype, length):
+        return torch.empty(length, dtype=DTYPES[dtype])
+
+    assert agrees()
+    params["a"].add_(1)
+    assert agrees()
+    params["a"].data = torch.full((2, 3), 5.0)  # another memory
+    assert agrees()
+    params["b"].data = params["b"].data.reshape(2, 2)  # another shape
+    assert agrees()
+    params["b"] = torch.arange(4.0)  # another object
+    assert agrees()
+    params["c"] = params.pop("b")  # another name
+    assert agrees()
+    params["a"] = torch.arange(6.0).reshape(3, 2).T  # not contiguous: no view of it can be kept
+    assert agrees()
+    params["a"].mul_(2)
+    assert agrees()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_ctrl_c_while_a_state_is_copied_leaves_what_was_there(tmp_path, interval):
+    """The state that lies before the step stays what it is; none is made up for the one after it."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    writer = TrajectoryWriter(tmp_path, interval)
+    writer.begin(state(0.0, False))
+    for index in range(3):
+        writer.append(step(index, 0, index == 2), partial(state, float(index + 1), True))
+    with pytest.raises(KeyboardInterrupt):
+        writer.append(step(3, 1, True), interrupted)
+    writer.close()
+    trajectory = Trajectory(tmp_path)
+    assert [s.index for s in trajectory.steps] == [0, 1, 2, 3]
+    assert trajectory.kept == [index for index in range(4) if index % interval == 0]
+    for index in trajectory.kept:
+        assert torch.equal(trajectory.state(index).params["b"], torch.tensor(float(index)))
 
 
 def test_window_counts_completed_epochs_besides_a_started_one():
