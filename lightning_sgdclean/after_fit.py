@@ -167,7 +167,7 @@ def _about(
             "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
         },
         "end_point": _end_point_in_words(last, run, options),
-        "dataset_size": _dataset_size(last.micro[0], run),
+        "dataset_size": _dataset_size([micro for step in steps for micro in step.micro], run),
         "window": {
             "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
             "first_step": steps[0].index,
@@ -188,10 +188,12 @@ def _about(
     }
 
 
-def _dataset_size(micro: MicroBatch, run: RecordedRun) -> int | None:
+def _dataset_size(batches: list[MicroBatch], run: RecordedRun) -> int | None:
     """How many positions the ids could be of; None where they are names."""
-    loader = run.loaders[micro.loader]
-    return len(loader.dataset) if micro.ids == micro.positions and hasattr(loader.dataset, "__len__") else None
+    dataset = run.loaders[batches[-1].loader].dataset
+    # A name may equal a position by chance, hence all batches are asked.
+    are_positions = all(micro.ids == micro.positions for micro in batches)
+    return len(dataset) if are_positions and hasattr(dataset, "__len__") else None
 
 
 def _end_point_in_words(last: Step, run: RecordedRun, options: RetraceOptions) -> str:

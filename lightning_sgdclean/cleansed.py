@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callback that trains without some samples, or with other labels for them, whatever loader they come from."""
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         expected: Labels by position that the samples have to have so far, if that is to be checked.
 
     Raises:
+        TypeError: If something is given for a position that is no whole number: a name, or a mask of truth values.
         UnsupportedTrainingError: From ``fit``, if the loader cannot be followed.
     """
 
@@ -43,9 +45,9 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         expected: Mapping[int, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.drop = frozenset(int(position) for position in drop)
-        self.labels, self.set_label = {int(key): value for key, value in (labels or {}).items()}, set_label
-        self.expected = {int(key): value for key, value in (expected or {}).items()}
+        self.drop = frozenset(_position(item) for item in drop)
+        self.labels, self.set_label = {_position(key): value for key, value in (labels or {}).items()}, set_label
+        self.expected = {_position(key): value for key, value in (expected or {}).items()}
         self._before: Any = None
         self._drawn: DrawnSamples | None = None
 
@@ -96,3 +98,13 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         if self._before is not None:
             trainer.strategy.__dict__.pop("process_dataloader", None)
             self._before = None
+
+
+def _position(item: Any) -> int:
+    plain = item.item() if hasattr(item, "item") else item
+    if isinstance(plain, bool) or not hasattr(plain, "__index__"):
+        raise TypeError(
+            f"Expected positions in the training loader's dataset, found {plain!r}. Where the ids of a ranking are "
+            "names (sample_ids=), find the positions of those samples yourself."
+        )
+    return operator.index(plain)

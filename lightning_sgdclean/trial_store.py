@@ -15,7 +15,7 @@ from lightning_sgdclean.report import versions
 from lightning_sgdclean.training import Build
 from lightning_sgdclean.trials import Settings, Trial
 
-FORMAT = 1
+FORMAT = 2  # 1 took ids for positions even where they were names
 
 
 class TrialStore:

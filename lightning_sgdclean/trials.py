@@ -97,7 +97,8 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     Returns:
         What is to be remembered, fit for JSON: ``start`` (checksum of the weights that it began with), ``metrics`` by
         loop and name, ``changed`` (sample ids), ``seconds``; of a ranked one also ``num_ranked``,
-        ``num_harmful``, ``num_samples`` (of the dataset), ``monitor`` and ``mode``, ``on_ranking_data``.
+        ``num_harmful``, ``num_samples`` (of the dataset; where ids are names, of those ranked), ``monitor`` and
+        ``mode``, ``on_ranking_data``.
 
     Raises:
         TypeError: If ``build`` returns something else.
@@ -116,7 +117,7 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     start = weights_checksum(training.model)
     if ranking is None:
         influence = _ranked(training, settings, trial.seed)
-        facts, ranked_on = _facts(influence, training), _ranked_on(influence, training)
+        facts, ranked_on = _facts(influence, training, takes_without(build)), _ranked_on(influence, training)
     else:
         facts, ranked_on = {}, []
         _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
@@ -142,12 +143,19 @@ def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
     return own[0]
 
 
-def _facts(influence: SGDInfluence, training: Training) -> dict[str, Any]:
+def _facts(influence: SGDInfluence, training: Training, names_will_do: bool) -> dict[str, Any]:
     """What is to be known of a ranking."""
     ranking = influence.ranking
     if ranking is None:
         raise ValueError("The training was not ranked. Do not use fast_dev_run.")
-    dataset: Any = getattr(training.trainer.fit_loop._combined_loader.flattened[0], "dataset", None)
+    named = influence.sample_ids is not None and influence.summary["dataset_size"] is None
+    if named and not names_will_do:
+        raise ValueError(
+            "The ids that sample_ids= gives are names, not positions in the training loader's dataset, so the samples "
+            "cannot be found there. Give build(seed, without), which leaves out the samples with those ids, or rank "
+            "without sample_ids=."
+        )
+    dataset: Any = None if named else getattr(_train_loader(training), "dataset", None)
     return {
         "num_ranked": len(ranking),
         "num_harmful": int((ranking.influence < 0).sum()),
@@ -155,6 +163,10 @@ def _facts(influence: SGDInfluence, training: Training) -> dict[str, Any]:
         "monitor": influence.monitor if influence.objective is None else None,
         "mode": influence.mode,
     }
+
+
+def _train_loader(training: Training) -> Any:
+    return training.trainer.fit_loop._combined_loader.flattened[0]
 
 
 def _ranked_on(influence: SGDInfluence, training: Training) -> Any:

@@ -380,6 +380,42 @@ def test_a_build_may_leave_samples_out_itself():
     assert numbers_of(run(leaving_out)) == numbers_of(run(short, "by callback"))
 
 
+def named(seed):
+    """Each sample holds a number that is another one's position."""
+    return short(seed, train=TensorDataset(*TRAIN.tensors, torch.arange(len(TRAIN)).flip(0)))
+
+
+def other_positions(batch):
+    return batch[2]
+
+
+def digits(batch):
+    return [str(int(number)) for number in batch[2]]
+
+
+def leaving_names_out(seed, without):
+    kept = [position for position in range(len(TRAIN)) if len(TRAIN) - 1 - position not in without]
+    made = named(seed)
+    return made._replace(
+        train_dataloaders=DataLoader(Subset(made.train_dataloaders.dataset, kept), batch_size=20, shuffle=True)
+    )
+
+
+@pytest.mark.parametrize("sample_ids", [other_positions, digits])
+def test_ids_that_are_names_are_not_taken_for_positions(sample_ids):
+    influence = {"epochs": "all", "sample_ids": sample_ids}
+    with pytest.raises(ValueError, match=r"sample_ids=.*not positions.*build\(seed, without\)"):
+        run(named, influence=influence)
+    assert num_trained() == 0
+
+
+def test_a_build_that_leaves_samples_out_itself_is_given_names():
+    found = run(leaving_names_out, influence={"epochs": "all", "sample_ids": other_positions})
+    by_position = run(short, "by position")
+    assert found.metric.none.tolist() == by_position.metric.none.tolist()
+    assert found.metric.worst.tolist() == by_position.metric.worst.tolist()
+
+
 def mean_loss(module, batch):
     return module.loss(batch)
 

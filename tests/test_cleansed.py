@@ -178,6 +178,14 @@ def test_what_has_no_positions_or_no_batch_left_is_refused():
         without_samples(DataLoader(numbers()), range(SIZE))
 
 
+@pytest.mark.parametrize("position", ["3", 3.0, True, np.bool_(True)], ids=repr)
+def test_only_whole_numbers_are_positions(position):
+    assert Cleansed(drop=[np.int64(3), torch.tensor(4)]).drop == {3, 4}
+    for options in ({"drop": [position]}, {"labels": {position: 1}}, {"expected": {position: 1}}):
+        with pytest.raises(TypeError, match="Expected positions in the training loader's dataset"):
+            Cleansed(**options)
+
+
 # In a Trainer ------------------------------------------------------------------------------------------
 
 X, Y = torch.randn(SIZE, 5, generator=torch.Generator().manual_seed(1)), torch.arange(SIZE) % 3
