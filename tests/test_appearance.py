@@ -6,12 +6,14 @@ import collections
 import dataclasses
 import io
 import sys
+import time
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.page.appearance import appearances_of
+from lightning_sgdclean.page.appearance import appearances_of, parts_of
 from lightning_sgdclean.page.shown import fetch_shown
 from lightning_sgdclean.page.thumbnails import MAX_SIDE, thumbnail_of
 
@@ -28,7 +30,7 @@ def pixels(appearance):
 
 
 def shown(*samples):
-    return appearances_of(samples)[0]
+    return appearances_of([*map(parts_of, samples)])[0]
 
 
 # --- pictures
@@ -133,7 +135,7 @@ def test_sparse_and_complex_arrays_do_no_harm():
 
 def test_without_pillow_there_is_one_complaint_and_no_picture(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    appearances, complaints = appearances_of([torch.from_numpy(GREY), torch.from_numpy(GREY), "text"])
+    appearances, complaints = appearances_of([*map(parts_of, (torch.from_numpy(GREY), torch.from_numpy(GREY), "text"))])
     assert complaints == ["pictures need Pillow: pip install lightning-sgdclean[page]"]
     assert [(appearance.picture, appearance.text) for appearance in appearances] == [("", ""), ("", ""), ("", "text")]
     assert appearances[0].note == complaints[0]
@@ -235,3 +237,94 @@ def test_a_sample_that_fails_costs_only_itself_and_is_reported():
     assert [row.appearance.text for row in rows] == ["fine", "", "fine"]
     assert rows[1].appearance.note == "OSError: disk <gone>"
     assert complaints == ["1 of 3 samples could not be shown; sample 1: OSError: disk <gone>"]
+
+
+class Lazy:
+    """Samples of which one cannot be shown, which comes out only when it is looked at."""
+
+    def __init__(self, odd):
+        self.odd = odd
+
+    def __getitem__(self, index):
+        return (self.odd, 1) if index == 1 else ("fine", 0)
+
+
+def truncated_picture():
+    file = io.BytesIO()
+    PIL.fromarray(RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+    return PIL.open(io.BytesIO(file.getvalue()[:-4000]))  # lazy: the pixels are read later
+
+
+def half_filled():
+    @dataclasses.dataclass
+    class Record:
+        name: str
+        age: int = dataclasses.field(init=False)
+
+    return Record("ann")
+
+
+@pytest.mark.parametrize(
+    ("odd", "error"), [(truncated_picture, "OSError"), (half_filled, "AttributeError")], ids=["picture", "dataclass"]
+)
+def test_a_sample_that_fails_while_it_is_looked_at_costs_only_itself(odd, error):
+    rows, complaints = fetch_shown(Lazy(odd()), [0, 1, 2])
+    assert [row.appearance.text for row in rows] == ["fine", "", "fine"]
+    assert [row.label for row in rows] == [0, 1, 0]
+    assert rows[1].appearance.note.startswith(f"{error}: ")
+    assert complaints[0].startswith(f"1 of 3 samples could not be shown; sample 1: {error}: ")
+
+
+def test_one_sample_is_held_at_a_time():
+    alive = weakref.WeakSet()
+
+    class Large:
+        def __getitem__(self, index):
+            assert len(alive) <= 1  # the one before may still have its name
+            tensor = torch.zeros(3, 300, 300)
+            alive.add(tensor)
+            return tensor, index
+
+    rows, complaints = fetch_shown(Large(), range(20))
+    assert complaints == []
+    assert all(row.appearance.picture for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.float32])
+def test_the_spread_of_an_array_is_that_of_its_numbers(dtype):
+    values = (torch.arange(24).reshape(2, 3, 4, 1) - 7).to(dtype)
+    truth = "2 x 3 x 4 x 1 numbers, from -7 to 16, mean 4.5"
+    found = [shown(values)[0].features[0][1]]
+    if dtype != torch.bfloat16:
+        found.append(shown(values.numpy())[0].features[0][1])
+    assert set(found) == {truth}
+
+
+def test_arrays_of_numbers_with_gaps_of_truths_and_of_text_are_told():
+    gaps = torch.full((2, 3, 4, 1), float("nan"))
+    assert shown(gaps)[0].features[0][1] == "2 x 3 x 4 x 1 numbers, from nan to nan, mean nan"
+    assert shown(gaps == gaps)[0].features[0][1] == "2 x 3 x 4 x 1 numbers"
+    assert shown(np.array(["a", "b"]))[0].features == (("feature 0", "a"), ("feature 1", "b"))
+    assert shown(torch.zeros(0, 3, 1, 1))[0].features[0][1] == "0 x 3 x 1 x 1 numbers"
+
+
+def test_a_long_vector_costs_what_is_shown_of_it():
+    counts, numbers = torch.arange(5_000_000), torch.arange(5_000_000) / 2
+    began = time.perf_counter()
+    (tokens, values) = shown(counts, numbers)
+    # As a Python list these take about 3 s.
+    assert time.perf_counter() - began < 1
+    assert tokens.features[0][1].startswith("0 1 2 3 ")
+    assert tokens.features[0][1].endswith("58 59 … (5000000 in all)")
+    assert values.features[1] == ("feature 1", "0.5")
+    assert values.features[-1] == ("…", "4999976 more")
+
+
+def test_a_large_array_costs_little():
+    array = torch.rand(5, 1_000_000, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    (appearance,) = shown(array[:, None, None])
+    # As a Python list it takes about 2 s.
+    assert time.perf_counter() - began < 1
+    truth = f"from {array.min():.5g} to {array.max():.5g}, mean {array.double().mean():.5g}"
+    assert appearance.features[0][1] == f"5 x 1 x 1 x 1000000 numbers, {truth}"

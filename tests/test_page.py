@@ -224,6 +224,15 @@ def test_disagreement_is_known_only_between_classes():
     assert page_data(ranking_of(np.arange(2.0), label=[1.5, 2.0], prediction=[1.5, 2.5]))["disagrees"] == "--"
 
 
+def test_what_a_column_holds_is_decided_by_all_of_it():
+    columns = {"label": [1.0, 1.5, None, 3.0], "prediction": [2.0, 1.5, 2.0, 3.0]}
+    data = page_data(ranking_of(np.arange(4.0), **columns))
+    assert data["disagrees"] == "----"
+    assert data["fields"][0]["texts"] == ["1", "1.5", None, "3"]
+    classes = {"label": [1.0, 2.0, None, 3.0], "prediction": [2.0, 2.0, 2.0, 3.0]}  # floats since one is unknown
+    assert page_data(ranking_of(np.arange(4.0), **classes))["disagrees"] == "yn-n"
+
+
 def test_a_shown_sample_leaves_out_what_is_not_known():
     row = Shown(1, Appearance(text="hello"), label=0, target=0, prediction=1, loss=float("nan"))
     data = page_data(ranking_of(np.array([0.0, -1.0])), [row], class_names={0: "no", 1: "yes"})
@@ -293,6 +302,19 @@ def test_listed_labels_are_those_of_the_samples(dataset):
 )
 def test_labels_are_not_known_where_the_list_is_not_of_the_samples(dataset):
     assert listed_labels(dataset, [0, 1]) is None
+
+
+def test_looking_at_labels_leaves_the_random_states_alone():
+    class Drawing(Listed):
+        def __getitem__(self, index):
+            np.random.rand(), torch.rand(1)  # an augmentation, say
+            return super().__getitem__(index)
+
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2]
+    assert listed_labels(Drawing([0, 1]), [1, 0]) == [1, 0]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert np.random.get_state()[2] == before[2]
 
 
 # --- the file

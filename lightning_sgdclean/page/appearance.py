@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_sgdclean.page.thumbnails import Thumbnail, address_of, ranges_of, thumbnail_of
@@ -42,8 +44,15 @@ class Appearance:
 
 
 @dataclass
-class _Parts:
-    """What was found in a sample so far."""
+class Parts:
+    """What was found in a sample, small enough to be kept of many at once.
+
+    Attributes:
+        picture: The first picture, reduced.
+        texts: Names and texts.
+        features: Names and values.
+        notes: What is to be said besides.
+    """
 
     picture: Thumbnail | None = None
     texts: list[tuple[str, str]] = field(default_factory=list)
@@ -51,18 +60,36 @@ class _Parts:
     notes: list[str] = field(default_factory=list)
 
 
-def appearances_of(samples: Sequence[Any]) -> tuple[list[Appearance], list[str]]:
-    """What there is to see of each sample.
+def parts_of(sample: Any) -> Parts:
+    """What there is to see in a sample.
 
     Args:
-        samples: Samples without their labels, or what ``render=`` made of them: images (PIL, tensors or arrays), text,
-            numbers, and tuples, lists, dicts and dataclasses of these. An ``Exception`` stands for a sample that
-            could not be had.
+        sample: The sample without its label, or what ``render=`` made of it: an image (PIL, tensor or array), text,
+            a number, or a tuple, list, dict or dataclass of these. An ``Exception`` stands for a sample that could
+            not be had.
+
+    Raises:
+        Exception: What the sample raises when it is looked at, as a damaged picture that is read late does.
+    """
+    parts = Parts()
+    if isinstance(sample, Exception):
+        parts.notes.append(f"{type(sample).__name__}: {sample}"[:300])
+        return parts
+    _collect("", sample, parts, 0)
+    if len(parts.features) > _MAX_FEATURES:
+        parts.notes.append(f"{len(parts.features) - _MAX_FEATURES} more values are not shown")
+        del parts.features[_MAX_FEATURES:]
+    if not (parts.picture or parts.texts or parts.features):
+        parts.notes.append(f"nothing to show of a {type(sample).__name__}; render= says how to show it")
+    return parts
+
+
+def appearances_of(found: Sequence[Parts]) -> tuple[list[Appearance], list[str]]:
+    """The samples as they are shown, their pictures in the range that they have in common.
 
     Returns:
         One a sample; and complaints, each in words.
     """
-    found = [_parts_of(sample) for sample in samples]
     ranges = ranges_of(parts.picture for parts in found if parts.picture is not None)
     appearances, complaints = [], []
     for parts in found:
@@ -78,21 +105,7 @@ def appearances_of(samples: Sequence[Any]) -> tuple[list[Appearance], list[str]]
     return appearances, list(dict.fromkeys(complaints))
 
 
-def _parts_of(sample: Any) -> _Parts:
-    parts = _Parts()
-    if isinstance(sample, Exception):
-        parts.notes.append(f"{type(sample).__name__}: {sample}"[:300])
-        return parts
-    _collect("", sample, parts, 0)
-    if len(parts.features) > _MAX_FEATURES:
-        parts.notes.append(f"{len(parts.features) - _MAX_FEATURES} more values are not shown")
-        del parts.features[_MAX_FEATURES:]
-    if not (parts.picture or parts.texts or parts.features):
-        parts.notes.append(f"nothing to show of a {type(sample).__name__}; render= says how to show it")
-    return parts
-
-
-def _joined(parts: _Parts) -> str:
+def _joined(parts: Parts) -> str:
     """The texts, named if there are several, cut to what fits."""
     several = len(parts.texts) > 1
     text = "\n\n".join(f"{name}: {text}" if several and name else text for name, text in parts.texts)
@@ -101,7 +114,7 @@ def _joined(parts: _Parts) -> str:
     return text[:_MAX_TEXT]
 
 
-def _collect(name: str, value: Any, parts: _Parts, depth: int) -> None:
+def _collect(name: str, value: Any, parts: Parts, depth: int) -> None:
     """Sort a value, or all values in it, into the parts."""
     if value is None or depth > _MAX_DEPTH:
         return
@@ -117,7 +130,7 @@ def _collect(name: str, value: Any, parts: _Parts, depth: int) -> None:
         _collect_inner(name, value, parts, depth)
 
 
-def _collect_inner(name: str, value: Any, parts: _Parts, depth: int) -> None:
+def _collect_inner(name: str, value: Any, parts: Parts, depth: int) -> None:
     if isinstance(value, Mapping):
         is_text = len(value) == 1 and isinstance(next(iter(value.values())), str)  # which then needs no name
         inner = [("" if is_text else str(key), item) for key, item in value.items()]
@@ -125,7 +138,7 @@ def _collect_inner(name: str, value: Any, parts: _Parts, depth: int) -> None:
         inner = list(zip(value._fields, value, strict=True))
     elif isinstance(value, tuple | list):
         if value and all(isinstance(item, bool | int | float) for item in value):
-            _add_vector(name, list(value), parts)
+            _add_vector(name, value[:_MAX_FEATURES], len(value), parts)
             return
         if value and all(isinstance(item, str) for item in value):
             parts.texts.append((name, " ".join(value)))
@@ -140,45 +153,58 @@ def _collect_inner(name: str, value: Any, parts: _Parts, depth: int) -> None:
         _collect(f"{name}.{key}" if name and key else name or key, item, parts, depth + 1)
 
 
-def _add_picture(name: str, picture: Thumbnail, parts: _Parts) -> None:
+def _add_picture(name: str, picture: Thumbnail, parts: Parts) -> None:
     if parts.picture is None:
         parts.picture = picture
         return
     parts.features.append((name or "picture", f"another picture, {picture.size[0]} x {picture.size[1]}"))
 
 
-def _add_array(name: str, value: Any, parts: _Parts) -> None:
+def _add_array(name: str, value: Any, parts: Parts) -> None:
     shape = " x ".join(map(str, value.shape))
     try:
-        array = value.detach().cpu() if isinstance(value, Tensor) else value
-        numbers = (array.float() if isinstance(array, Tensor) and array.is_floating_point() else array).tolist()
-    except (RuntimeError, TypeError):
+        array = _as_numpy(value)
+    except (RuntimeError, TypeError):  # sparse ones, say
         parts.features.append((name or "value", f"{shape} numbers"))
         return
-    if value.ndim == 0:
-        parts.features.append((name or "value", _number(numbers)))
-    elif value.ndim == 1:
-        _add_vector(name, numbers, parts)
+    if array.ndim == 0:
+        parts.features.append((name or "value", _number(array.item())))
+    elif array.ndim == 1:
+        _add_vector(name, array[:_MAX_FEATURES].tolist(), len(array), parts)
     else:
-        flat = np.asarray(numbers).reshape(-1)
-        spread = ""
-        if flat.size and flat.dtype.kind in "iuf":
-            spread = f", from {_number(flat.min())} to {_number(flat.max())}, mean {_number(flat.mean())}"
-        parts.features.append((name or "value", f"{shape} numbers{spread}"))
+        parts.features.append((name or "value", f"{shape} numbers{_spread(array)}"))
 
 
-def _add_vector(name: str, numbers: list[Any], parts: _Parts) -> None:
-    """Whole numbers in a row (tokens, say), others one by one."""
-    if numbers and all(isinstance(number, int) for number in numbers):
-        shown = " ".join(map(str, numbers[:_MAX_FEATURES]))
-        more = f" … ({len(numbers)} in all)" if len(numbers) > _MAX_FEATURES else ""
+def _as_numpy(value: Any) -> NDArray[Any]:
+    """The same numbers; those of a type that numpy does not have, such as bfloat16, as float32."""
+    if isinstance(value, np.ndarray):
+        return value
+    tensor = value.detach().cpu()
+    is_known = tensor.dtype in (torch.float32, torch.float64) or not tensor.is_floating_point()
+    array: NDArray[Any] = (tensor if is_known else tensor.float()).numpy()
+    return array
+
+
+def _spread(array: NDArray[Any]) -> str:
+    if not array.size or array.dtype.kind not in "iuf":
+        return ""
+    with np.errstate(all="ignore"):  # sums of infinite numbers
+        low, high, mean = array.min(), array.max(), array.mean(dtype=np.float64)
+    return f", from {_number(low)} to {_number(high)}, mean {_number(mean)}"
+
+
+def _add_vector(name: str, first: Sequence[Any], num: int, parts: Parts) -> None:
+    """Whole numbers in a row (tokens, say), others one by one; ``first`` are those of ``num`` that could be shown."""
+    if first and all(isinstance(number, int) for number in first):
+        shown = " ".join(map(str, first))
+        more = f" … ({num} in all)" if num > len(first) else ""
         parts.features.append((name or "values", shown + more))
         return
     prefix = f"{name}[{{}}]" if name else "feature {}"
-    for i, number in enumerate(numbers[:_MAX_VALUES]):
+    for i, number in enumerate(first[:_MAX_VALUES]):
         parts.features.append((prefix.format(i), _number(number)))
-    if len(numbers) > _MAX_VALUES:
-        parts.features.append((name or "…", f"{len(numbers) - _MAX_VALUES} more"))
+    if num > _MAX_VALUES:
+        parts.features.append((name or "…", f"{num - _MAX_VALUES} more"))
 
 
 def _number(value: Any) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
+from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.sample_labels import Label, label_of, likely_place_of_label, plain_label
 
 ClassNames = Mapping[Any, str] | Sequence[str]
@@ -54,18 +56,22 @@ def listed_labels(dataset: Any, positions: Sequence[Any]) -> list[Label | None] 
     Returns:
         One label a position, or None where there is no such list.
     """
-    try:
-        label_at = _label_getter(dataset)
-        if label_at is None:
+    with untouched_randomness(torch.device("cpu")):
+        try:
+            return _checked_labels(dataset, positions)
+        except Exception:  # the user's dataset, which may raise anything; its labels are then not known
             return None
-        labels = [label_at(position) for position in positions]
-        checked = range(0, len(positions), max(1, len(positions) // _NUM_CHECKED))
-        for i in checked:
-            sample = dataset[positions[i]]
-            if labels[i] is None or label_of(sample, likely_place_of_label(sample)) != labels[i]:
-                return None
-    except Exception:  # the user's dataset, which may raise anything; its labels are then not known
+
+
+def _checked_labels(dataset: Any, positions: Sequence[Any]) -> list[Label | None] | None:
+    label_at = _label_getter(dataset)
+    if label_at is None:
         return None
+    labels = [label_at(position) for position in positions]
+    for i in range(0, len(positions), max(1, len(positions) // _NUM_CHECKED)):
+        sample = dataset[positions[i]]
+        if labels[i] is None or label_of(sample, likely_place_of_label(sample)) != labels[i]:
+            return None
     return labels
 
 

@@ -104,14 +104,16 @@ def _ids(ids: NDArray[Any]) -> list[Any]:
 def _columns(ranking: Ranking) -> dict[str, list[Any]]:
     """The further columns as plain values, None where unknown."""
     return {
-        name: [None if value == "" or value != value else _whole(value) for value in column.tolist()]
+        name: _whole([None if value == "" or value != value else value for value in column.tolist()])
         for name, column in ranking.columns.items()
     }
 
 
-def _whole(value: Any) -> Any:
-    """A class number that an unknown one in its column made a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _whole(values: list[Any]) -> list[Any]:
+    """Class numbers that an unknown one among them made floats; a column with any other float is measured."""
+    if all(value is None or (isinstance(value, float) and value.is_integer()) for value in values):
+        return [None if value is None else int(value) for value in values]
+    return values
 
 
 def _grouping_columns(ranking: Ranking, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_sgdclean.page.appearance import Appearance, Render, appearances_of
+from lightning_sgdclean.page.appearance import Appearance, Parts, Render, appearances_of, parts_of
 from lightning_sgdclean.randomness import untouched_randomness
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.ranking_csv import SampleId
@@ -62,23 +62,22 @@ def fetch_shown(
     Returns:
         One row a sample, random states left as they were; and complaints, each in words.
     """
-    contents: list[Any] = []
+    found: list[Parts] = []  # and not the samples, which may be large
     labels: list[Label | None] = []
     failures: list[str] = []
     with untouched_randomness(torch.device("cpu")):
         for name in ids:
-            label, content = None, None
+            label = None
             try:
                 sample = dataset[name if positions is None else positions[name]]
                 place = likely_place_of_label(sample)
                 label = label_of(sample, place)
-                content = without_label(sample, place, label) if render is None else render(sample)
-            except Exception as error:  # the user's dataset or render=, which may raise anything
+                found.append(parts_of(without_label(sample, place, label) if render is None else render(sample)))
+            except Exception as error:  # the user's dataset, sample or render=, which may raise anything
                 failures.append(f"sample {name!r}: {type(error).__name__}: {error}")
-                content = error
-            contents.append(content)
+                found.append(parts_of(error))
             labels.append(label)
-    appearances, complaints = appearances_of(contents)
+    appearances, complaints = appearances_of(found)
     if failures:
         complaints.append(f"{len(failures)} of {len(ids)} samples could not be shown; {failures[0]}"[:500])
     rows = zip(ids, appearances, labels, strict=True)
