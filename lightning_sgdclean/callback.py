@@ -21,6 +21,7 @@ from lightning_sgdclean.errors import NonFiniteError, warn_of
 from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.joining import Mark, join
+from lightning_sgdclean.later import call_of
 from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
 from lightning_sgdclean.opened import OpenedRun, RecordedRun
@@ -343,9 +344,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _tell_how_to_go_on(self, error: BaseException) -> None:
         text = (
             f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
-            f"the cause is gone: lightning_sgdclean.retrace({str(self.run_dir)!r}, model, train_dataloaders=..., "
-            f"val_dataloaders=..., monitor={self.monitor!r}, mode={self.mode!r}, epochs={self.epochs!r}, "
-            f"at={self.at!r}, curvature={self.curvature!r})."
+            f"the cause is gone: {call_of(self.run_dir, self._options())}"
         )
         error.add_note(text)
         if isinstance(error, KeyboardInterrupt):  # of which Lightning shows nothing: it ends the process

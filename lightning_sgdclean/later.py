@@ -2,6 +2,7 @@
 """Retrace a recorded run on another day, in another process, without training again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,3 +113,18 @@ def retrace(
     )
     warn_of(complaints)
     return ranking
+
+
+def call_of(run_dir: Path | None, options: RetraceOptions) -> str:
+    """The call of :func:`retrace` that ranks a run as its fit would have; ``...`` stands for what the fit was given."""
+    others = [option for option in fields(options) if option.name != "val_dataloaders"]
+    given = {option.name: getattr(options, option.name) for option in others}
+    differing = [f"{one.name}={_as_written(given[one.name])}" for one in others if given[one.name] != one.default]
+    arguments = [repr(str(run_dir)), "model", "train_dataloaders=...", "val_dataloaders=...", *differing]
+    return f"lightning_sgdclean.retrace({', '.join(arguments)})"
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: ..." for name in value) + "}"
+    return "..." if callable(value) else repr(value)

@@ -191,11 +191,15 @@ def test_error_after_fit_gives_the_call_that_finishes_the_job(tmp_path):
         loss = F.cross_entropy(module.net(batch[0]), batch[1])
         return loss * float("nan")
 
-    callback = SGDInfluence(objective=fails, epochs="all", dirpath=tmp_path / "run")
+    asked = {"objective": {"mine": fails}, "epochs": "all", "tolerance": 1e-4, "columns": ["loss"]}
+    callback = SGDInfluence(**asked, dirpath=tmp_path / "run")
     with pytest.raises(Exception, match="finite") as caught:
         quiet_trainer([callback]).fit(Plain(), *loaders())
     note = " ".join(caught.value.__notes__)
-    assert f"lightning_sgdclean.retrace({str(tmp_path / 'run')!r}, model," in note
+    assert note.endswith(
+        f"lightning_sgdclean.retrace({str(tmp_path / 'run')!r}, model, train_dataloaders=..., val_dataloaders=..., "
+        "objective={'mine': ...}, epochs='all', tolerance=0.0001, columns=('loss',))"
+    )
     train, val = loaders()
     ranking = retrace(tmp_path / "run", Plain(), train_dataloaders=train, val_dataloaders=val, epochs="all")
     assert len(ranking) == 23
