@@ -193,6 +193,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._forget()
         if stage != "fit" or trainer.fast_dev_run:
             return
+        checks.check_alone(trainer, SGDInfluence)
         checks.check_module(trainer, pl_module, self.objective is not None)
         self._loaders = TrainLoaders(self.sample_ids, may_keep=self.keep_batches is not False)
         self._loaders.watch(trainer)
@@ -265,7 +266,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """Tells the states of several of these callbacks in a checkpoint apart."""
+        """Tells the states in a checkpoint apart, should it be of a training with several of these callbacks."""
         key: str = self._generate_state_key(monitor=self.monitor, curvature=self.curvature, dirpath=str(self.dirpath))
         return key
 

@@ -108,6 +108,21 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
 
 
+def check_alone(trainer: Any, kind: type) -> None:
+    """Before anything is set up: two of them would take each other's batches.
+
+    Raises:
+        UnsupportedTrainingError: The Trainer has several callbacks of this kind.
+    """
+    num = sum(isinstance(callback, kind) for callback in trainer.callbacks)
+    if num > 1:
+        raise UnsupportedTrainingError(
+            f"The Trainer has {num} {kind.__name__} callbacks; only one can watch a training. For several objectives "
+            "give it objective={name: callable, ...}; for other windows, engines or options rank the recorded run "
+            "again: lightning_sgdclean.retrace(run_dir, model, ...)."
+        )
+
+
 def check_optimizers(trainer: Any) -> None:
     """Once the optimizers exist.
 

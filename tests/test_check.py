@@ -145,9 +145,8 @@ def test_it_says_what_would_be_split_and_which_ids_bytes_and_minutes(package, fo
 
 def test_as_json(folder, capsys):
     code, out, _ = check(capsys, config(folder, callback={}, accumulate_grad_batches=3), "--json")
-    content = json.loads(out)
-    (found,) = content["callbacks"]
-    assert (code, content["refused"], found["refusal"], found["notes"]) == (0, False, None, [])
+    found = json.loads(out)
+    assert (code, found["refused"], found["refusal"], found["notes"]) == (0, False, None, [])
     assert found["split"] == [["cross_entropy", "mean", True]]
     assert (found["first_ids"], found["dataset_size"]) == ([0, 1, 2, 3], 12)
     assert (found["num_steps"], found["window_steps"]) == (4, 2)
@@ -171,18 +170,21 @@ def test_a_refusal_is_the_result_and_the_exit_code_is_one(options, kind, message
     assert code == 1
     assert re.search(rf"^refused +{kind}: .*{message}", out, re.MULTILINE)
     code, out, _ = check(capsys, path, "--json")
-    assert json.loads(out)["callbacks"][0]["error"] == kind
+    assert json.loads(out)["error"] == kind
 
 
-def test_without_a_callback_its_defaults_are_tried_and_several_are_tried_each(folder, capsys):
+def test_without_a_callback_its_defaults_are_tried(folder, capsys):
     assert check(capsys, config(folder))[0] == 0
+
+
+def test_two_callbacks_are_refused_as_a_fit_refuses_them(folder, capsys):
     ours = "lightning_sgdclean.SGDInfluence"
-    both = [{"class_path": ours, "init_args": {"monitor": name}} for name in ("val_loss", "other")]
+    both = [{"class_path": ours, "init_args": {"dirpath": name}} for name in ("a", "b")]
+    before = {*untouched(folder), "config.yaml"}
     code, out, _ = check(capsys, config(folder, callbacks=both))
     assert code == 1
-    assert out.count("first batch  ") == 1  # the other one is refused before any step
-    assert "can be followed" in out
-    assert "No value named 'other'" in out
+    assert re.search(r"^refused +UnsupportedTrainingError: .*2 SGDInfluence callbacks", out, re.MULTILINE)
+    assert untouched(folder) == before
 
 
 def test_callbacks_loggers_and_checkpoints_of_the_configuration_write_nowhere(folder, capsys):

@@ -65,6 +65,19 @@ def test_manual_optimization():
     refuse(UnsupportedTrainingError, "optimizes manually", module)
 
 
+def test_a_second_of_these_callbacks_is_refused_before_training_and_says_what_to_do_instead(tmp_path):
+    ours = [SGDInfluence("val_loss", dirpath=tmp_path / name) for name in ("a", "b")]
+    running, (train, val) = quiet_trainer(ours), loaders()
+    with pytest.raises(
+        UnsupportedTrainingError, match=r"2 SGDInfluence callbacks.*objective=\{name: callable.*retrace"
+    ):
+        running.fit(Plain(), train, val)
+    assert running.global_step == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "process_dataloader" not in vars(running.strategy)
+    assert ours[0].state_key != ours[1].state_key  # of checkpoints that hold both
+
+
 def test_several_optimizers():
     class Two(Plain):
         def __init__(self):

@@ -9,7 +9,6 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,32 +47,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     training = ConfiguredTraining(arguments.config, arguments.model, arguments.data)
     with contextlib.redirect_stdout(sys.stderr), without_chatter():
-        found = list(_tried(training))
-    refused = any(findings.refusal for _, findings in found)
+        callback, found = _tried(training)
+    refused = found.refusal is not None
     if arguments.json:
-        content = {"config": str(arguments.config), "refused": refused}
-        print(json.dumps(content | {"callbacks": [_as_json(*one) for one in found]}, indent=2, ensure_ascii=False))
+        content = {"config": str(arguments.config), "refused": refused, **_as_json(callback, found)}
+        print(json.dumps(content, indent=2, ensure_ascii=True))
     else:
-        print("\n\n".join(facts([("config", str(arguments.config)), *_in_words(*one)]) for one in found))
+        print(facts([("config", str(arguments.config)), *_in_words(callback, found)]))
     return int(refused)
 
 
-def _tried(training: Any) -> Iterator[tuple[Any, "Findings"]]:
-    """Each of the configuration's callbacks, in a training of its own."""
+def _tried(training: Any) -> tuple[Any, "Findings"]:
+    """The configuration's callback, or one with the defaults; several are refused as by ``fit``."""
     from lightning_sgdclean.callback import SGDInfluence
     from lightning_sgdclean.dry_run import TRAINER_OPTIONS, dry_run
 
-    number, total = 0, 1
-    while number < total:
-        with tempfile.TemporaryDirectory(prefix="sgdclean-") as folder:
-            made, module, datamodule = training.make({**TRAINER_OPTIONS, "default_root_dir": folder})
-            ours = [one for one in made.callbacks if isinstance(one, SGDInfluence)]
-            if not ours:
-                ours = [SGDInfluence()]
-                made.callbacks.insert(0, ours[0])
-            made.callbacks = [one for one in made.callbacks if one not in ours or one is ours[number]]
-            yield ours[number], dry_run(made, module, datamodule, ours[number], Path(folder))
-        number, total = number + 1, len(ours)
+    with tempfile.TemporaryDirectory(prefix="sgdclean-") as folder:
+        made, module, datamodule = training.make({**TRAINER_OPTIONS, "default_root_dir": folder})
+        callback = next((one for one in made.callbacks if isinstance(one, SGDInfluence)), None)
+        if callback is None:
+            callback = SGDInfluence()
+            made.callbacks.insert(0, callback)
+        return callback, dry_run(made, module, datamodule, callback, Path(folder))
 
 
 def _in_words(callback: Any, found: "Findings") -> list[tuple[str, str]]:
