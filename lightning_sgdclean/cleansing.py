@@ -60,7 +60,8 @@ def cleanse(
         seeds: How many, from 0 on, or which ones; two at least.
         random_draws: Trainings without random samples for each seed and number.
         select: Name of a value that validation logs, by which the number is chosen; by default what the ranking is by.
-        select_mode: Whether that should be low or high; by default as ``mode``, or as the ranking has it.
+        select_mode: Whether that should be low or high; to be given with ``select``, unless that is the metric or what
+            the ranking is by.
         influence: Options of :class:`SGDInfluence`, if the Trainer that ``build`` makes has none among its callbacks.
         action: ``"relabel"`` gives samples the class that the ranked model predicts, instead of leaving them out.
         set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see

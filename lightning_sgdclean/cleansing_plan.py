@@ -35,10 +35,20 @@ class Question:
     action: Action = "drop"
 
     def completed(self, ranked: Mapping[str, Any]) -> "Question":
-        """With what a ranked training says where nothing was said."""
-        if self.select is not None:
-            return replace(self, select_mode=self.select_mode or self.mode)
-        return replace(self, select=ranked["monitor"], select_mode=ranked["mode"])
+        """With what a ranked training says where nothing was said.
+
+        Raises:
+            ValueError: If nobody said whether the value that chooses should be low or high.
+        """
+        select = self.select or ranked["monitor"]
+        known = {ranked["monitor"]: ranked["mode"], None: ranked["mode"]} | {self.metric: self.mode}
+        mode = self.select_mode or known.get(select)
+        if mode is None:
+            raise ValueError(
+                f"Expected select_mode= beside select={select!r}, which is neither the metric nor what the ranking is "
+                'by: should it be low ("min") or high ("max")?'
+            )
+        return replace(self, select=select, select_mode=mode)
 
 
 @dataclass

@@ -333,6 +333,7 @@ def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trai
         "config.yaml",
         "--metric=test_loss",
         "--select=val_loss",
+        "--select-mode=min",
         "--seeds=2",
         "--drop",
         "20",

@@ -424,7 +424,34 @@ def test_an_objective_of_ones_own_needs_a_metric_to_select_by():
     influence = {"epochs": "all", "objective": mean_loss}
     with pytest.raises(ValueError, match="Expected select= to be one of val_loss, found None"):
         run(short, influence=influence)
-    assert run(short, influence=influence, select="val_loss").question.select_mode == "min"
+    with pytest.raises(ValueError, match="Expected select_mode="):
+        run(short, influence=influence, select="val_loss")
+    found = run(short, influence=influence, select="val_loss", select_mode="min")
+    assert found.question.select_mode == "min"
+    assert num_trained() == 6
+
+
+def with_accuracy(seed):
+    made = short(seed)
+    made.model.validation_step = partial(accuracy_too, made.model)
+    return made
+
+
+def accuracy_too(module, batch, batch_idx):
+    module.log("val_loss", module.loss(batch))
+    module.log("val_right", (module.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_whether_the_value_that_chooses_is_to_be_low_is_not_guessed():
+    """What the metric should be says nothing of another value."""
+    with pytest.raises(ValueError, match=r"Expected select_mode= beside select='val_right', .*max"):
+        run(with_accuracy, select="val_right")
+    assert num_trained() == 1
+    found = run(with_accuracy, select="val_right", select_mode="max")
+    means = [found.selection.none.mean(), *found.selection.worst.mean(1)]
+    assert found.verdict.recommended == (0, *found.counts)[int(np.argmax(means))]
+    assert run(with_accuracy, select="val_loss", metric="test_right", mode="max").question.select_mode == "min"
+    assert run(with_accuracy, select_mode="max").question.select_mode == "max"
 
 
 # Refusals -----------------------------------------------------------------------------------------------
@@ -467,7 +494,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step():
     ("options", "says"),
     [
         ({"metric": "accuracy"}, "Expected metric= to be one of test_loss, test_right, odd, found 'accuracy'"),
-        ({"select": "val_acc"}, "Expected select= to be one of val_loss, found 'val_acc'"),
+        ({"select": "val_acc", "select_mode": "max"}, "Expected select= to be one of val_loss, found 'val_acc'"),
         ({"drop": (300,)}, "found 300 and 300 ranked"),
         ({"drop": ()}, "Expected drop="),
         ({"drop": (0,)}, "whole numbers, found 0"),

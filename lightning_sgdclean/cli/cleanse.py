@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="S", help="how many seeds (5)")
     parser.add_argument("--random-draws", type=int, default=2, metavar="R", help="random removals for each (2)")
     parser.add_argument("--select", metavar="NAME", help="value that validation logs, which chooses how many to remove")
-    parser.add_argument("--select-mode", choices=("min", "max"), help="what that should be")
+    parser.add_argument(
+        "--select-mode", choices=("min", "max"), help="what that should be, unless metric or ranking tell"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="P", help="trainings at a time (1)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("cleansing"), metavar="DIR", help="for all files (cleansing)"
