@@ -66,7 +66,8 @@ def retrace_steps(
     for number, step in list(enumerate(reversed(steps)))[done:]:
         after = states.state(step.index + 1) if after is None else after
         before = states.state(step.index)
-        for micro, scores in retrace_step(step, before, after, adjoints, walk, number % _FULL_CHECK_EVERY == 0):
+        is_checked = number % _FULL_CHECK_EVERY == 0 or step.index in walk.fidelity.joints
+        for micro, scores in retrace_step(step, before, after, adjoints, walk, is_checked):
             found.add(micro, scores)
         if not bool(torch.isfinite(found.values).all()):
             raise NonFiniteError(f"The influences stopped being finite at step {step.index} (epoch {step.epoch}).")

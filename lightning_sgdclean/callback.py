@@ -20,7 +20,7 @@ from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.errors import NonFiniteError, warn_of
 from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
-from lightning_sgdclean.joining import Mark, join
+from lightning_sgdclean.joining import join
 from lightning_sgdclean.later import call_of
 from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
@@ -180,7 +180,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _forget(self) -> None:
         """Be as before any fit."""
         self._active = False
-        self._mark: Mark | None = None
+        self._mark: dict[str, Any] = {}  # what the checkpoint says that a fit goes on from
         self._loaders: TrainLoaders | None = None
         self._recording: Recording | None = None
         self._checked_validation = False
@@ -206,7 +206,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_optimizers(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
-        known_best = self._mark.best if self._mark and self.run_dir else None
+        known_best = self._mark["best"] if self.run_dir else None
         if self.run_dir is None:
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
@@ -277,7 +277,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what to join."""
-        self._mark = Mark(**state_dict)
+        self._mark = state_dict
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What leads to the checkpoint has to be on disk before it is."""
@@ -323,6 +323,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
+            fit=self._recording.writer.fit,
         )
         page = PageOfRun(self.page, self.show_samples, self.render, self.class_names)
 

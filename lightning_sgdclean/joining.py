@@ -8,7 +8,7 @@ that came to its end is left alone, and its segments are linked into a new run's
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, 
 from lightning_sgdclean.flat_state import Layout, dtypes_of
 from lightning_sgdclean.run_directory import fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.store import Trajectory, fit_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Mark:
         step: Number that the next step would have had.
         folder: The run directory.
         is_between_steps: Whether no batch waited for its step.
+        fit: Name of the fit that recorded the step before; empty where there is none.
         best: See :class:`lightning_sgdclean.best_model.BestModel`.
     """
 
@@ -37,14 +38,15 @@ class Mark:
     step: int
     folder: str
     is_between_steps: bool
+    fit: str
     best: list[int] | None = None
 
 
-def join(mark: Mark, wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
+def join(said: dict[str, Any], wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
     """The run directory in which the fit goes on, its trajectory ending at the checkpoint.
 
     Args:
-        mark: What the checkpoint says.
+        said: What the checkpoint says, a :class:`Mark` as a dict.
         wanted: The user's directory, if any.
         log_dir: Where directories go otherwise.
         overwrite: Whether a finished run in the wanted one may be lost.
@@ -53,7 +55,7 @@ def join(mark: Mark, wanted: str | Path | None, log_dir: Path, overwrite: bool) 
         The directory, or None after a warning where there is nothing to join.
     """
     try:
-        return _join(mark, None if wanted is None else Path(wanted), log_dir, overwrite)
+        return _join(mark_of(said), None if wanted is None else Path(wanted), log_dir, overwrite)
     except (RunDirectoryError, OSError) as error:
         warnings.warn(
             f"What was recorded before this checkpoint cannot be joined, so only steps from here on are: {error}",
@@ -61,6 +63,19 @@ def join(mark: Mark, wanted: str | Path | None, log_dir: Path, overwrite: bool) 
             stacklevel=3,
         )
         return None
+
+
+def mark_of(said: dict[str, Any]) -> Mark:
+    """Read what a checkpoint says.
+
+    Raises:
+        RunDirectoryError: If another version of this package wrote it, which says more or less.
+    """
+    wanted = {each.name for each in fields(Mark)}
+    if said.keys() != wanted:
+        other = ", ".join(map(repr, sorted(said.keys() ^ wanted)))
+        raise RunDirectoryError(f"the checkpoint was written by another version of this package: {other}.")
+    return Mark(**said)
 
 
 def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
@@ -103,12 +118,17 @@ def cut_off(folder: Path, mark: Mark) -> None:
     """Remove from a trajectory what was recorded after a checkpoint, and what a kill left behind.
 
     Raises:
-        RunDirectoryError: If it does not reach the checkpoint, or is not what was recorded.
+        RunDirectoryError: If it does not reach the checkpoint, does not lead to it, or is not what was recorded.
     """
     trajectory = Trajectory(folder)
     reached = trajectory.steps[-1].index + 1 if trajectory.steps else 0
     if reached < mark.step:
         raise RunDirectoryError(f"{folder} ends before step {reached}, the checkpoint was written before {mark.step}.")
+    if fit_of(trajectory.fits, mark.step - 1) != mark.fit:
+        raise RunDirectoryError(
+            f"the steps before {mark.step} in {folder} are not those that led to the checkpoint: another fit has gone "
+            "on from an earlier checkpoint since."
+        )
     manifest = read_sealed(folder / "manifest.json")
     numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("segment-*.safetensors")]
     kept = []
@@ -118,7 +138,7 @@ def cut_off(folder: Path, mark: Mark) -> None:
         elif segment["first"] < mark.step:
             kept.append(_shortened(folder, segment, manifest["layouts"], mark.step, max(numbers) + 1))
     manifest["segments"] = kept
-    manifest["joints"] = [index for index in manifest["joints"] if index < mark.step]
+    manifest["fits"] = [(first, fit) for first, fit in manifest["fits"] if first < mark.step]
     forget_ending(folder)
     write_sealed(folder / "manifest.json", manifest)
     names = {segment["file"] for segment in kept}

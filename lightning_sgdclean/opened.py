@@ -48,6 +48,7 @@ class RecordedRun:
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         classes: Classes that kept batches are made of, by name.
         as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
+        fit: Name of the fit that recorded its last steps; empty where that may be any.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class RecordedRun:
     averaging: list[str]
     classes: Classes
     as_delivered: Callable[[Any], Any]
+    fit: str = ""
 
 
 @dataclass
@@ -137,6 +139,11 @@ def _opened(
     restore: Callable[[], None],
 ) -> OpenedRun:
     trajectory = Trajectory(run.folder / "trajectory")
+    if run.fit and run.fit != trajectory.fits[-1][1]:
+        raise RunDirectoryError(
+            f"{run.folder} holds the steps of another fit, which wrote there at the same time. Give each a dirpath= of "
+            "its own, or go on from a checkpoint with one at a time."
+        )
     steps = _window(trajectory.steps, run, options)
     check_finite(steps)
     check_positions(steps, lambda micro: _loader_of(run, trajectory, micro))

@@ -26,6 +26,7 @@ from lightning_sgdclean.objective import loaders_in
 from lightning_sgdclean.randomness import RandomStates
 from lightning_sgdclean.recorder import Recorder, trained_parameters
 from lightning_sgdclean.rehearsal import Rehearsal
+from lightning_sgdclean.store import fit_of
 from lightning_sgdclean.surroundings import surroundings_of
 from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.trajectory import MicroBatch, first_epoch_kept
@@ -260,7 +261,8 @@ class Recording:
         if best is not None:  # the checkpoint may be that of the best model itself
             best.look(self.writer.next_index, self.recorder.last_epoch)
         known, is_between_steps = None if best is None else best.known, not self.recorder.has_pending
-        return Mark(self.writer.run, self.writer.next_index, folder, is_between_steps, known)
+        step = self.writer.next_index
+        return Mark(self.writer.run, step, folder, is_between_steps, fit_of(self.writer.fits, step - 1), known)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training(trainer):

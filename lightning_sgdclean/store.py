@@ -3,6 +3,7 @@
 
 import json
 from bisect import bisect_left
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.segments import Segment
 from lightning_sgdclean.trajectory import State, Step
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Trajectory:
@@ -27,6 +28,7 @@ class Trajectory:
         steps: In order; their positions in this list are those that states are asked for by.
         kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
             state ``len(steps)`` after the last.
+        fits: Pairs of a step number and the name of the fit that recorded the steps from there on.
         joints: Steps after which a fit went on from a checkpoint.
 
     Raises:
@@ -47,7 +49,9 @@ class Trajectory:
             _check_segment(folder, segment)
             self._read_steps(segment)
         self.kept = sorted(self._states)
-        self.joints = {self.steps[self.position(i) - 1].index for i in manifest["joints"] if self.position(i) > 0}
+        self.fits: list[tuple[int, str]] = [(first, fit) for first, fit in manifest["fits"]]
+        firsts = [self.position(first) for first, _ in self.fits[1:]]
+        self.joints = {self.steps[position - 1].index for position in firsts if position > 0}
 
     def _read_steps(self, segment: dict[str, Any]) -> None:
         steps = self._segment(segment["file"]).steps()
@@ -94,6 +98,11 @@ class Trajectory:
         if self._open is None or self._open[0] != file:
             self._open = file, Segment(self.folder / file)
         return self._open[1]
+
+
+def fit_of(fits: Iterable[tuple[int, str]], index: int) -> str:
+    """Name of the fit that recorded step ``index``; empty where none did."""
+    return next((fit for first, fit in reversed([*fits]) if first <= index), "")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

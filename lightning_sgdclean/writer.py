@@ -37,6 +37,10 @@ class TrajectoryWriter:
         keeps_epochs: Whether the state before each epoch is a snapshot, too. Where the window is to begin with an
             epoch, nothing of the epochs before it is then needed.
 
+        run: What tells the run from others; a fit that goes on from a checkpoint keeps it.
+        fit: What tells this fit from others, also from those that went on from the same checkpoint.
+        fits: See :class:`~lightning_sgdclean.store.Trajectory`.
+
     Args:
         folder: Where the files go; made if need be. A trajectory in it is continued.
         interval: Steps from one snapshot to the next; see :func:`~lightning_sgdclean.schedule.is_snapshot`.
@@ -61,7 +65,8 @@ class TrajectoryWriter:
         self.bytes_written = 0
         self._layouts: list[Layout] = []
         self._segments: list[dict[str, Any]] = []
-        self._joints: list[int] = []
+        self.fit = uuid.uuid4().hex
+        self.fits: list[tuple[int, str]] = [(0, self.fit)]
         self._num_segments = 0
         self._num_steps = 0
         self._current: tuple[int, Flat] | None = None  # the state after the last step, where it is wanted
@@ -78,7 +83,7 @@ class TrajectoryWriter:
     def _continue(self) -> None:
         manifest = read_sealed(self._folder / "manifest.json")
         self.run, self._layouts, self._segments = manifest["run"], manifest["layouts"], manifest["segments"]
-        self._joints = [*manifest["joints"], self.next_index]
+        self.fits = [*((first, fit) for first, fit in manifest["fits"]), (self.next_index, self.fit)]
         self.bytes_written = sum(segment["bytes"] for segment in self._segments)
         self._num_segments = 1 + max((int(s["file"][8:14]) for s in self._segments), default=-1)
 
@@ -223,7 +228,7 @@ class TrajectoryWriter:
             "format": FORMAT,
             "run": self.run,
             "trained": self._trained,
-            "joints": self._joints,
+            "fits": self.fits,
             "layouts": list(self._layouts),
             "segments": segments,
         }

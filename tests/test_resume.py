@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +132,10 @@ def test_checkpoint_stays_small_and_loads_with_weights_only(tmp_path):
     interrupted(tmp_path, 12)
     states = torch.load(tmp_path / "step=10.ckpt", weights_only=True)["callbacks"]
     ours = next(state for key, state in states.items() if "SGDInfluence" in key)
+    trajectory = Trajectory(tmp_path / "run" / "trajectory")
     assert ours == {
-        "run": Trajectory(tmp_path / "run" / "trajectory").run,
+        "run": trajectory.run,
+        "fit": trajectory.fits[0][1],
         "step": 10,
         "folder": str(tmp_path / "run"),
         "is_between_steps": True,
@@ -140,11 +143,16 @@ def test_checkpoint_stays_small_and_loads_with_weights_only(tmp_path):
     }
 
 
+def mark_at(step, run_dir):
+    trajectory = Trajectory(run_dir / "trajectory")
+    return Mark(trajectory.run, step, str(run_dir), True, trajectory.fits[0][1])
+
+
 def test_finished_run_is_left_alone_and_what_goes_on_gets_its_own_directory(tmp_path):
     train(tmp_path, 4, max_epochs=3)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    mark = Mark(Trajectory(tmp_path / "run" / "trajectory").run, 10, str(tmp_path / "run"), True)
-    folder = join(mark, None, tmp_path, False)
+    mark = mark_at(10, tmp_path / "run")
+    folder = join(asdict(mark), None, tmp_path, False)
     assert folder == tmp_path / "sgd_influence"
     assert [step.index for step in Trajectory(folder / "trajectory").steps] == list(range(10))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -153,7 +161,7 @@ def test_finished_run_is_left_alone_and_what_goes_on_gets_its_own_directory(tmp_
 def test_kill_while_cutting_off_leaves_one_trajectory_or_the_other(tmp_path, monkeypatch):
     interrupted(tmp_path, 14)
     folder = tmp_path / "run" / "trajectory"
-    mark = Mark(Trajectory(folder).run, 8, str(tmp_path / "run"), True)
+    mark = mark_at(8, tmp_path / "run")
 
     def die(*_):
         raise KeyboardInterrupt
