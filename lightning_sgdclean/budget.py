@@ -34,6 +34,8 @@ class Needs:
         max_bytes: Bytes that the trajectory may take on disk.
         curvature: The engine.
         num_epochs: Epochs whose first states are kept besides.
+        num_kept: Steps that may lie on disk at once, where those are more than a window has: with ``at="best"``
+            the best model's window and the latest one.
     """
 
     num_steps: int | None
@@ -43,11 +45,17 @@ class Needs:
     max_bytes: float
     curvature: str = "exact"
     num_epochs: int = 0
+    num_kept: int | None = None
+
+    @property
+    def steps_on_disk(self) -> int:
+        """As many as may lie there at once."""
+        return self.num_kept or self.num_steps or 0
 
     @property
     def record_bytes(self) -> int:
         """Bytes of all steps without their states."""
-        return (self.num_steps or 0) * self.batches_a_step * _RECORD_BYTES
+        return self.steps_on_disk * self.batches_a_step * _RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,14 @@ class Budget:
 
 
 def window_length(
-    num_batches: float, accumulated: int, max_epochs: int | None, max_steps: int, epochs: int | str
+    num_batches: float,
+    accumulated: int,
+    max_epochs: int | None,
+    max_steps: int,
+    epochs: int | str,
+    num_windows: int = 1,
 ) -> int | None:
-    """Optimizer steps that a window can have, or None if that cannot be known.
+    """Optimizer steps that a window, or so many of them, can have, or None if that cannot be known.
 
     Args:
         num_batches: Training batches an epoch, infinite where the loader has no length.
@@ -80,9 +93,10 @@ def window_length(
         max_epochs: The Trainer's; None or -1 for no limit.
         max_steps: Likewise; -1 for no limit.
         epochs: The callback's option. A started epoch comes on top.
+        num_windows: Windows that lie apart, at most.
     """
     longest = math.inf if max_epochs is None or max_epochs < 0 else max_epochs
-    wanted = longest if epochs == "all" else min(longest, int(epochs) + 1)
+    wanted = longest if epochs == "all" else min(longest, num_windows * (int(epochs) + 1))
     num_steps = math.ceil(num_batches / accumulated) * wanted if math.isfinite(num_batches) else math.inf
     if max_steps >= 0:
         num_steps = min(num_steps, max_steps)
@@ -140,9 +154,10 @@ def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
 def _auto_intervals(num_steps: int, needs: Needs) -> list[int | None]:
     """From most snapshots to fewest."""
     fitting = (needs.max_bytes - needs.record_bytes) // max(1, needs.state_bytes) - needs.num_epochs
-    num_fitting = int(min(num_steps, fitting))
-    sparse = -(-num_steps // (num_fitting - 1)) if num_fitting >= 2 else max(1, num_steps)
-    dense: list[int | None] = [1] if num_steps * needs.state_bytes <= _SMALL else []
+    num_kept = needs.steps_on_disk
+    num_fitting = int(min(num_kept, fitting))
+    sparse = -(-num_kept // (num_fitting - 1)) if num_fitting >= 2 else max(1, num_kept)
+    dense: list[int | None] = [1] if num_kept * needs.state_bytes <= _SMALL else []
     return [*dense, interval_of("sqrt", num_steps), sparse]
 
 
@@ -152,12 +167,13 @@ def _nbytes(interval: int | None, needs: Needs) -> int:
 
 def _num_states(interval: int | None, needs: Needs) -> int:
     """Snapshots; those before an epoch come on top unless every state is kept."""
-    return num_snapshots(needs.num_steps or 1, interval) + (0 if interval == 1 else needs.num_epochs)
+    return num_snapshots(needs.steps_on_disk or 1, interval) + (0 if interval == 1 else needs.num_epochs)
 
 
 def _counts(interval: int | None, needs: Needs) -> str:
     snapshots = f"{_num_states(interval, needs)} snapshots of {in_bytes(needs.state_bytes)}"
-    return f"{snapshots} and {in_bytes(needs.record_bytes)} of records"
+    windows = " in two windows, the best model's and the latest" if needs.num_kept else ""
+    return f"{snapshots} and {in_bytes(needs.record_bytes)} of records{windows}"
 
 
 def _cost(interval: int | None, needs: Needs) -> float:

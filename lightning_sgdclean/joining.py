@@ -139,6 +139,9 @@ def cut_off(folder: Path, mark: Mark) -> None:
             kept.append(_shortened(folder, segment, manifest["layouts"], mark.step, max(numbers) + 1))
     manifest["segments"] = kept
     manifest["fits"] = [(first, fit) for first, fit in manifest["fits"] if first < mark.step]
+    manifest["gaps"] = [index for index in manifest["gaps"] if index < mark.step]
+    if kept and kept[-1]["last"] + 1 < mark.step:  # the checkpoint is of a step that was let go
+        manifest["gaps"].append(mark.step)
     forget_ending(folder)
     write_sealed(folder / "manifest.json", manifest)
     names = {segment["file"] for segment in kept}

@@ -138,7 +138,8 @@ def _opened(
     surroundings: Surroundings,
     restore: Callable[[], None],
 ) -> OpenedRun:
-    trajectory = Trajectory(run.folder / "trajectory")
+    end = run.ending.best_step if options.at == "best" else None
+    trajectory = Trajectory(run.folder / "trajectory", end)
     if run.fit and run.fit != trajectory.fits[-1][1]:
         raise RunDirectoryError(
             f"{run.folder} holds the steps of another fit, which wrote there at the same time. Give each a dirpath= of "

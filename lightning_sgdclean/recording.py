@@ -101,6 +101,7 @@ class Recording:
             BudgetError: If that is too much.
         """
         state_bytes = expected_state_bytes(self.recorder.state(), trainer.optimizers[0])
+        num_windows = 1 if self.best is None or self._retrace.epochs == "all" else 2
         needs = Needs(
             num_steps=self._num_steps(trainer, trainer.max_epochs),
             batches_a_step=trainer.accumulate_grad_batches,
@@ -108,7 +109,8 @@ class Recording:
             slots=slots_for(state_bytes),
             max_bytes=min(self._options.max_bytes or math.inf, shutil.disk_usage(self._folder).free),
             curvature=self._retrace.curvature,
-            num_epochs=0 if self._retrace.epochs == "all" else int(self._retrace.epochs) + 1,
+            num_epochs=0 if self._retrace.epochs == "all" else num_windows * (int(self._retrace.epochs) + 1),
+            num_kept=None if num_windows == 1 else self._num_steps(trainer, trainer.max_epochs, num_windows),
         )
         self.budget = budget = budget_for(self._options.snapshots, needs)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
@@ -225,12 +227,13 @@ class Recording:
         if self.recorder.has_pending:
             ends_epoch = _is_at_end_of_epoch(trainer)
             self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
-        kept = first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), self._retrace.epochs)
-        if self.best is not None and self.best.epoch is not None:
-            kept = min(kept, first_epoch_kept(*self.best.epoch, self._retrace.epochs))
+        epochs = self._retrace.epochs
+        windows = [(first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), epochs), math.inf)]
+        if self.best is not None and self.best.epoch is not None and self.best.step is not None:
+            windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
         with self._never_breaking_the_training(trainer):
-            self.writer.drop_before(kept)
-        self._loaders.let_go(kept)
+            self.writer.keep_only(*windows)
+        self._loaders.let_go(min(epoch for epoch, _ in windows))
 
     def flush(self, trainer: Any) -> None:
         """Write what is held in memory."""
@@ -277,17 +280,26 @@ class Recording:
     def _plan(self, trainer: Any) -> Plan:
         """What is known of the run when batches are first to be kept."""
         epochs, is_endless = self._retrace.epochs, trainer.max_epochs in (None, -1)
-        num_steps = self._num_steps(trainer, -1 if is_endless else trainer.max_epochs - trainer.current_epoch)
+        left, num_windows = (
+            -1 if is_endless else trainer.max_epochs - trainer.current_epoch,
+            1 + (self.best is not None),
+        )
+        num_steps = self._num_steps(trainer, left, num_windows)
         num_batches = math.inf if num_steps is None else num_steps * trainer.accumulate_grad_batches
-        first_epoch = 0 if epochs == "all" else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
+        reaches_all = epochs == "all" or self.best is not None
+        first_epoch = 0 if reaches_all else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
         free = shutil.disk_usage(self._folder).free + self.writer.bytes_written  # as before there were steps
         room = min(free, self._options.max_bytes or math.inf) - self._planned_bytes
         return Plan(num_batches, first_epoch, max(0, room))
 
-    def _num_steps(self, trainer: Any, max_epochs: int | None) -> int | None:
-        """Steps that a window can have in so many epochs."""
-        num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-        return window_length(num_batches, accumulated, max_epochs, trainer.max_steps, self._retrace.epochs)
+    def _num_steps(self, trainer: Any, max_epochs: int | None, num_windows: int = 1) -> int | None:
+        """Steps that a window, or so many of them, can have in so many epochs."""
+        num_batches, accumulated, epochs = (
+            trainer.num_training_batches,
+            trainer.accumulate_grad_batches,
+            self._retrace.epochs,
+        )
+        return window_length(num_batches, accumulated, max_epochs, trainer.max_steps, epochs, num_windows)
 
     @contextmanager
     def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:

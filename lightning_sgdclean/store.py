@@ -2,6 +2,7 @@
 """The trajectory on disk, read back: a manifest (JSON), and the segments that it names."""
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,13 @@ FORMAT = 3
 class Trajectory:
     """A recorded run, read back. Steps are light and held in memory; states are read when asked for.
 
+    Where steps between two windows were let go, it is read as far as one follows on the other: the stretch of steps
+    that leads to the one window or to the other.
+
+    Args:
+        folder: Where it lies.
+        end: Number of the step that the wanted stretch leads to; by default the one after the last.
+
     Attributes:
         folder: Where it lies.
         run: What tells the run from others.
@@ -32,10 +40,11 @@ class Trajectory:
         joints: Steps after which a fit went on from a checkpoint.
 
     Raises:
-        RunDirectoryError: If the folder holds no trajectory, one of another format, or one of which a bit has changed.
+        RunDirectoryError: If the folder holds no trajectory, one of another format, or one of which a bit has
+            changed, or if what leads to ``end`` was let go.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, end: int | None = None) -> None:
         self.folder = folder
         manifest = _manifest(folder)
         self.run: str = manifest["run"]
@@ -47,11 +56,11 @@ class Trajectory:
         self.steps: list[Step] = []
         for segment in manifest["segments"]:
             _check_segment(folder, segment)
+        for segment in _stretch(folder, manifest, end):
             self._read_steps(segment)
         self.kept = sorted(self._states)
         self.fits: list[tuple[int, str]] = [(first, fit) for first, fit in manifest["fits"]]
-        firsts = [self.position(first) for first, _ in self.fits[1:]]
-        self.joints = {self.steps[position - 1].index for position in firsts if position > 0}
+        self.joints = {first - 1 for first, _ in self.fits[1:] if self.position(first) > 0}
 
     def _read_steps(self, segment: dict[str, Any]) -> None:
         steps = self._segment(segment["file"]).steps()
@@ -119,6 +128,26 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is a trajectory of format {written_as!r}; this version reads format {FORMAT}. {remedy}"
         )
     return read_sealed(folder / "manifest.json")
+
+
+def _stretch(folder: Path, manifest: dict[str, Any], end: int | None) -> list[dict[str, Any]]:
+    """Segments each of which goes on where the one before ended, up to the step ``end``, or the last ones."""
+    stretches: list[list[dict[str, Any]]] = [[]]
+    for segment in manifest["segments"]:
+        before = stretches[-1][-1]["last"] if stretches[-1] else math.inf
+        if any(before < gap <= segment["first"] for gap in manifest["gaps"]):
+            stretches.append([])
+        stretches[-1].append(segment)
+    if end is None:
+        return stretches[-1]
+    found = [number for number, stretch in enumerate(stretches) if stretch and stretch[0]["first"] < end]
+    stretch = stretches[max(found, default=0)]
+    if found and stretch is not stretches[-1] and stretch[-1]["last"] + 1 < end:
+        raise RunDirectoryError(
+            f"{folder} keeps no steps from {stretch[-1]['last'] + 1} on that lead to step {end}: they were let go "
+            'while the run went on. Use at="last".'
+        )
+    return stretch
 
 
 def _check_segment(folder: Path, segment: dict[str, Any]) -> None:

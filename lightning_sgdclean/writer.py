@@ -67,6 +67,7 @@ class TrajectoryWriter:
         self._segments: list[dict[str, Any]] = []
         self.fit = uuid.uuid4().hex
         self.fits: list[tuple[int, str]] = [(0, self.fit)]
+        self._gaps: list[int] = []  # steps before which others were let go
         self._num_segments = 0
         self._num_steps = 0
         self._current: tuple[int, Flat] | None = None  # the state after the last step, where it is wanted
@@ -84,6 +85,7 @@ class TrajectoryWriter:
         manifest = read_sealed(self._folder / "manifest.json")
         self.run, self._layouts, self._segments = manifest["run"], manifest["layouts"], manifest["segments"]
         self.fits = [*((first, fit) for first, fit in manifest["fits"]), (self.next_index, self.fit)]
+        self._gaps = manifest["gaps"]
         self.bytes_written = sum(segment["bytes"] for segment in self._segments)
         self._num_segments = 1 + max((int(s["file"][8:14]) for s in self._segments), default=-1)
 
@@ -96,7 +98,7 @@ class TrajectoryWriter:
     def begin(self, state: State) -> None:
         """Take the state before the first step of a fit, which is kept in any case."""
         self._current, self._is_start = self._flat(state), True
-        self._background.submit(partial(self._write_manifest, list(self._segments)))
+        self._background.submit(partial(self._write_manifest, list(self._segments), self._gaps))
 
     def append(self, step: Step, state_after: Callable[[], State], is_last: bool = False) -> None:
         """Add one step and the state after it, which is asked for where it is a snapshot or may be the last one."""
@@ -149,10 +151,12 @@ class TrajectoryWriter:
         self._num_segments += 1
         self._segments.append(segment)
         states = {index: flat for index, (_, flat) in self._states.items()}
-        self._background.submit(partial(self._write, list(self._segments), self._steps, states))
+        self._background.submit(partial(self._write, list(self._segments), self._gaps, self._steps, states))
         self._forget()
 
-    def _write(self, segments: list[dict[str, Any]], steps: list[Step], states: dict[int, Flat]) -> None:
+    def _write(
+        self, segments: list[dict[str, Any]], gaps: list[int], steps: list[Step], states: dict[int, Flat]
+    ) -> None:
         """Write the last of these segments, and the manifest."""
         *others, segment = segments
         with appearing_whole(self._folder / segment["file"]) as temporary:
@@ -161,24 +165,41 @@ class TrajectoryWriter:
             self._check_fits(size + sum(other["bytes"] for other in others))
             segment |= {"bytes": size, "checksum": checksum_of(temporary)}
         self.bytes_written += size
-        self._write_manifest(segments)
+        self._write_manifest(segments, gaps)
         for flat in states.values():
             self._give_back(flat)
 
-    def drop_before(self, epoch: int) -> None:
-        """Forget what no window will reach any more: all before the last snapshot at or before this epoch."""
+    def keep_only(self, *windows: tuple[int, float]) -> None:
+        """Forget what none of these windows will reach any more.
+
+        Args:
+            windows: First epoch of each, and the number of the step that it ends before; infinity for one that goes on.
+                The state at its end stays, and so does all from the last snapshot at or before its beginning.
+        """
+        reaches = [(self._snapshot_before(epoch), end) for epoch, end in windows]
+
+        def is_reached(segment: dict[str, Any]) -> bool:
+            return any(start <= segment["last"] and segment["first"] <= end for start, end in reaches)
+
+        kept = [segment for segment in self._segments if is_reached(segment)]
+        gone = [segment for segment in self._segments if not is_reached(segment)]
+        if gone:
+            firsts = [*(segment["first"] for segment in self._segments), *(step.index for step in self._steps[:1])]
+            follows = zip(self._segments, firsts[1:], strict=False)
+            gaps = {*self._gaps, *(first for before, first in follows if not is_reached(before))}
+            self._segments = kept
+            self._gaps = sorted(gap for gap in gaps if kept and gap > kept[0]["first"])
+            self._background.submit(partial(self._drop, list(kept), self._gaps, gone))
+
+    def _snapshot_before(self, epoch: int) -> int:
+        """Number of the last state that is kept at or before the beginning of an epoch."""
         firsts = [segment["first"] for segment in self._segments if segment["epoch"] >= epoch]
         firsts += [step.index for step in self._steps if step.epoch >= epoch]
         states = [index for segment in self._segments for index, _ in segment["states"]]
-        states += self._states
-        needed = max((index for index in states if firsts and index <= firsts[0]), default=0)
-        gone = [segment for segment in self._segments if segment["last"] < needed]
-        if gone:
-            self._segments = [segment for segment in self._segments if segment["last"] >= needed]
-            self._background.submit(partial(self._drop, list(self._segments), gone))
+        return max((index for index in [*states, *self._states] if firsts and index <= firsts[0]), default=0)
 
-    def _drop(self, segments: list[dict[str, Any]], gone: list[dict[str, Any]]) -> None:
-        self._write_manifest(segments)
+    def _drop(self, segments: list[dict[str, Any]], gaps: list[int], gone: list[dict[str, Any]]) -> None:
+        self._write_manifest(segments, gaps)
         for segment in gone:
             (self._folder / segment["file"]).unlink(missing_ok=True)
 
@@ -223,12 +244,13 @@ class TrajectoryWriter:
         self._states[index] = state
         self._held += sum(tensor.nbytes for tensor in state[1].values())
 
-    def _write_manifest(self, segments: list[dict[str, Any]]) -> None:
+    def _write_manifest(self, segments: list[dict[str, Any]], gaps: list[int]) -> None:
         manifest = {
             "format": FORMAT,
             "run": self.run,
             "trained": self._trained,
             "fits": self.fits,
+            "gaps": gaps,
             "layouts": list(self._layouts),
             "segments": segments,
         }

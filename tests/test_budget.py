@@ -4,14 +4,15 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
-from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean import SGDInfluence, retrace
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
-from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning
+from lightning_sgdclean.errors import BudgetError, RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.recorder import current_state, trained_parameters
 from lightning_sgdclean.schedule import reversal, revolve
 from lightning_sgdclean.store import Trajectory
@@ -60,6 +61,8 @@ def test_length_of_the_window_before_training():
     assert window_length(100, 1, None, -1, "all") is None
     assert window_length(math.inf, 1, 10, -1, "all") is None
     assert window_length(math.inf, 1, 10, 70, 1) == 70
+    assert window_length(100, 1, 10, -1, 1, num_windows=2) == 400
+    assert window_length(100, 1, 3, -1, 1, num_windows=2) == 300
 
 
 OPTIMIZERS = {
@@ -101,6 +104,76 @@ def test_bytes_announced_are_about_those_written(snapshots, capsys):
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Trajectory: about"))
     value, unit = said.split()[2:4]
     assert float(value) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(callback.summary["trajectory_bytes"], rel=0.15)
+
+
+class BestInSecond(Wide):
+    """Says that it was best after its second epoch."""
+
+    def on_validation_epoch_end(self):
+        self.log("distance", float(abs(self.current_epoch - 1)))
+
+
+def best_run(folder, callbacks=(), max_epochs=8, max_bytes=None, **options):
+    """A run with one window far behind the other, and the ModelCheckpoint that saved its best model."""
+    pl.seed_everything(1, verbose=False)
+    options = {"epochs": 1, "at": "best", "snapshots": "every", "dirpath": folder / "run"} | options
+    callback = SGDInfluence("val_loss", max_bytes=max_bytes, **options)
+    saving = pl.callbacks.ModelCheckpoint(folder, filename="best", monitor="distance")
+    settings = {"enable_checkpointing": True, "precision": "32-true"}
+    trainer = quiet_trainer([callback, saving, *callbacks], max_epochs=max_epochs, **settings)
+    trainer.fit(BestInSecond(), *loaders())
+    return callback
+
+
+class BytesOnDisk(pl.Callback):
+    """What lies there at the end of each epoch, before anything of it is let go; put in front of the callback."""
+
+    def __init__(self, folder):
+        self.folder, self.found = folder / "run" / "trajectory", []
+
+    def on_train_epoch_end(self, trainer, module):
+        callback = next(one for one in trainer.callbacks if isinstance(one, SGDInfluence))
+        callback._recording.flush(trainer)
+        self.found.append(sum(path.stat().st_size for path in self.folder.glob("segment-*")))
+
+
+@pytest.mark.parametrize("snapshots", ["every", 2])
+def test_two_windows_are_kept_where_the_best_model_may_lie_far_back(tmp_path, snapshots):
+    disk = BytesOnDisk(tmp_path)
+    callback = best_run(tmp_path, [disk], snapshots=snapshots)
+    budget = callback._recording.budget
+    assert "in two windows, the best model's and the latest" in budget.text
+    assert len(disk.found) == 8
+    assert max(disk.found) <= budget.nbytes
+    assert callback.summary["window"]["last_step"] == 9
+    again = best_run(tmp_path / "bounded", max_bytes=budget.nbytes, snapshots=snapshots)
+    assert again.ranking == callback.ranking
+
+
+def test_both_windows_can_be_retraced_later_and_none_reaches_over_what_was_let_go(tmp_path):
+    callback = best_run(tmp_path)
+    folder, best = callback.run_dir / "trajectory", callback.summary["window"]["last_step"] + 1
+    early, late = Trajectory(folder, best), Trajectory(folder)
+    assert early.steps[-1].index < late.steps[0].index - 1
+    assert best in [early.steps[0].index + position for position in early.kept]
+
+    def later(**options):
+        train, val = loaders()
+        return retrace(callback.run_dir, BestInSecond(), train_dataloaders=train, val_dataloaders=val, **options)
+
+    assert np.array_equal(later(at="best").influence, callback.ranking.influence)
+    at_last = best_run(tmp_path / "last", at="last")
+    assert np.array_equal(later().influence, at_last.ranking.influence)
+    for epochs in (3, "all"):
+        with pytest.raises(RunDirectoryError, match=r"the window of epochs=.* would begin with epoch"):
+            later(epochs=epochs)
+
+
+def test_a_best_model_whose_steps_were_let_go_is_refused(tmp_path):
+    folder = best_run(tmp_path).run_dir / "trajectory"
+    gone = Trajectory(folder).steps[0].index - 1
+    with pytest.raises(RunDirectoryError, match=rf"lead to step {gone}: they were let go"):
+        Trajectory(folder, gone)
 
 
 def test_max_bytes_chooses_the_policy(tmp_path):

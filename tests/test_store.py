@@ -2,6 +2,7 @@
 """What is written is what is read; what cannot be read says so."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
+from lightning_sgdclean.joining import Mark, cut_off
 from lightning_sgdclean.packing import pack_batch, unpack_batch
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept, window_in_words
@@ -46,7 +48,7 @@ def written(folder, interval=1, close=True):
 
 
 def dropped(writer, epoch):
-    writer.drop_before(epoch)
+    writer.keep_only((epoch, math.inf))
     writer.flush()
 
 
@@ -115,6 +117,54 @@ def test_steps_with_gaps_between_their_numbers_have_their_states(tmp_path):
     for value, index in enumerate((3, 5, 9, 10)):
         assert torch.equal(trajectory.state(index).params["b"], torch.tensor(float(value)))
     assert torch.equal(trajectory.state(4).params["b"], torch.tensor(1.0))  # after step 3, that is
+
+
+def in_epochs(writer, indices, two_windows=None):
+    """Epochs of two steps, the state before step ``i`` holding ``i``."""
+    for index in indices:
+        writer.append(step(index, index // 2, index % 2 == 1), partial(state, float(index + 1), True))
+    if two_windows is not None:
+        writer.keep_only(*two_windows)
+
+
+def test_between_two_windows_steps_can_go_and_each_has_its_own_states(tmp_path):
+    writer = TrajectoryWriter(tmp_path)
+    writer.keeps_epochs = True
+    writer.begin(state(0.0, False))
+    in_epochs(writer, range(10), [(1, 4), (4, math.inf)])
+    writer.flush()
+    first, last = Trajectory(tmp_path, 4), Trajectory(tmp_path)
+    assert [s.index for s in first.steps] == [2, 3, 4, 5]  # with the segment that the state at the end lies in
+    assert [s.index for s in last.steps] == [8, 9]
+    for trajectory, indices in ((first, range(2, 6)), (last, range(8, 10))):
+        for index in indices:
+            assert trajectory.state(index).params["b"].item() == index
+    with pytest.raises(RunDirectoryError, match="no state before step 6"):
+        first.state(6)  # which would stand where step 8 does, were the two read as one
+    with pytest.raises(RunDirectoryError, match="keeps no steps from 6 on that lead to step 7"):
+        Trajectory(tmp_path, 7)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(7, [2, 3, 4, 5]), (9, [8])])
+def test_a_fit_that_goes_on_from_a_step_that_was_let_go_begins_a_stretch_of_its_own(tmp_path, step, kept):
+    writer = TrajectoryWriter(tmp_path)
+    writer.keeps_epochs = True
+    writer.begin(state(0.0, False))
+    in_epochs(writer, range(10), [(1, 4), (4, math.inf)])
+    writer.flush()
+    cut_off(tmp_path, Mark(writer.run, step, str(tmp_path), True, writer.fit))
+    assert [s.index for s in Trajectory(tmp_path).steps] == kept
+    writer = TrajectoryWriter(tmp_path)
+    writer.begin(state(float(step), True))
+    in_epochs(writer, range(step, 12))
+    writer.close()
+    last = Trajectory(tmp_path)
+    assert [s.index for s in last.steps] == [*(kept if step == 9 else []), *range(step, 12)]
+    assert all(last.state(s.index).params["b"].item() == s.index for s in last.steps)
+    assert last.state(12).params["b"].item() == 12
+    first = Trajectory(tmp_path, 4)
+    assert [s.index for s in first.steps] == [2, 3, 4, 5]
+    assert first.state(4).params["b"].item() == 4
 
 
 def test_dropped_epochs_go_and_the_first_kept_step_still_has_its_state(tmp_path):

@@ -2,6 +2,7 @@
 """Writing happens beside the training: in order, from few buffers, and its errors cost the recording only."""
 
 import errno
+import math
 import os
 import resource
 import shutil
@@ -215,7 +216,7 @@ def record(folder, interval):
     for index in range(10):
         writer.append(step(index, index // 2, index % 2 == 1), partial(state, float(index + 1), True))
         if index % 2 == 1:
-            writer.drop_before(index // 2 - 1)
+            writer.keep_only((index // 2 - 1, math.inf))
     writer.close()
 
 
