@@ -212,6 +212,32 @@ def test_measured_labels_make_no_groups_and_any_may_be_typed():
     assert data["choices"] == []
 
 
+def shown_with(labels, first=0):
+    return [Shown(first + i, label=label) for i, label in enumerate(labels)]
+
+
+def test_classes_are_those_of_the_shown_samples_where_no_others_are_known():
+    influence = np.arange(-4.0, 6.0)
+    data = page_data(ranking_of(influence), [*shown_with(["cat", "dog", "cat"]), Shown(9, target="dog")])
+    (field,) = data["fields"]
+    assert (field["name"], data["classesOf"]) == ("label", "shown")
+    assert field["codes"] == [0, 1, 0, *[-1] * 6, 1]
+    harm = {field["values"][row["group"]]["name"]: (row["count"], row["harm"], row["help"]) for row in field["tally"]}
+    assert harm == {"cat": (2, -6.0, 0.0), "dog": (2, -3.0, 5.0)}
+    assert data["labelsAreOfDataset"] is False
+
+
+def test_it_is_told_whose_classes_are_known():
+    ranking, unknown = ranking_of(np.arange(4.0)), ranking_of(np.arange(4.0), label=[None] * 4)
+    assert page_data(ranking)["classesOf"] == "none"
+    assert page_data(ranking, labels=[0, 1, 0, 1])["classesOf"] == "all"
+    assert page_data(ranking_of(np.arange(4.0), label=[0, 1, 0, 1]), shown_with([0, 1]))["classesOf"] == "all"
+    assert page_data(unknown, shown_with([0, 1, 1, 0]))["classesOf"] == "shown"
+    assert page_data(unknown)["classesOf"] == "none"
+    assert page_data(ranking, shown_with([0.5, 0.25, 1.0, 2.0]))["classesOf"] == "measured"
+    assert page_data(ranking, labels=[0.5, 0.25, 1.0, 2.0])["classesOf"] == "measured"
+
+
 def test_columns_that_make_groups_are_shown():
     columns = {"annotator": ["ann", "bob"] * 4, "unique": [f"u{i}" for i in range(8)], "source": ["a[0]", "b[0]"] * 4}
     data = page_data(ranking_of(np.arange(8.0), **columns))

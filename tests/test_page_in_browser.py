@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page in a real Chromium: it filters, decides, remembers and downloads, and data stay data."""
 
+import csv
 import shutil
 import time
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 
 PHONE = {"width": 390, "height": 844}
 NAMES = ["cat", "dog", "cow"]
+NAMES_OF_REVIEWS = ["bad", "good"]
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -36,7 +38,13 @@ HOSTILE = [
     "constructor",
     "x" * 400,
     "\u202eevil\u202c",
+    "\n=1+1",
+    "\uff1d1+1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff20SUM(A1)",
 ]
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class Pictures(Dataset):
@@ -81,7 +89,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     data = [{"text": f"a review of film {i}, told at some length", "label": i % 2} for i in range(300)]
-    return Run(tmp_path_factory.mktemp("texts"), data, ranked(300), class_names=["bad", "good"])
+    return Run(tmp_path_factory.mktemp("texts"), data, ranked(300), class_names=NAMES_OF_REVIEWS)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,13 @@ def hostile(tmp_path_factory):
     positions = {text: i for i, text in enumerate(HOSTILE)}
     ranking = ranked(len(HOSTILE), HOSTILE, source=[f"{text}/x" for text in HOSTILE])
     return Run(tmp_path_factory.mktemp("hostile"), data, ranking, positions=positions)
+
+
+@pytest.fixture(scope="module")
+def hostile_groups(tmp_path_factory):
+    data = [{"text": text, "label": text} for text in HOSTILE * 3]
+    ranking = ranked(len(data), label=HOSTILE * 3, annotator=HOSTILE[::-1] * 3)
+    return Run(tmp_path_factory.mktemp("hostile_groups"), data, ranking)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +218,33 @@ def test_harm_by_class_and_group_is_told_most_harmful_first(opened, pictures):
     assert page.locator("#tally .group").all_inner_texts() == [*sums]
     page.select_option("#grouping", label="annotator")
     assert sorted(page.locator("#tally .group").all_inner_texts()) == ["ann", "bob", "eve"]
+
+
+def test_without_listed_labels_classes_are_those_of_the_samples_shown_and_that_is_said(opened, texts):
+    page = opened(texts.address)
+    labels = {i: NAMES_OF_REVIEWS[sample["label"]] for i, sample in enumerate(texts.dataset)}
+    known = [*texts.ranking.harmful(200), *texts.ranking.helpful(60)]
+    counts = {name: sum(labels[i] == name for i in known) for name in NAMES_OF_REVIEWS}
+    shares = dict(
+        zip(
+            page.locator("#tally .group").all_inner_texts(),
+            [int(text.split("/")[1]) for text in page.locator("#tally .share").all_inner_texts()],
+            strict=True,
+        )
+    )
+    assert shares == counts
+    assert 'columns=("label",)' in page.inner_text("#classes-note")
+    page.click("#tally >> text=good")
+    assert status(page) == f"{counts['good']} samples to look at pass the filters"
+
+
+def test_with_all_labels_known_nothing_is_missed(opened, pictures):
+    assert not opened(pictures.address).is_visible("#classes-note")
+
+
+def test_without_any_labels_the_page_says_how_to_have_them(opened, tmp_path):
+    page = opened(Run(tmp_path, None, ranked(20)).address)
+    assert 'columns=("label",)' in page.inner_text("#classes-note")
 
 
 @pytest.mark.parametrize("num", [0, 1])
@@ -408,9 +450,9 @@ def test_hostile_ids_and_labels_come_back_from_the_csv_and_are_no_formulas(opene
     assert {decision.sample_id: (decision.choice, decision.was) for decision in found} == {
         text: ("drop", text) for text in HOSTILE
     }
-    lines = path.read_text(encoding="utf-8").split("\n")
-    assert not [line for line in lines if line.removeprefix('"').startswith(("=", "+", "-", "@"))]
-    assert "-1" in [cell for line in lines for cell in line.split(",")]  # a label that is a number stays one
+    with path.open(encoding="utf-8", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert {cell for cell in cells if cell.startswith(FORMULA_STARTS)} == {"-1"}  # a label that is a number stays one
 
 
 def test_a_hostile_memory_does_no_harm(opened, pictures):
@@ -438,6 +480,81 @@ def test_nothing_speaks_against_its_accessibility(opened, few, scheme, viewport)
         change()
         found = axe.Axe().run(page).response["violations"]
         assert [(one["id"], [node["html"][:150] for node in one["nodes"]]) for one in found] == []
+
+
+@pytest.mark.parametrize("name", ["pictures", "texts", "hostile_groups"])
+def test_nothing_speaks_against_pagers_texts_and_groups_either(opened, request, name):
+    page = opened(request.getfixturevalue(name).address)
+    for change in (
+        lambda: page.click("#later") if page.is_visible("#pager") else None,
+        lambda: page.click("#tally button >> nth=0"),
+        lambda: page.click("#view >> text=Table"),
+    ):
+        change()
+        found = axe.Axe().run(page).response["violations"]
+        assert [(one["id"], [node["html"][:150] for node in one["nodes"]]) for one in found] == []
+
+
+def test_groups_of_hostile_names_filter_and_do_nothing_else(opened, hostile_groups):
+    page = opened(hostile_groups.address)
+    for grouping in ("class", "annotator"):
+        page.select_option("#grouping", label=grouping)
+        assert sorted(page.locator("#tally .group").all_text_contents()) == sorted(HOSTILE)
+        for place in range(len(HOSTILE)):
+            page.locator("#tally button").nth(place).click()
+            assert page.locator(".card").count() == 3
+            page.locator("#tally button").nth(place).click()
+    assert page.locator("script").count() == 2
+
+
+def test_after_a_turned_page_the_keys_go_on_from_what_is_shown(opened, pictures):
+    page = opened(pictures.address)
+    worst = [str(name) for name in pictures.ranking.harmful(200)]
+    page.click("#later")
+    assert selected(page) == worst[60]
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == worst[61]
+    assert page.inner_text("#page-number") == "Page 2 of 5"
+    page.click("#earlier")
+    assert selected(page) == worst[0]
+
+
+def test_on_a_phone_too_a_turned_page_is_where_the_keys_go_on(opened, pictures):
+    page = opened(pictures.address, viewport=PHONE)
+    page.click("#later")
+    assert not page.is_visible("#detail")
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == str(pictures.ranking.harmful(61)[60])
+
+
+def test_a_step_in_the_list_is_spoken_once(opened, pictures):
+    page = opened(pictures.address)
+    page.focus("#options")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#said") == ""  # the list itself tells its active option
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#said").startswith(f"Sample {pictures.ranking.harmful(3)[2]}, rank 3")
+
+
+def test_the_selected_row_of_the_table_is_told(opened, pictures):
+    page = opened(pictures.address)
+    page.click("#view >> text=Table")
+    page.focus("td button")
+    page.keyboard.press("ArrowDown")
+    second = str(pictures.ranking.harmful(2)[1])
+    assert page.locator('[aria-current="true"] .id').all_inner_texts() == [second]
+
+
+def test_on_a_phone_all_decisions_can_be_cleared(opened, pictures):
+    page = opened(pictures.address, viewport=PHONE, has_touch=True)
+    page.tap(".card >> nth=0")
+    for choice in ("drop", "keep", "drop"):
+        page.tap(f".choices .{choice}")
+    page.tap(".close")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.tap("#forget")
+    assert page.inner_text("#decided-counts") == "No decisions yet"
 
 
 def test_arrow_keys_lead_through_the_list_and_its_pages(opened, pictures):

@@ -51,8 +51,8 @@ def page_data(
     names = names_by_label(class_names)
     kept = _kept_rows(len(ranking))
     columns = _columns(ranking)
-    decided_on = list(labels) if labels is not None else columns.get("label")
-    fields = {"label": decided_on, "prediction": columns.get("prediction")} | _grouping_columns(ranking, columns)
+    known = _known_labels(ranking, shown, list(labels) if labels is not None else columns.get("label"))
+    fields = {"label": known[0], "prediction": columns.get("prediction")} | _grouping_columns(ranking, columns)
     place = {name: i for i, name in enumerate(ranking.sample_id[kept].tolist())}
     return {
         "run": run_id(ranking),
@@ -65,6 +65,7 @@ def page_data(
         "loss": _numbers(columns["loss"], kept) if "loss" in columns else None,
         "disagrees": _disagreement(columns, kept),
         "labelsAreOfDataset": labels is not None,
+        "classesOf": known[1],
         "fields": [_field(name, values, ranking, kept, names) for name, values in fields.items() if values is not None],
         "samples": {
             place[row.sample_id]: _sample(row, names) | _measured(ranking, kept[place[row.sample_id]])
@@ -114,6 +115,20 @@ def _whole(values: list[Any]) -> list[Any]:
     if all(value is None or (isinstance(value, float) and value.is_integer()) for value in values):
         return [None if value is None else int(value) for value in values]
     return values
+
+
+def _known_labels(ranking: Ranking, shown: Sequence[Shown], listed: list[Any] | None) -> tuple[list[Any] | None, str]:
+    """Labels by rank, and whose classes they are: of ``all`` samples, of those ``shown``, ``measured`` or ``none``."""
+    whose = "all"
+    if listed is None or all(label is None for label in listed):
+        label_of = {row.sample_id: row.target if row.label is None else row.label for row in shown}
+        listed, whose = [label_of.get(name) for name in ranking.sample_id.tolist()], "shown"
+    labels = [label for label in listed if label is not None]
+    if not labels:
+        return None, "none"
+    if any(isinstance(label, float) for label in labels):
+        return (listed, "measured") if whose == "all" else (None, "measured")
+    return (listed, whose) if whose == "all" or is_grouping(coded(labels)[0], len(labels)) else (None, "none")
 
 
 def _grouping_columns(ranking: Ranking, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

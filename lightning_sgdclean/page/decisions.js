@@ -43,7 +43,7 @@ function decisionInWords(row) {
 }
 
 // Text that a spreadsheet could take for a formula gets an apostrophe in front, as in influence.csv.
-const guarded = (text) => (/^[=+\-@\t\r']/.test(text) ? `'${text}` : text);
+const guarded = (text) => (/^[=+\-@\t\r\n'\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text);
 
 const guardedLabel = (text) => (/^-\d+(\.\d+)?(e[-+]?\d+)?$/.test(text) ? text : guarded(text));
 

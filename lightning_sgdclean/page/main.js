@@ -55,13 +55,14 @@ function focusList() {
 
 function goTo(place) {
   if (!state.rows.length) return;
+  const isInList = document.activeElement?.id === "options"; // which tells its active option itself
   select(state.rows[Math.max(0, Math.min(place, state.rows.length - 1))]);
-  say(spoken(state.selected));
+  say(isInList ? "" : spoken(state.selected));
 }
 
 function step(by) {
   const place = state.rows.indexOf(state.selected);
-  goTo(place < 0 ? 0 : place + by);
+  goTo(place < 0 ? state.page * perPage() : place + by);
 }
 
 function decide(row, decision) {
@@ -124,6 +125,7 @@ function setView(view) {
 function turnPage(by) {
   state.page += by;
   showList();
+  if (!isNarrow()) select(state.rows[state.page * perPage()], { wasFocused: false });
   byId("samples").scrollIntoView({ block: "start" });
 }
 

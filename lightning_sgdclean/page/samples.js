@@ -111,7 +111,7 @@ const columns = TABLE.filter(([, , , isShown]) => !isShown || isShown());
 function tableRow(row) {
   return make(
     "tr",
-    { id: `row-${row}`, "data-selected": row === state.selected, class: isDropped(row) ? "dropped" : null },
+    { id: `row-${row}`, "aria-current": row === state.selected ? "true" : null, class: isDropped(row) ? "dropped" : null },
     ...columns.map(([, align, content]) => make("td", { class: align || null }, content(row))),
   );
 }

@@ -1,6 +1,15 @@
 // Harm by class and by group: one bar to the left for harm, one to the right for help; a click filters.
 
+const CLASSES_NOTES = {
+  shown: "Classes are known only of the samples that can be looked at, and counted of these. ",
+  none: "No classes are known here. ",
+};
+const HOW_TO_KNOW = 'SGDInfluence(columns=("label",)) puts those of all samples into the ranking.';
+
 function setUpGroupings() {
+  const note = numRows ? CLASSES_NOTES[data.classesOf] : undefined;
+  byId("classes-note").hidden = note === undefined;
+  byId("classes-note").textContent = note === undefined ? "" : note + HOW_TO_KNOW;
   if (!groupings.length) return;
   byId("groups").hidden = false;
   byId("grouping").append(...groupings.map((field, i) => make("option", { value: i }, titleOf(field))));
