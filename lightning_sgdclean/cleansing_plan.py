@@ -83,7 +83,7 @@ class Plan:
         """
         self._check_start(trial, result)
         if trial.arm != "none":
-            if result["changed"] != trial.ids(self._rankings[trial.seed]):
+            if result["changed"] != trial.ids(self._rankings[trial.seed], self.settings.action):
                 raise ValueError(
                     f"The kept training with {trial} changed other samples than that seed's ranking names now. "
                     f"Remove the files of seed {trial.seed} from {self.settings.folder}."
@@ -106,15 +106,17 @@ class Plan:
             )
 
     def _check_ranked(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        size, ranked = result["num_samples"], result["num_ranked"]
+        size, available = result["num_samples"], result["num_changeable"]
         self._sizes[trial.seed] = size
         other = next(iter(self._sizes))
         if self._sizes[other] != size:
             raise ValueError(f"Seed {other} trained on {self._sizes[other]} samples, seed {trial.seed} on {size}.")
-        if self.counts[-1] >= ranked:
+        if self.counts[-1] >= available:
+            which = "that were ranked" if self.settings.action == "drop" else "whose prediction is not their label"
             raise ValueError(
-                f"Expected to change fewer samples than were ranked, found {self.counts[-1]} and {ranked} ranked. "
-                'Give smaller numbers in drop=, or rank over more steps (epochs="all").'
+                f"Expected to change fewer samples than there are to choose from, found {self.counts[-1]} in drop= and "
+                f"{available} samples with seed {trial.seed} {which}. Give smaller numbers in drop=, or rank over more "
+                'steps (epochs="all").'
             )
         if result["on_ranking_data"] and self.settings.on == "test":
             raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_sgdclean._lightning import seed_everything
 from lightning_sgdclean.callback import SGDInfluence
@@ -52,13 +53,26 @@ class Trial:
         }
         return f"seed {self.seed}, {changed[self.arm]}"
 
-    def ids(self, ranking: Ranking) -> list[Any]:
-        """The samples that are changed; random ones depend on seed, number and draw alone."""
+    def ids(self, ranking: Ranking, action: Action) -> list[Any]:
+        """The samples that are changed; random ones depend on seed, number, draw and what can be changed alone."""
+        ids = ranking.sample_id[changeable(ranking, action)]
         if self.arm == "random":
-            ids = np.sort(ranking.sample_id)
+            ids = np.sort(ids)
             draw = np.random.default_rng((self.seed, self.count, self.draw))
             return sorted(ids[draw.permutation(len(ids))[: self.count]].tolist())
-        return list(ranking.sample_id[: self.count].tolist())
+        return list(ids[: self.count].tolist())
+
+
+def changeable(ranking: Ranking, action: Action) -> NDArray[np.bool_]:
+    """Which samples the action does something to, ``(N,)``: all can be dropped.
+
+    Relabelled are those whose prediction is not their label. Were all drawn from, most random ones would keep their
+    label, as models mostly agree with their data: few changes would be held against many.
+    """
+    if action == "drop":
+        return np.ones(len(ranking), dtype=np.bool_)
+    differs: NDArray[np.bool_] = ranking.columns["prediction"] != ranking.columns["label"]  # also where unknown: NaN
+    return differs
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,9 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
 
     Returns:
         What is to be remembered, fit for JSON: ``start`` (checksum of the weights that it began with), ``metrics`` by
-        loop and name, ``changed`` (sample ids), ``seconds``; of a ranked one also ``num_ranked``,
-        ``num_harmful``, ``num_samples`` (of the dataset; where ids are names, of those ranked), ``monitor`` and
-        ``mode``, ``on_ranking_data``.
+        loop and name, ``changed`` (sample ids), ``seconds``; of a ranked one also ``num_changeable``,
+        ``num_harmful`` (of these), ``num_samples`` (of the dataset; where ids are names, of those ranked),
+        ``monitor`` and ``mode``, ``on_ranking_data``.
 
     Raises:
         TypeError: If ``build`` returns something else.
@@ -107,7 +121,7 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     seed_everything(trial.seed)
     ranking = None if trial.arm == "none" else Ranking.load(settings.ranking_of(trial.seed))
-    changed = [] if ranking is None else trial.ids(ranking)
+    changed = [] if ranking is None else trial.ids(ranking, settings.action)
     training = build(trial.seed, without=frozenset(changed)) if takes_without(build) else build(trial.seed)
     if not isinstance(training, Training):
         raise TypeError(
@@ -117,7 +131,7 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     start = weights_checksum(training.model)
     if ranking is None:
         influence = _ranked(training, settings, trial.seed)
-        facts, ranked_on = _facts(influence, training, takes_without(build)), _ranked_on(influence, training)
+        facts, ranked_on = _facts(influence, training, settings, takes_without(build)), _ranked_on(influence, training)
     else:
         facts, ranked_on = {}, []
         _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
@@ -143,7 +157,7 @@ def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
     return own[0]
 
 
-def _facts(influence: SGDInfluence, training: Training, names_will_do: bool) -> dict[str, Any]:
+def _facts(influence: SGDInfluence, training: Training, settings: Settings, names_will_do: bool) -> dict[str, Any]:
     """What is to be known of a ranking."""
     ranking = influence.ranking
     if ranking is None:
@@ -156,9 +170,10 @@ def _facts(influence: SGDInfluence, training: Training, names_will_do: bool) -> 
             "without sample_ids=."
         )
     dataset: Any = None if named else getattr(_train_loader(training), "dataset", None)
+    can_change = changeable(ranking, settings.action)
     return {
-        "num_ranked": len(ranking),
-        "num_harmful": int((ranking.influence < 0).sum()),
+        "num_changeable": int(can_change.sum()),
+        "num_harmful": int((ranking.influence[can_change] < 0).sum()),
         "num_samples": len(dataset) if hasattr(dataset, "__len__") else len(ranking),
         "monitor": influence.monitor if influence.objective is None else None,
         "mode": influence.mode,

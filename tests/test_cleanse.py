@@ -170,9 +170,17 @@ def test_samples_can_be_relabelled_by_prediction_instead():
     package = importlib.import_module("pytorch_lightning")
     for seed in (0, 1):
         ranking = Ranking.load(f"cleansing/rankings/seed{seed}")
+        mistaken = ranking.columns["prediction"] != ranking.columns["label"]
+        worst = ranking.sample_id[mistaken][:30].tolist()
         labels = TRAIN.tensors[1].clone()
-        labels[ranking.sample_id[:30].tolist()] = torch.tensor(ranking.columns["prediction"][:30].tolist())
-        assert not torch.equal(labels, TRAIN.tensors[1])
+        labels[worst] = torch.tensor(ranking.columns["prediction"][mistaken][:30].tolist())
+        assert (labels != TRAIN.tensors[1]).sum() == 30
+        random = json.loads(Path(f"cleansing/trials/seed{seed}-random-30-0.json").read_text(encoding="utf-8"))[
+            "changed"
+        ]
+        assert len(set(random)) == 30
+        assert set(random) != set(worst)
+        assert set(random) <= set(ranking.sample_id[mistaken].tolist())  # as many labels change
         package.seed_everything(seed, workers=True, verbose=False)
         made = short(seed, train=TensorDataset(TRAIN.tensors[0], labels))
         made.trainer.fit(made.model, made.train_dataloaders, made.val_dataloaders)
@@ -184,6 +192,14 @@ def test_samples_can_be_relabelled_by_prediction_instead():
         run(short)
     with pytest.raises(ValueError, match="A build that leaves samples out itself cannot relabel"):
         run(leaving_out, "out", action="relabel")
+
+
+def test_more_labels_than_predictions_differ_from_are_not_changed():
+    with pytest.raises(
+        ValueError, match=r"found 290 in drop= and \d+ samples with seed 0 whose prediction is not their"
+    ):
+        run(short, action="relabel", drop=(290,))
+    assert num_trained() == 1
 
 
 def numbered(seed):
@@ -318,7 +334,7 @@ def test_other_trainings_are_not_mixed_in():
         run(short, "full")
     path = Path("cleansing", "trials", "seed0-none.json")
     path.write_text(
-        path.read_text(encoding="utf-8").replace('"num_ranked": 300', '"num_ranked": 301'), encoding="utf-8"
+        path.read_text(encoding="utf-8").replace('"num_changeable": 300', '"num_changeable": 301'), encoding="utf-8"
     )
     with pytest.raises(RunDirectoryError, match="is damaged"):
         run(short)
@@ -495,7 +511,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step():
     [
         ({"metric": "accuracy"}, "Expected metric= to be one of test_loss, test_right, odd, found 'accuracy'"),
         ({"select": "val_acc", "select_mode": "max"}, "Expected select= to be one of val_loss, found 'val_acc'"),
-        ({"drop": (300,)}, "found 300 and 300 ranked"),
+        ({"drop": (300,)}, "found 300 in drop= and 300 samples with seed 0 that were ranked"),
         ({"drop": ()}, "Expected drop="),
         ({"drop": (0,)}, "whole numbers, found 0"),
         ({"drop": (1.5,)}, "whole numbers, found 1.5"),
