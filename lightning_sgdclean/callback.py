@@ -60,7 +60,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         objective: Instead of ``monitor``, a callable ``(pl_module, batch)`` that returns a
             differentiable scalar, or a scalar and its weight (by default the batch's size). Or several
             by name: samples are ranked by the first, and the CSV has a column for each of the others.
-        val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data.
+        val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data; in a YAML file the
+            import path of a loader, or of a function that makes one.
         epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
         at: Where the walk starts: behind the ``"last"`` step, or at the ``"best"`` model of the Trainer's
             ModelCheckpoint, whose steps are then the last ones that count.
@@ -95,8 +96,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         render: What the page shows of a sample: callable from a sample to an image, text or a dict of these. By default
             it is found from the sample.
         class_names: Names of the classes, a sequence or by label; by default the dataset's ``classes``.
-        show_samples: Whether the page shows samples and the loggers get pictures of the worst ones; ``False`` keeps all
-            of a sample but its id and the columns above where it is.
+        show_samples: Whether the page shows samples and the loggers get pictures of the worst ones; ``False`` keeps
+            samples out of both. Batches that ``keep_batches`` stores lie in ``trajectory/`` all the same.
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
@@ -123,7 +124,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         overwrite: bool = False,
         sample_ids: Callable[[Any], Any] | None = None,
         keep_batches: bool | Literal["auto"] = "auto",
-        sample_losses: Callable[[Any, Any], Tensor] | None = None,
+        sample_losses: Callable[[Any, Any], Any] | None = None,
         snapshots: Literal["auto", "every", "sqrt"] | int = "auto",
         max_bytes: int | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
@@ -161,7 +162,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_count("rerank", rerank)
         checks.check_formats(formats)
         checks.check_render(render)
-        self.monitor, self.mode, self.objective, self.val_dataloaders = monitor, mode, objective, val_dataloaders
+        self.monitor, self.mode, self.objective = monitor, mode, objective
+        self.val_dataloaders = checks.loaders_given(val_dataloaders)
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses

@@ -2,6 +2,7 @@
 """What must hold of a Trainer and its module for a run to be followed: one function a precondition."""
 
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,33 @@ def check_render(render: Any) -> None:
     """
     if render is not None and not callable(render):
         raise ValueError(f"render must be a callable from a sample to what is shown, got {type(render).__name__}.")
+
+
+def loaders_given(given: Any) -> Any:
+    """Loaders for the objective, in a list, tuple or dict or alone; one that is an import path, as in YAML, is made.
+
+    Raises:
+        ValueError: If something is no loader, or nothing can be found at an import path.
+    """
+    if isinstance(given, dict):
+        return {name: loaders_given(one) for name, one in given.items()}
+    if isinstance(given, list | tuple):
+        return [loaders_given(one) for one in given]
+    found = given
+    if isinstance(given, str):
+        try:
+            found = pkgutil.resolve_name(given)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise ValueError(
+                f"val_dataloaders is {given!r}, at which nothing can be imported ({error}). Expected loaders, or the "
+                "import path of a loader or of a function that makes it."
+            ) from error
+        found = found() if inspect.isroutine(found) else found
+    if found is not None and (isinstance(found, str | type) or not hasattr(found, "__iter__")):
+        raise ValueError(
+            f"val_dataloaders must be loaders such as torch's DataLoader, got {given!r} of type {type(found).__name__}."
+        )
+    return found
 
 
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:

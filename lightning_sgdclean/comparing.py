@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several runs over the same samples compared, sample by sample and run by run."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from scipy import stats
 from lightning_sgdclean.agreement import kendall_tau, share_of_lowest, spearman, top_k_jaccard
 from lightning_sgdclean.comparison import Comparison, Matrix
 from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.run_directory import read_summary
 
 Run: TypeAlias = "str | os.PathLike[str] | Ranking"
 
@@ -101,10 +101,9 @@ def _check_objectives(runs: "dict[str, Run]") -> None:
     objectives = {}
     for name, run in runs.items():
         if not isinstance(run, Ranking):
-            path = Path(run) if Path(run).is_dir() else Path(run).parent
-            summary = path / "summary.json"
-            if summary.is_file():
-                about = json.loads(summary.read_text(encoding="utf-8")).get("objective", {})
+            summary = read_summary(Path(run) if Path(run).is_dir() else Path(run).parent)
+            if summary:
+                about = summary.get("objective", {})
                 objectives[name] = f"{about.get('name')} ({about.get('mode')})"
     if len(set(objectives.values())) > 1:
         found = ", ".join(f"{objective} in {name}" for name, objective in objectives.items())

@@ -22,7 +22,7 @@ COLUMNS = ("rank", "sample_id", "influence", "effect", "visits")
 _INT64 = np.iinfo(np.int64)
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
-_FORMULA_START = ("=", "+", "-", "@", "\t", "\r", "'")
+_FORMULA_START = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")  # the last four: = + - @ in full width
 
 
 class Table(NamedTuple):

@@ -175,6 +175,28 @@ def test_an_ascii_terminal_is_no_error(tmp_path):
     assert rb"\u753b\u50cf" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["show", "compare"])
+def test_json_is_json_on_an_ascii_terminal_too(command, tmp_path):
+    path = saved(tmp_path, ["\N{BROOM}", "画像", "a"])
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    words = [path, saved(tmp_path, ["\N{BROOM}", "画像", "a"], name="b.csv")] if command == "compare" else [path]
+    done = subprocess.run([*COMMAND, command, *words, "--json"], capture_output=True, env=environment, check=False)
+    samples = json.loads(done.stdout)["samples"]
+    assert {sample["sample_id"] for sample in samples} == {"\N{BROOM}", "画像", "a"}
+
+
+@pytest.mark.parametrize("command", ["show", "compare"])
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_summary_is_named(command, text, tmp_path):
+    path = saved(tmp_path, [1, 2], name="x.parquet")
+    other = saved(tmp_path, [1, 2], name="other/x.parquet")
+    (tmp_path / "summary.json").write_text(text)
+    done = sgdclean(command, path, *([other] if command == "compare" else []))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"sgdclean {command}: {tmp_path / 'summary.json'}: expected ")
+    assert done.stderr.endswith("Mend or remove it.\n")
+
+
 def test_a_table_leaves_out_columns_from_the_right_and_says_so():
     text = table(["rank", "sample_id", "influence", *"abcd"], [[1, "x", 0.123456, "z" * 20, "y" * 20, 2.5, "w" * 40]])
     assert text.splitlines() == [
@@ -199,7 +221,8 @@ def test_the_commands_of_the_documentation_do_what_it_says(tmp_path):
     for words in [words for words in commands if not {"--model", "--dataset", "cleanse"} & {*words}]:
         runs = iter([tmp_path / "cleaning", other])
         done = sgdclean(*[next(runs) if word == "RUN" else word for word in words], cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
+        notes = [line for line in done.stderr.splitlines() if not line.startswith("note: the page that was here ")]
+        assert (done.returncode, notes) == (0, [])
     namespace = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], namespace)
     kept = namespace["kept_samples"](range(400), tmp_path / "kept.csv")
@@ -250,6 +273,30 @@ def test_the_page_is_written_into_the_run_directory(run_dir):
     assert (done.returncode, "There is no run directory at" in done.stderr) == (1, True)
     done = sgdclean("report", run_dir, "--dataset", "nowhere.data")
     assert done.stderr == "sgdclean report: No module named 'nowhere'\n"
+
+
+def test_a_page_that_says_less_than_the_one_before_is_noted(tmp_path):
+    callback = SGDInfluence("val_loss", dirpath=tmp_path / "run", columns=("label",))
+    quiet_trainer([callback], max_epochs=1).fit(Plain(), *loaders())
+    done = sgdclean("report", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'report.html'}\n")
+    assert re.fullmatch(
+        r"note: the page that was here also showed values, labels, predictions and losses of samples\. --config or "
+        r"--dataset brings samples back; predictions and losses are those of columns= of the run\.\n",
+        done.stderr,
+    )
+    assert sgdclean("report", tmp_path / "run").stderr == ""
+
+
+def test_ids_that_are_names_are_refused_with_what_can_be_done(tmp_path, monkeypatch, capsys):
+    (tmp_path / "named.py").write_text("data = [(0.5, 1), (0.1, 0)]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    saved(tmp_path, ["a", "b"])
+    (tmp_path / "summary.json").write_text('{"id_type": "str", "dataset_size": null}')
+    assert cli.main(["report", str(tmp_path), "--dataset", "named.data"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(r"ids are names.*write_report\(.*positions=\{id: position, \.\.\.\}\).*without --dataset", error)
 
 
 # --- compare

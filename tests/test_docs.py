@@ -102,6 +102,12 @@ def test_every_key_of_the_trajectory_is_documented(run_dir):
     assert [kind for kind in kinds if not re.search(f"^\\| `{kind}[/`]", outputs, re.MULTILINE)] == []
 
 
+def test_every_file_of_a_run_is_in_the_table_of_what_goes_where(run_dir):
+    table = text_of("docs/report.md").partition("## What goes where")[2].partition("\n## ")[0]
+    first_cells = " ".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE))
+    assert [path.name for path in run_dir.iterdir() if not re.search(f"`{path.name}/?`", first_cells)] == []
+
+
 def test_every_public_name_is_in_the_api():
     named = set(re.findall(r":: (?:\w+\.)*(\w+)$", text_of("docs/api.md"), re.MULTILINE))
     assert set(lightning_sgdclean.__all__) - {"__version__"} - named == set(), "give them a directive in docs/api.md"

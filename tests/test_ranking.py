@@ -30,6 +30,8 @@ STRANGE_IDS = [
     "\rfirst",
     "\tfirst",
     "=1+1",
+    "\uff1d1+1",
+    "\n=1",
     "+1",
     "-1",
     "@SUM(A1)",
@@ -231,7 +233,9 @@ def test_strange_str_ids_come_back(tmp_path: Path) -> None:
     assert Ranking.load(ranking.save(tmp_path / "influence.csv")) == ranking
 
 
-@pytest.mark.parametrize("sample", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "'x", "'"])
+@pytest.mark.parametrize(
+    "sample", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\nx", "'x", "'", "\uff1d1", "\uff0b1", "\uff0d1", "\uff20x"]
+)
 def test_ids_that_look_like_formulas_are_saved_with_an_apostrophe(sample: str, tmp_path: Path) -> None:
     path = make([sample]).save(tmp_path / "influence.csv")
     with path.open(encoding="utf-8", newline="") as file:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     refused = found.refusal is not None
     if arguments.json:
         content = {"config": str(arguments.config), "refused": refused, **_as_json(callback, found)}
-        print(json.dumps(content, indent=2, ensure_ascii=True))
+        print(json.dumps(content, indent=2))
     else:
         print(facts([("config", str(arguments.config)), *_in_words(callback, found)]))
     return int(refused)

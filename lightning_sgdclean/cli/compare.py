@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         found.save(arguments.output)
     rows = _rows(found, arguments.top)
     if arguments.json:
-        print(json.dumps(_as_json(found, rows), indent=2, ensure_ascii=False))
+        print(json.dumps(_as_json(found, rows), indent=2))
         return 0
     print(wrapped(str(found)))
     if rows:

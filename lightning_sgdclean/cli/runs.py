@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished run left, read without torch: its ranking as a table, and its summary."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean.ranking_csv import CSV_NAME, Table, effect_of, read_table
 from lightning_sgdclean.ranking_parquet import SUFFIX, read_parquet
+from lightning_sgdclean.run_directory import read_summary
 
 RUN_HELP = "run directory, or a ranking saved as CSV or Parquet"
 
@@ -62,11 +62,4 @@ def read_run(path: str) -> FinishedRun:
     if not file.is_file():
         raise FileNotFoundError(f"There is neither a run directory nor a ranking at {path}.")
     table = read_parquet(file) if file.suffix == SUFFIX else read_table(file)
-    return FinishedRun(file, table, _summary(file.with_name("summary.json")))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))  # a damaged one was refused with the table
-    return content if isinstance(content, dict) else {}
+    return FinishedRun(file, table, read_summary(file.parent))

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = found.records(0, arguments.top)
     if arguments.json:
         content = {"run": str(found.file.parent), "summary": found.summary, "samples": _without_nan(samples)}
-        print(json.dumps(content, indent=2, ensure_ascii=False))
+        print(json.dumps(content, indent=2))
         return 0
     print(facts(_facts(found)))
     if samples:
