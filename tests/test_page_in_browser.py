@@ -553,6 +553,8 @@ def test_on_a_phone_all_decisions_can_be_cleared(opened, pictures):
         page.tap(f".choices .{choice}")
     page.tap(".close")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    lines = "button => button.offsetHeight < 2 * parseFloat(getComputedStyle(button).lineHeight)"
+    assert page.eval_on_selector_all(".decided button", f"buttons => buttons.every({lines})")
     page.tap("#forget")
     assert page.inner_text("#decided-counts") == "No decisions yet"
 
