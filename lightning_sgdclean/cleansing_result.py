@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lightning_sgdclean.cleansing_plan import Question
 from lightning_sgdclean.files import write_json
 from lightning_sgdclean.frames import data_frame
@@ -95,22 +93,19 @@ class Cleansing:
         figure.savefig(self.folder / "figure.png", dpi=150)
 
     def _report(self) -> dict[str, Any]:
-        report: dict[str, Any] = _without_nan(
-            {
-                "format": 1,
-                "question": asdict(self.question),
-                "seeds": self.seeds,
-                "counts": self.counts,
-                "random_draws": self.metric.random.shape[-1],
-                "verdict": asdict(self.verdict),
-                "words": str(self).splitlines(),
-                "table": self.rows,
-                "metric": _arrays(self.metric),
-                "selection": _arrays(self.selection),
-                "notes": self.notes,
-            }
-        )
-        return report
+        return {
+            "format": 1,
+            "question": asdict(self.question),
+            "seeds": self.seeds,
+            "counts": self.counts,
+            "random_draws": self.metric.random.shape[-1],
+            "verdict": asdict(self.verdict),
+            "words": str(self).splitlines(),
+            "table": self.rows,
+            "metric": _arrays(self.metric),
+            "selection": _arrays(self.selection),
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         return "\n".join(_in_words(self))
@@ -127,15 +122,6 @@ def _row(arm: str, count: int, value: Estimate, gain: Estimate | None) -> dict[s
 
 def _arrays(measured: Measured) -> dict[str, Any]:
     return {"none": measured.none.tolist(), "worst": measured.worst.tolist(), "random": measured.random.tolist()}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _in_words(this: Cleansing) -> Iterator[str]:

@@ -34,9 +34,10 @@ class Counterfactual:
         names: A name for each group: the id of a single sample, the key in a mapping, else its position.
         without: The ids of each group.
         whole: The objective with nobody left out.
-        values: The objective without each group, shape ``(R,)``.
+        values: The objective without each group, shape ``(R,)``; NaN or infinite where training diverged without it.
         differences: ``values - whole``, for ``mode="max"`` with its sign turned: like an influence, **negative
-            means harmful**. Shape ``(R,)``.
+            means harmful**. Shape ``(R,)``. Runs that did not fit in one pass over the window are each compared with
+            the whole run of their own pass.
         predicted: The sum of the influences of each group in the ranking of the run directory, shape ``(R,)``; None
             if there is none, or one of another objective or window.
         visits: How often samples of each group were drawn in the window, shape ``(R,)``. Where they never were, the
@@ -190,7 +191,7 @@ def _counterfactual(
         without=groups,
         whole=found.whole,
         values=values,
-        differences=sign * (values - found.whole),
+        differences=sign * np.array(found.differences, dtype=np.float64),
         predicted=_predicted(this, groups, found.whole),
         visits=_visits(steps, groups),
         is_batched=found.is_batched,

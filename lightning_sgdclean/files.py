@@ -4,6 +4,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -41,9 +42,19 @@ def put_on_disk(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
+    """Write JSON under a temporary name, then rename; what is not finite becomes null."""
     with appearing_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(without_nan(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values with None in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checksum_of(path: Path) -> str:

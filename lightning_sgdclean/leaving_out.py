@@ -31,8 +31,11 @@ class LeftOut:
 
     Attributes:
         whole: The objective of the run with nobody left out, computed as the others were.
-        values: The objective without each group, in the order in which they were asked for.
-        nudged: The objectives of runs with nobody left out that began off by rounding errors.
+        values: The objective without each group, in the order in which they were asked for; not finite where the run
+            diverged.
+        differences: How far each of them is from that of the run with nobody left out which was made beside it. Runs
+            that go over the window in another pass may be rounded otherwise.
+        nudged: The same differences for runs with nobody left out that began off by rounding errors.
         is_bitwise: Whether the run with nobody left out came to the recorded end to the last bit.
         is_batched: Whether the runs were made at once.
         words: How they were made.
@@ -40,6 +43,7 @@ class LeftOut:
 
     whole: float
     values: list[float]
+    differences: list[float]
     nudged: list[float]
     is_bitwise: bool
     is_batched: bool
@@ -53,6 +57,15 @@ class _Run:
     first: int
     without: frozenset[SampleId]
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the window: the objective of the run with nobody left out, and of those beside it."""
+
+    whole: float
+    values: list[float]
+    is_bitwise: bool
 
 
 def leave_out(
@@ -82,45 +95,44 @@ def leave_out(
     runs = {i: _Run(first, groups[i]) for i, first in enumerate(firsts) if first is not None}
     runs |= {len(groups) + seed: _Run(0, frozenset(), seed) for seed in range(num_nudged)}
     in_order = sorted(runs, key=lambda i: runs[i].first)
-    (whole, *found), is_bitwise, reason = _all_runs(this, [runs[i] for i in in_order], batched, progress)
-    by_number = dict(zip(in_order, found, strict=True))
-    values = [by_number.get(i, whole) for i in range(len(groups) + num_nudged)]
+    passes, reason = _all_runs(this, [runs[i] for i in in_order], batched, progress)
+    whole = passes[0].whole
+    made = [(value, value - one.whole) for one in passes for value in one.values]
+    by_number = dict(zip(in_order, made, strict=True))
+    found = [by_number.get(i, (whole, 0.0)) for i in range(len(groups) + num_nudged)]
+    values, differences = [value for value, _ in found], [difference for _, difference in found]
     words = "at once" if reason is None else f"one after another{reason and f': {reason}'}"
-    return LeftOut(whole, values[: len(groups)], values[len(groups) :], is_bitwise, reason is None, words)
+    is_bitwise = all(one.is_bitwise for one in passes)
+    num = len(groups)
+    return LeftOut(whole, values[:num], differences[:num], differences[num:], is_bitwise, reason is None, words)
 
 
 def _all_runs(
     this: OpenedRun, runs: list[_Run], batched: Batched, progress: Progress
-) -> tuple[list[float], bool, str | None]:
-    """The objectives, nobody left out first; whether that one was bit for bit; and why they were not made at once."""
+) -> tuple[list[_Pass], str | None]:
+    """The passes over the window, and why the runs were not made at once."""
     reason: str | None = ""
     if batched is not False:
         reason = Stacked.why_not(this, len(runs), is_wanted=batched is True)
         if reason is None:
             try:
-                return *_in_passes(this, runs, Stacked, progress), None
+                return _in_passes(this, runs, Stacked, progress), None
             except NotStackedError as error:
                 reason = str(error)
         if batched is True:
             raise UnsupportedOperationError(f'The runs cannot be made at once: {reason}. Use batched="auto".')
-    return *_in_passes(this, runs, OneByOne, progress), reason
+    return _in_passes(this, runs, OneByOne, progress), reason
 
 
 def _in_passes(
     this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], progress: Progress
-) -> tuple[list[float], bool]:
+) -> list[_Pass]:
     """Go over the window as often as it takes, each time with as many runs as fit in memory."""
     at_once, num_steps = kind.at_once(this), len(this.steps)
     passes = [runs[begin : begin + at_once] for begin in range(0, max(1, len(runs)), at_once)]
     work = len(passes) * num_steps + sum(num_steps - run.first for run in runs)
     counter = accumulate_steps(progress, work)
-    found: list[float] = []
-    is_bitwise = True
-    for chosen in passes:
-        (whole, *values), same = _pass_over(this, chosen, kind, counter)
-        found += [*([] if found else [whole]), *values]
-        is_bitwise &= same
-    return found, is_bitwise
+    return [_pass_over(this, chosen, kind, counter) for chosen in passes]
 
 
 def accumulate_steps(progress: Progress, total: int) -> Callable[[int], None]:
@@ -147,12 +159,8 @@ def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
 
 def _pass_over(
     this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], made: Callable[[int], None]
-) -> tuple[list[float], bool]:
-    """Run the window with nobody left out and, beside it, each run from the step on where it differs.
-
-    Returns:
-        The objective of each, nobody left out first; and whether that one came to its end to the last bit.
-    """
+) -> _Pass:
+    """Run the window with nobody left out and, beside it, each run from the step on where it differs."""
     walk, steps = this.walk, this.steps
     start = this.states.state(steps[0].index)
     with this.surroundings.as_stage("train"), borrowed(this.run.optimizer) as optimizer:
@@ -170,7 +178,8 @@ def _pass_over(
             made(1 + len(gone))
         changes, is_bitwise = compare(live_state(walk, optimizer), this.end, start)
         walk.fidelity.compare_segment(steps, changes, is_bitwise)
-        return beside.values(), is_bitwise
+        whole, *values = beside.values()
+        return _Pass(whole, values, is_bitwise)
 
 
 def _as_recorded(step: Step, batches: list[BatchAgain], walk: Walk, optimizer: Borrowed) -> None:

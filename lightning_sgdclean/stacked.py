@@ -178,7 +178,8 @@ class Stacked:
         for number in {0, len(rows) - 1}:
             load_all(self._walk, self._optimizer, rows.state(number))
             (alone,) = objective_values(self._this, lambda value: value()[None])
-            if not math.isclose(alone, values[number], rel_tol=self._tolerance):
+            both_diverged = math.isnan(alone) and math.isnan(values[number])
+            if not both_diverged and not math.isclose(alone, values[number], rel_tol=self._tolerance):
                 raise NotStackedError("side by side, runs of this module have other objectives than one by one")
         return values
 

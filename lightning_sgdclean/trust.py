@@ -26,18 +26,20 @@ class Together:
 
     Attributes:
         predicted: The sum.
-        real: The difference that leaving all of them out made.
-        error: How far the sum is off, relative to the difference; None if that is zero.
+        real: The difference that leaving all of them out made; None if training diverged.
+        error: How far the sum is off, relative to the difference; None if that is zero, or none.
     """
 
     predicted: float
-    real: float
+    real: float | None
     error: float | None
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How predicted and real differences agree over the chosen samples; what is not defined is None.
+
+    Samples without which training diverged have no difference, and are left aside.
 
     Attributes:
         kendall_tau: Kendall's rank correlation.
@@ -78,28 +80,39 @@ def put_to_the_test(this: OpenedRun, ranking: Ranking, progress: Progress) -> tu
     groups = [[name] for name in singles] + [group for group in ([*strata], worst) if group]
     found = leave_out(this, [frozenset(group) for group in groups], num_nudged=_NUM_NUDGED, progress=progress)
     sign = 1.0 if this.options.mode == "min" else -1.0
-    differences = [sign * (value - found.whole) for value in found.values]
+    differences = [sign * difference if math.isfinite(difference) else None for difference in found.differences]
     real = dict(zip(singles, differences, strict=False))
     predicted = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
     agreement = _agreement(strata, predicted, real, differences[len(singles) :]) if strata else None
     noise = noise_floor(found)
+    ended = [abs(value) for name in strata if (value := real[name]) is not None]
     card = {
         "num_verified": len(strata),
         "num_reranked": len(reranked),
         **(asdict(agreement) if agreement is not None else dict.fromkeys(Agreement.__dataclass_fields__)),
-        "noise_floor": noise,
-        "num_within_noise": sum(abs(real[name]) <= 2 * noise for name in strata),
+        "num_diverged": sum(value is None for value in real.values()),
+        "noise_floor": noise if math.isfinite(noise) else None,
+        "num_within_noise": sum(value <= 2 * noise for value in ended),
         "runs": found.words,
         "seconds": round(time.perf_counter() - began, 3),
-        "samples": {
-            "id": singles,
-            "stratum": [strata.get(name, "reranked") for name in singles],
-            "predicted": [predicted[name] for name in singles],
-            "real": [real[name] for name in singles],
-        },
+        "samples": _row_by_row(singles, strata, predicted, real),
     }
     said = {"words": in_words(card), "doubts": doubts(card)}
     return _with_real(ranking, real, is_reranked=bool(reranked)), said | card
+
+
+def _row_by_row(
+    singles: list[SampleId],
+    strata: dict[SampleId, str],
+    predicted: dict[SampleId, float],
+    real: dict[SampleId, float | None],
+) -> dict[str, list[Any]]:
+    return {
+        "id": singles,
+        "stratum": [strata.get(name, "reranked") for name in singles],
+        "predicted": [predicted[name] for name in singles],
+        "real": [real[name] for name in singles],
+    }
 
 
 def stratified(ranking: Ranking, num: int) -> dict[SampleId, str]:
@@ -122,31 +135,39 @@ def stratified(ranking: Ranking, num: int) -> dict[SampleId, str]:
 
 
 def noise_floor(found: LeftOut) -> float:
-    """What rounding alone does: root mean square difference of runs that began off by rounding errors."""
-    return math.sqrt(sum((value - found.whole) ** 2 for value in found.nudged) / len(found.nudged))
+    """What rounding alone does: root mean square difference of runs that began off by rounding errors.
+
+    Infinite where one of them diverged.
+    """
+    if not all(map(math.isfinite, found.nudged)):
+        return math.inf
+    return math.hypot(*found.nudged) / math.sqrt(len(found.nudged))
 
 
 def _agreement(
     strata: dict[SampleId, str],
     predicted: dict[SampleId, float],
-    real: dict[SampleId, float],
-    together: list[float],
+    real: dict[SampleId, float | None],
+    together: list[float | None],
 ) -> Agreement:
     def columns(*wanted: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        names = [name for name, stratum in strata.items() if stratum in wanted]
-        return np.array([predicted[name] for name in names]), np.array([real[name] for name in names])
+        ended = [name for name, stratum in strata.items() if stratum in wanted and real[name] is not None]
+        return np.array([predicted[name] for name in ended]), np.array([real[name] for name in ended], dtype=np.float64)
 
-    both = columns("worst", "best", "random")
-    k = max(1, len(strata) // 3)
-    worst, _ = columns("worst")
+    def sum_over(*wanted: str) -> float:
+        return sum(predicted[name] for name, stratum in strata.items() if stratum in wanted)
+
+    kinds = ("worst", "best", "random")
+    both = columns(*kinds)
+    k = max(1, len(both[0]) // 3)
     return Agreement(
         kendall_tau=_if_defined(kendall_tau, *both),
         kendall_tau_random=_if_defined(kendall_tau, *columns("random")),
         spearman=_if_defined(spearman, *both),
         jaccard=_if_defined(lambda a, b: top_k_jaccard(a, b, k), *both),
         jaccard_k=k,
-        together=_together(float(both[0].sum()), together[0]),
-        worst_together=_together(float(worst.sum()), together[1]) if len(together) > 1 else None,
+        together=_together(sum_over(*kinds), together[0]),
+        worst_together=_together(sum_over("worst"), together[1]) if len(together) > 1 else None,
     )
 
 
@@ -161,15 +182,19 @@ def _if_defined(
         return None
 
 
-def _together(predicted: float, real: float) -> Together:
+def _together(predicted: float, real: float | None) -> Together:
     return Together(predicted, real, abs(predicted - real) / abs(real) if real else None)
 
 
-def _with_real(ranking: Ranking, real: dict[SampleId, float], is_reranked: bool) -> Ranking:
+def _with_real(ranking: Ranking, real: dict[SampleId, float | None], is_reranked: bool) -> Ranking:
     """The ranking beside what really happened; reranked, what is known takes the place of what was predicted."""
-    column = [real.get(name, math.nan) for name in ranking.sample_id.tolist()]
+    ids = ranking.sample_id.tolist()
+    column = np.array([real.get(name) for name in ids], dtype=np.float64)
+    columns: dict[str, Any] = {"real": column}
+    if None in real.values():
+        columns["diverged"] = ["yes" if name in real and real[name] is None else "" for name in ids]
     if not is_reranked:
-        return ranking.with_columns({"real": column})
+        return ranking.with_columns(columns)
     influence = np.where(np.isnan(column), ranking.influence, column)
-    reordered = ranking.with_columns({"predicted": ranking.influence, "real": column})
+    reordered = ranking.with_columns({"predicted": ranking.influence, **columns})
     return Ranking.from_influence(ranking.sample_id, influence, ranking.visits, reordered.columns)

@@ -6,6 +6,8 @@ from typing import Any
 
 _LOW_TAU = 0.3  # an order by chance gets there about once in a hundred times, 32 samples given
 
+_NUM_NAMED = 3
+
 
 def doubts(card: Mapping[str, Any]) -> list[str]:
     """What speaks against trusting the order, each in words; see ``docs/outputs.md`` for the keys of the card."""
@@ -13,7 +15,11 @@ def doubts(card: Mapping[str, Any]) -> list[str]:
     tau = card["kendall_tau"]
     if tau is not None and tau < _LOW_TAU:
         found.append(f"the order is not to be trusted: tau is below {_LOW_TAU}")
-    if 2 * card["num_within_noise"] > card["num_verified"]:
+    if card["num_diverged"]:
+        found.append("where training diverges, no derivative says so")
+    if card["noise_floor"] is None:
+        found.append("rounding alone makes training diverge, so that no order of its samples means anything")
+    elif 2 * card["num_within_noise"] > card["num_verified"]:
         found.append("most differences are within the noise, so that no order of them can be told right or wrong")
     return found
 
@@ -34,9 +40,20 @@ def _parts(card: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name} together {_sum(card[key])}"
     if card["num_reranked"]:
         yield f"the {card['num_reranked']} worst ranked by what leaving them out really does"
+    if card["num_diverged"]:
+        yield _diverged(card)
     if card["num_verified"]:
         yield f"{card['num_within_noise']} of {card['num_verified']} within noise"
-    yield f"rounding alone {card['noise_floor']:.1g}"
+    if card["noise_floor"] is not None:
+        yield f"rounding alone {card['noise_floor']:.1g}"
+
+
+def _diverged(card: Mapping[str, Any]) -> str:
+    samples = card["samples"]
+    names = [str(name) for name, real in zip(samples["id"], samples["real"], strict=True) if real is None]
+    listed = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
+    stay = " and keep the predicted value" if card["num_reranked"] else ""
+    return f"without {len(names)} of them training diverges ({listed}): they count for no agreement{stay}"
 
 
 def _order(card: Mapping[str, Any]) -> str:
@@ -49,8 +66,10 @@ def _order(card: Mapping[str, Any]) -> str:
 
 
 def _sum(together: Mapping[str, Any]) -> str:
-    words = f"{together['real']:.3g}, predicted {together['predicted']:.3g}"
-    error = together["error"]
+    predicted, real, error = together["predicted"], together["real"], together["error"]
+    if real is None:
+        return f"diverging, predicted {predicted:.3g}"
+    words = f"{real:.3g}, predicted {predicted:.3g}"
     if error is None:
         return words
     return f"{words}, off by {error:.0%}" if error < 10 else f"{words}, off by {error:.0f} times as much"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import test_losses
 import test_token_losses
@@ -242,6 +242,35 @@ def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
     for slots in (0, 2):
         monkeypatch.setattr(one_by_one, "slots_for", lambda *_, slots=slots: slots)
         assert np.array_equal(again(callback, case, without=IDS).values, together.values)
+
+
+class Drifting(Dataset):
+    """Validation data that weigh more each time they are gone through, as random augmentation might do."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __len__(self):
+        return len(VAL)
+
+    def __getitem__(self, i):
+        self.times += i == 0
+        return *VAL[i], torch.tensor(self.times)
+
+
+def drifting(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1]) + batch[-1].double().mean()
+
+
+def test_each_pass_over_the_window_is_compared_with_its_own_whole_run(monkeypatch):
+    case = CASES[3]
+    callback = ranked(case)
+    expected = again(callback, case, without=IDS).differences
+    monkeypatch.setattr(one_by_one, "slots_for", lambda *_: 1)
+    val = DataLoader(Drifting(), batch_size=len(VAL))
+    found = again(callback, case, without=IDS, objective=drifting, val_dataloaders=val, batched=False)
+    assert np.ptp(found.values) > 1
+    assert found.differences == pytest.approx(expected, rel=1e-6)
 
 
 # Never wrong in silence -----------------------------------------------------------------------------------

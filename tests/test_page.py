@@ -2,6 +2,7 @@
 """The page's content: sums against brute force, data that stay data, and what is said of trust."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -423,6 +424,14 @@ def test_what_speaks_against_trust_is_a_warning():
     assert "Hessian" in found["Engine", "warning"]
     assert "earlier steps" in found["Window", "plain"]
     assert "may look different" in found["Data", "plain"]
+
+
+@pytest.mark.parametrize("cosine", [None, math.nan])  # as summary.json holds it, and as the callback does
+def test_a_cosine_that_is_no_number_is_a_warning(cosine):
+    summary = SUMMARY | {"float32_agreement": {"cosine": cosine, "num_steps": 8}}
+    (line,) = [line for line in trust_lines(summary) if line.term == "Rounding"]
+    assert line.state == "warning"
+    assert line.words.startswith("cosine nan with a retrace")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lightning_sgdclean.page.trust import TrustLine, trust_lines
 from lightning_sgdclean.trust import stratified
 from lightning_sgdclean.trust_words import doubts, in_words
 from reference import leave_one_out, ranked
-from test_counterfactual import without
+from test_counterfactual import again, weights_without, without
 from test_loop import scaled
 
 CASE = Case("verified", {"norm": True, "dropout": 0.2, "options": {"momentum": 0.9, "lr": 0.05}})
@@ -193,6 +194,98 @@ def test_a_smooth_training_is_predicted_well():
     assert trust["kendall_tau"] > 0.97
     assert trust["worst_together"]["error"] < 0.2
     assert trust["num_within_noise"] == 0
+
+
+# Training that diverges -------------------------------------------------------------------------------------
+
+
+class Edge:
+    """A function of one weight that ends at a limit, as the logarithm or the root of what is left until there."""
+
+    def __init__(self, function, limit):
+        self.function, self.limit = function, limit
+        self.__name__ = "edge"
+
+    def __call__(self, module, batch):
+        return self.function(self.limit - module.net[0].bias[0])
+
+
+EDGE = Case("edge", {"options": {"lr": 0.05}})
+
+
+@pytest.fixture(scope="module")
+def beyond():
+    """Samples by how far the weight goes without them, each alone, and a limit that two of them go beyond."""
+    twins = [fit(EDGE, weights=weights_without([i])).net[0].bias[0].item() for i in range(NUM_TRAIN)]
+    order = np.argsort(twins)
+    return order.tolist(), (twins[order[-3]] + twins[order[-2]]) / 2
+
+
+@pytest.mark.parametrize("function", [torch.sqrt, lambda left: left.clamp(min=0).log()], ids=["nan", "inf"])
+@pytest.mark.parametrize("rerank", [0, 8])
+def test_samples_without_which_training_diverges_cost_nothing_but_themselves(beyond, function, rerank):
+    order, limit = beyond
+    gone = {*order[-2:]}
+    given = {"objective": Edge(function, limit)}
+    predicted = ranked(EDGE, **given).ranking
+    influence = dict(zip(predicted.sample_id.tolist(), predicted.influence.tolist(), strict=True))
+    callback = ranked(EDGE, verify=NUM_TRAIN, rerank=rerank, **given)
+    trust, ranking = callback.summary["trust"], callback.ranking
+    samples = trust["samples"]
+    assert {name for name, real in zip(samples["id"], samples["real"], strict=True) if real is None} == gone
+    assert trust["num_diverged"] == 2
+    ended = [(p, r) for p, r in zip(samples["predicted"], samples["real"], strict=True) if r is not None]
+    assert trust["kendall_tau"] == pytest.approx(stats.kendalltau(*zip(*ended, strict=True)).statistic)
+    assert trust["spearman"] == pytest.approx(stats.spearmanr(*zip(*ended, strict=True)).statistic)
+    marks = dict(zip(ranking.sample_id.tolist(), ranking.columns["diverged"].tolist(), strict=True))
+    assert {name for name, mark in marks.items() if mark == "yes"} == gone
+    for name, value, real in zip(ranking.sample_id, ranking.influence, ranking.columns["real"], strict=True):
+        assert value == (influence[name] if name in gone or not rerank else real)
+        assert np.isnan(real) == (name in gone)
+    assert Ranking.load(callback.run_dir) == ranking
+    assert re.search(r"without 2 of them training diverges \(\d+, \d+\)", trust["words"])
+    assert trust_lines(callback.summary)[-1].state == "warning"
+    text = (callback.run_dir / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refused)["trust"] == trust
+
+
+def refused(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_where_all_together_diverge_the_sum_has_no_error(beyond):
+    order, limit = beyond
+    trust = ranked(EDGE, objective=Edge(torch.sqrt, limit), verify=NUM_TRAIN).summary["trust"]
+    for sums, ids in ((trust["together"], order), (trust["worst_together"], trust["samples"]["id"][: NUM_TRAIN // 3])):
+        end = fit(EDGE, weights=weights_without(ids)).net[0].bias[0].item()
+        assert (sums["real"] is None) == (sums["error"] is None) == (end > limit)
+    assert trust["worst_together"]["real"] is None
+    assert "the worst together diverging, predicted -" in trust["words"]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_run_that_diverges_is_the_same_at_once_and_alone(beyond, batched):
+    order, limit = beyond
+    callback = ranked(EDGE)
+    for last in order[-1], order[0]:
+        given = {"objective": Edge(torch.sqrt, limit), "batched": batched}
+        found = again(callback, EDGE, without=[*order[-2:], last], **given)
+        assert np.isnan(found.values).tolist() == [True, True, last == order[-1]]
+        assert math.isfinite(found.whole)
+
+
+def test_where_rounding_alone_makes_training_diverge_there_is_no_floor():
+    case = Case("unstable", {"options": {"lr": 1e-8}}, {"precision": "32-true"})
+    end = fit(case).net[0].bias[0].item()
+    trust = ranked(case, objective=Edge(root_up_to, end), verify=3).summary["trust"]
+    assert trust["noise_floor"] is None
+    assert any("rounding alone makes training diverge" in doubt for doubt in trust["doubts"])
+    assert trust["num_within_noise"] == 3 - trust["num_diverged"]
+
+
+def root_up_to(left):
+    """As far as the limit itself, with a slope there."""
+    return left + torch.where(left < 0, torch.nan, 0.0)
 
 
 # The noise floor -------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 from lightning_sgdclean.cli.runs import RUN_HELP, FinishedRun, read_run
 from lightning_sgdclean.cli.terminal import facts, table
+from lightning_sgdclean.files import without_nan
 
 NAME = "show"
 HELP = "show the worst samples of a run"
@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = read_run(arguments.run_dir)
     samples = found.records(0, arguments.top)
     if arguments.json:
-        content = {"run": str(found.file.parent), "summary": found.summary, "samples": _without_nan(samples)}
-        print(json.dumps(content, indent=2))
+        content = {"run": str(found.file.parent), "summary": found.summary, "samples": samples}
+        print(json.dumps(without_nan(content), indent=2, allow_nan=False))
         return 0
     print(facts(_facts(found)))
     if samples:
@@ -68,11 +68,3 @@ def _objective(objective: dict[str, Any]) -> str:
 
 
 _WANTED = {"min": "low", "max": "high"}
-
-
-def _without_nan(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no NaN: unknown is null."""
-    return [
-        {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in sample.items()}
-        for sample in samples
-    ]

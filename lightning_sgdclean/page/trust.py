@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a ranking can be trusted, as lines of plain words made from ``summary.json``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,9 +69,9 @@ def _noise(summary: Mapping[str, Any]) -> list[TrustLine]:
     agreement = summary.get("float32_agreement")
     if not agreement:
         return []
-    cosine = agreement["cosine"]
+    cosine = math.nan if agreement["cosine"] is None else agreement["cosine"]  # where all influences are zero
     words = f"cosine {cosine:.3f} with a retrace in float32 over the last {agreement['num_steps']} steps"
-    return [TrustLine("Rounding", words, "warning" if cosine < _NOISY else "good")]
+    return [TrustLine("Rounding", words, "good" if cosine >= _NOISY else "warning")]
 
 
 def _kept(summary: Mapping[str, Any]) -> list[TrustLine]:
