@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,7 @@ from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.reopened import reopened
 from lightning_sgdclean.trajectory import SampleId, Step, window_in_words
 from lightning_sgdclean.walk import RetraceOptions
-
-Groups = Iterable[Any] | Mapping[Any, Iterable[SampleId]]
+from lightning_sgdclean.without import Groups, check_drawn, named_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class Counterfactual:
         predicted: The sum of the influences of each group in the ranking of the run directory, shape ``(R,)``; None
             if there is none, or one of another objective or window.
         visits: How often samples of each group were drawn in the window, shape ``(R,)``. Where they never were, the
-            difference is exactly zero.
+            difference is exactly zero, and a warning names the first of them.
         is_batched: Whether the runs were made at once, by ``torch.func.vmap``.
         is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
         words: What was run, in words.
@@ -114,7 +113,8 @@ def counterfactual(
         ReplayMismatchError: If the window, run again with nobody left out, is not what was recorded.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
         UnsupportedOperationError: If the runs are to be made at once and cannot.
-        TypeError: If ``without`` is something else.
+        TypeError: If ``without`` is something else, a mask of bool, or holds str where the run's ids are integers, or
+            integers where they are str.
         ValueError: If ``batched`` is.
     """
     checks.check_objective(objective)
@@ -147,39 +147,12 @@ def counterfactual(
     return found
 
 
-def named_groups(without: Groups) -> tuple[list[Any], list[list[SampleId]]]:
-    """Names and ids of the groups; see :func:`counterfactual`.
-
-    Raises:
-        TypeError: If it holds anything but ids, or lists of ids.
-    """
-    if isinstance(without, str | bytes) or not isinstance(without, Iterable):
-        raise TypeError(f"without must be ids, lists of ids, or a mapping from names to lists, got {without!r:.80}.")
-    if isinstance(without, Mapping):
-        return list(without), [_ids_in(group) for group in without.values()]
-    entries = [_plain(entry) for entry in without]
-    if all(isinstance(entry, int | str) for entry in entries):
-        return entries, [[entry] for entry in entries]
-    return list(range(len(entries))), [_ids_in(entry) for entry in entries]
-
-
-def _ids_in(group: Any) -> list[SampleId]:
-    is_list = isinstance(group, Iterable) and not isinstance(group, str | bytes)
-    ids = [_plain(entry) for entry in group] if is_list else []
-    if not is_list or not all(isinstance(entry, int | str) for entry in ids):
-        raise TypeError(f"A group of without= must be a list of ids (int or str), got {group!r:.80}.")
-    return list(dict.fromkeys(ids))
-
-
-def _plain(entry: Any) -> Any:
-    """Numbers of NumPy and torch as Python's."""
-    return entry.item() if isinstance(entry, np.generic) or (isinstance(entry, Tensor) and not entry.ndim) else entry
-
-
 def _counterfactual(
     this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched
 ) -> tuple[Counterfactual, list[str]]:
     steps, walk = this.steps, this.walk
+    drawn = _drawn(steps)
+    unknown = check_drawn(groups, drawn)
     complaints = [] if walk.split is None else prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
     found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
@@ -193,20 +166,21 @@ def _counterfactual(
         values=values,
         differences=sign * np.array(found.differences, dtype=np.float64),
         predicted=_predicted(this, groups, found.whole),
-        visits=_visits(steps, groups),
+        visits=np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64),
         is_batched=found.is_batched,
         is_bitwise=found.is_bitwise,
         words=f"{len(groups)} runs over {window}, {found.words}",
     )
-    return result, [*walk.fidelity.complaints[:3], *complaints]
+    return result, [*walk.fidelity.complaints[:3], *complaints, *unknown]
 
 
-def _visits(steps: list[Step], groups: list[list[SampleId]]) -> NDArray[np.int64]:
+def _drawn(steps: list[Step]) -> dict[SampleId, int]:
+    """How often each sample was drawn."""
     drawn: dict[SampleId, int] = {}
     for micro in (micro for step in steps if step.is_update for micro in step.micro):
         for name in micro.ids:
             drawn[name] = drawn.get(name, 0) + 1
-    return np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64)
+    return drawn
 
 
 def _predicted(this: OpenedRun, groups: list[list[SampleId]], whole: float) -> NDArray[np.float64] | None:

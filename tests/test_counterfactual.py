@@ -220,13 +220,35 @@ def test_ids_of_numpy_and_torch_and_groups_of_every_kind_are_taken():
     assert np.array_equal(lists.values, expected)
 
 
-def test_samples_that_were_never_drawn_change_nothing():
-    found = again(ranked(CASES[0]), CASES[0], without=[99, 3])
-    assert found.differences[0] == 0
+def test_samples_that_were_never_drawn_change_nothing_and_are_warned_of():
+    callback = ranked(CASES[0])
+    with pytest.warns(SGDInfluenceWarning, match=r"2 of the 3 ids in without= were never drawn .*first: 99\)"):
+        found = again(callback, CASES[0], without=[99, 3, -1])
+    assert found.differences[0] == found.differences[2] == 0
     assert found.differences[1] != 0
-    assert found.visits.tolist() == [0, 3]
-    nobody = again(ranked(CASES[0]), CASES[0], without=[])
+    assert found.visits.tolist() == [0, 3, 0]
+    nobody = again(callback, CASES[0], without=[])
     assert len(nobody.values) == 0
+
+
+def test_ids_of_another_type_than_the_recorded_ones_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"holds '7' of type str \(2 of 3 ids .* of type int, such as \d+\."):
+        again(ranked(CASES[0]), CASES[0], without=[3, "7", "8"])
+    callback = ranked(CASES[0], sample_ids=lambda batch: [f"sample {i}" for i in batch[2].tolist()])
+    with pytest.raises(TypeError, match=r"holds 3 of type int \(1 of 1 ids .* of type str, such as 'sample \d+'\."):
+        again(callback, CASES[0], without={"one": [3]})
+    assert again(callback, CASES[0], without=["sample 3"]).differences != 0
+
+
+MASK = np.arange(23) % 7 == 3
+
+
+@pytest.mark.parametrize(
+    "mask", [MASK, torch.tensor(MASK), MASK.tolist(), [MASK], {"some": MASK}, [3, True], [[3, np.True_]]], ids=repr
+)
+def test_a_mask_is_not_taken_for_ids(mask):
+    with pytest.raises(TypeError, match=r"without= holds True or False.*np.flatnonzero\(mask\)"):
+        counterfactual("nowhere", Plain(), without=mask)
 
 
 @pytest.mark.parametrize("asked", ["abc", 3, [3, [4]], {"a": 3}, [[3.5]], [None]])
