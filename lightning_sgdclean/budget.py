@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.errors import BudgetError
 from lightning_sgdclean.keeping import in_bytes
+from lightning_sgdclean.pace import in_time
 from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_steps
 from lightning_sgdclean.trajectory import State
 
@@ -64,6 +65,7 @@ class Budget:
 
     Attributes:
         interval: Steps from one snapshot to the next, or None for one that grows.
+        snapshots: How many there may be, or None if that cannot be known.
         nbytes: Expected size of the trajectory, or None if that cannot be known.
         text: The same in words, for people.
         num_steps: Steps that the window can have, or None if that cannot be known.
@@ -71,10 +73,32 @@ class Budget:
     """
 
     interval: int | None
+    snapshots: int | None
     nbytes: int | None
     text: str
     num_steps: int | None
     cost: float
+
+    def summary(self, step_seconds: float | None) -> dict[str, Any]:
+        """The same as plain values; the retrace in minutes where it is known how long a step of training takes."""
+        minutes = None
+        if step_seconds is not None and self.num_steps is not None:
+            minutes = self.cost * self.num_steps * step_seconds / 60
+        return {
+            "bytes": self.nbytes,
+            "snapshots": self.snapshots,
+            "interval": self.interval,
+            "steps": self.num_steps,
+            "cost": self.cost,
+            "minutes": minutes,
+        }
+
+    def at_pace(self, step_seconds: float, num_steps: int | None) -> str:
+        """What training in all, if its steps can be known, and the retrace take at that pace, in words."""
+        training = "" if num_steps is None else f"training about {in_time(num_steps * step_seconds)}, "
+        what, steps = ("retrace", self.num_steps) if self.num_steps else ("retrace of a step", 1)
+        seconds = self.cost * steps * step_seconds
+        return f"At the pace of the first batches: {training}{what} about {in_time(seconds)}."
 
 
 def window_length(
@@ -136,14 +160,15 @@ def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
     if needs.num_steps is None:
         cost = _WALK_COST[needs.curvature] + 1
         return Budget(
-            interval_of("sqrt" if policy == "auto" else policy, None), None, _unknown(needs, cost), None, cost
+            interval_of("sqrt" if policy == "auto" else policy, None), None, None, _unknown(needs, cost), None, cost
         )
     candidates = _auto_intervals(needs.num_steps, needs) if policy == "auto" else [interval_of(policy, needs.num_steps)]
     for interval in candidates:
         nbytes = _nbytes(interval, needs)
         if nbytes <= needs.max_bytes:
             cost = _cost(interval, needs)
-            return Budget(interval, nbytes, _in_words(interval, nbytes, needs, cost), needs.num_steps, cost)
+            text = _in_words(interval, nbytes, needs, cost)
+            return Budget(interval, _num_states(interval, needs), nbytes, text, needs.num_steps, cost)
     raise BudgetError(
         f"The trajectory would take about {in_bytes(nbytes)} ({_counts(interval, needs)}), of "
         f"{in_bytes(needs.max_bytes)} that it may take. Choose {'' if policy == 'auto' else 'fewer snapshots, '}"

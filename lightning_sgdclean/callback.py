@@ -374,6 +374,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "batches": self._recording.keeper.summary(),
+            "budget": self._recording.planned(trainer),
             "trajectory_bytes": self._recording.writer.bytes_written,
         }
         for kind in self.formats:

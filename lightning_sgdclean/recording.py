@@ -23,6 +23,7 @@ from lightning_sgdclean.joining import Mark
 from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
 from lightning_sgdclean.memory import slots_for
 from lightning_sgdclean.objective import loaders_in
+from lightning_sgdclean.pace import Pace
 from lightning_sgdclean.randomness import RandomStates
 from lightning_sgdclean.recorder import Recorder, trained_parameters
 from lightning_sgdclean.rehearsal import Rehearsal
@@ -90,6 +91,7 @@ class Recording:
         self.recorder = Recorder(module, optimizer, self.writer)
         self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
         self._planned_bytes = 0
+        self._pace = Pace()
         self._random = RandomStates(trainer.strategy.root_device)
         self._rehearsal: Rehearsal | None = Rehearsal()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
@@ -127,6 +129,7 @@ class Recording:
         if self.failure is not None:
             return
         self._look_for_best(trainer)
+        self._take_time(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
@@ -214,6 +217,7 @@ class Recording:
     def note_validation(self, trainer: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
         self.keeper.watch.is_interrupted()
+        self._pace.is_interrupted()
         value = trainer.callback_metrics.get(self._retrace.monitor)
         if not trainer.sanity_checking and value is not None:
             self.logged[trainer.global_step] = float(value)
@@ -221,6 +225,7 @@ class Recording:
     def end_epoch(self, trainer: Any) -> None:
         """Let go of epochs that no window reaches any more."""
         self.keeper.watch.is_interrupted()
+        self._pace.is_interrupted()
         if self.failure is not None:
             return
         self._look_for_best(trainer)
@@ -272,6 +277,19 @@ class Recording:
             self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
         if self._rehearsal is not None:
             self._rehearsal.leave()
+
+    def _take_time(self, trainer: Any) -> None:
+        """Once the first batches were timed, say how long it all will take."""
+        if self._pace.batch_begins() and self.budget is not None:
+            num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+            in_all = window_length(num_batches, accumulated, trainer.max_epochs, trainer.max_steps, "all")
+            self._say(self.budget.at_pace(accumulated * (self._pace.seconds or 0.0), in_all))
+
+    def planned(self, trainer: Any) -> dict[str, Any] | None:
+        """The budget as plain values."""
+        batch = self._pace.seconds
+        step = None if batch is None else batch * trainer.accumulate_grad_batches
+        return None if self.budget is None else self.budget.summary(step)
 
     def _look_for_best(self, trainer: Any) -> None:
         if self.best is not None:

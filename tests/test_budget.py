@@ -2,6 +2,7 @@
 """What a trajectory will take is said before the first step, and is what it takes."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.pace import Pace
 from lightning_sgdclean.recorder import current_state, trained_parameters
 from lightning_sgdclean.schedule import reversal, revolve
 from lightning_sgdclean.store import Trajectory
@@ -94,6 +96,48 @@ class Wide(Plain):
     def __init__(self):
         super().__init__(adam)
         self.net[0], self.net[4] = torch.nn.Linear(5, 8000), torch.nn.Linear(8000, 3)
+
+
+def test_pace_is_the_median_of_the_first_batches_without_what_lies_between_epochs(monkeypatch):
+    times = iter([0.0, 5.0, 6.0, 7.0, 20.0, *(21.0 + i for i in range(20))])
+    monkeypatch.setattr("lightning_sgdclean.pace.perf_counter", lambda: next(times))
+    pace, told = Pace(), []
+    for number in range(14):
+        told.append(pace.batch_begins())
+        if number == 3:
+            pace.is_interrupted()  # before the batch at 20
+    assert pace.seconds == 1.0
+    assert told.index(True) == 11
+    assert told.count(True) == 1
+
+
+def test_minutes_at_a_pace():
+    budget = budget_for("every", NEEDS)
+    assert budget.summary(6.0)["minutes"] == pytest.approx(2.7 * 1000 * 0.1)
+    assert budget.summary(None)["minutes"] is None
+    assert budget.at_pace(0.1, 5000) == (
+        "At the pace of the first batches: training about 8.3 min, retrace about 4.5 min."
+    )
+    unknown = budget_for("every", replace(NEEDS, num_steps=None))
+    assert unknown.summary(6.0)["minutes"] is None
+    assert unknown.at_pace(1.0, None) == "At the pace of the first batches: retrace of a step about 3.7 s."
+
+
+def test_time_is_told_once_and_about_right(capsys):
+    class Slow(Plain):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.1)  # so that the machine's load hardly counts
+            return super().training_step(batch, batch_idx)
+
+    callback = SGDInfluence("val_loss", epochs="all")
+    trainer = quiet_trainer([callback], enable_progress_bar=True, max_epochs=4)
+    trainer.fit(Slow(), *loaders())
+    said = [line for line in capsys.readouterr().out.splitlines() if "At the pace" in line]
+    assert len(said) == 1
+    planned = callback.summary["budget"]
+    assert planned["minutes"] == pytest.approx(2.7 * 20 * 0.1 / 60, rel=0.5)
+    assert planned["snapshots"] == 21
+    assert planned["bytes"] == callback._recording.budget.nbytes
 
 
 @pytest.mark.parametrize("snapshots", ["every", "sqrt"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_sgdclean.cli.terminal import facts, one_line
+from lightning_sgdclean.pace import in_time
 
 if TYPE_CHECKING:
     from lightning_sgdclean.dry_run import Findings
@@ -108,17 +109,10 @@ def _time(found: "Findings") -> str:
     if found.step_seconds is None or found.budget is None:
         return "not measured"
     step, budget = found.step_seconds, found.budget
-    training = "" if found.num_steps is None else f"training about {_duration(found.num_steps * step)}, "
+    training = "" if found.num_steps is None else f"training about {in_time(found.num_steps * step)}, "
     steps = "a step" if budget.num_steps is None else f"{budget.num_steps} steps"
     retrace = budget.cost * step * (budget.num_steps or 1)
-    return f"{training}retrace of {steps} about {_duration(retrace)} (a training step takes {_duration(step)})"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{1000 * seconds:.3g} ms"
+    return f"{training}retrace of {steps} about {in_time(retrace)} (a training step takes {in_time(step)})"
 
 
 def _as_json(callback: Any, found: "Findings") -> dict[str, Any]:
