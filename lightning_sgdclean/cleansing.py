@@ -67,7 +67,9 @@ def cleanse(
         set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see
             :func:`lightning_sgdclean.relabelling.with_label`.
         on: ``"val"`` measures on validation data. Where they are those of the ranking, there is no verdict.
-        ckpt_path: Weights that are measured: None for those after ``fit``, ``"best"`` for those of the checkpoint.
+        ckpt_path: Weights that are measured: None for those after ``fit``, ``"best"`` for those of the checkpoint. Each
+            training writes checkpoints to a folder of its own, whatever ``dirpath`` they were to have, which is removed
+            once it is measured.
         level: Of the confidence intervals, which are over seeds.
         dirpath: Where trainings, table and figure go. What is finished there is not done again, so that a call that
             was interrupted goes on, and one with more seeds or numbers adds to it.

@@ -15,6 +15,7 @@ from lightning_sgdclean._lightning import seed_everything
 from lightning_sgdclean.callback import SGDInfluence
 from lightning_sgdclean.cleansed import Cleansed
 from lightning_sgdclean.overlap import share_samples
+from lightning_sgdclean.own_checkpoints import own_checkpoints
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.training import Build, Loop, Training, takes_without, weights_checksum
 
@@ -104,6 +105,10 @@ class Settings:
         """Run directory of that seed's training on everything."""
         return self.folder / "rankings" / f"seed{seed}"
 
+    def checkpoints_of(self, trial: Trial) -> Path:
+        """Where that training keeps checkpoints until it is measured."""
+        return self.folder / "trials" / f"{trial.name}.checkpoints"
+
 
 def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
     """Train and measure.
@@ -128,14 +133,15 @@ def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
             f"Expected build(seed) to return a lightning_sgdclean.Training, found {type(training).__name__}."
         )
     training.check(settings.loops)
-    start = weights_checksum(training.model)
-    if ranking is None:
-        influence = _ranked(training, settings, trial.seed)
-        facts, ranked_on = _facts(influence, training, settings, takes_without(build)), _ranked_on(influence, training)
-    else:
-        facts, ranked_on = {}, []
-        _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
-    metrics = {loop: training.measure(loop, settings.ckpt_path) for loop in settings.loops}
+    start, facts, ranked_on = weights_checksum(training.model), {}, []
+    with own_checkpoints(training.trainer, settings.checkpoints_of(trial)):
+        if ranking is None:
+            influence = _ranked(training, settings, trial.seed)
+            facts = _facts(influence, training, settings, takes_without(build))
+            ranked_on = _ranked_on(influence, training)
+        else:
+            _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
+        metrics = {loop: training.measure(loop, settings.ckpt_path) for loop in settings.loops}
     facts["on_ranking_data"] = share_samples(ranked_on, getattr(training.trainer, f"{settings.on}_dataloaders"))
     seconds = round(time.perf_counter() - began, 3)
     return {"start": start, "metrics": metrics, "changed": changed, "seconds": seconds, **facts}

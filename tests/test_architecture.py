@@ -24,6 +24,7 @@ SEE_A_TRAINER = {
     "artifacts",
     "cleansed",
     "training",
+    "own_checkpoints",
 }
 
 

@@ -343,6 +343,7 @@ def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trai
     assert first.stdout.startswith("test_loss (low is better), mean of 2 seeds")
     assert "Verdict: " in first.stdout
     assert first.stderr.count("training ") == 6
+    assert not list(example.rglob("*.ckpt"))
     again = run(example, "-m", "lightning_sgdclean", *words, "--json")
     report = json.loads(again.stdout)
     assert "training " not in again.stderr

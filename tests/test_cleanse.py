@@ -470,6 +470,30 @@ def test_whether_the_value_that_chooses_is_to_be_low_is_not_guessed():
     assert run(with_accuracy, select_mode="max").question.select_mode == "max"
 
 
+class Slow(importlib.import_module("pytorch_lightning.callbacks").ModelCheckpoint):
+    """As on a slow file system: others have time to write where it writes."""
+
+    def file_exists(self, *arguments):
+        found = super().file_exists(*arguments)
+        time.sleep(0.3)
+        return found
+
+
+def with_checkpoints(seed):
+    package = importlib.import_module("pytorch_lightning")
+    options = {"max_epochs": 2, "precision": "32-true", "enable_checkpointing": True}
+    return short(seed)._replace(trainer=quiet_trainer([Slow("models", monitor="val_loss")], package, **options))
+
+
+def test_no_training_is_measured_by_the_checkpoint_of_another(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    before = {path.name for path in Path().iterdir()}
+    found = run(with_checkpoints, ckpt_path="best", processes=2)
+    assert numbers_of(found) == numbers_of(run(with_checkpoints, "one after another", ckpt_path="best"))
+    assert {path.name for path in Path().iterdir()} - before == {"cleansing", "one after another"}
+    assert not list(Path().rglob("*.ckpt"))
+
+
 # Refusals -----------------------------------------------------------------------------------------------
 
 KEPT_MODEL = []
