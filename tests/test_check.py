@@ -308,6 +308,30 @@ def test_the_command_line_sets_what_the_file_does_not(example):
     assert list(Ranking.load(example / "other").columns) == ["source"]
 
 
+def words_of_the_documentation(start):
+    """The words of the command of docs/cli.md that begins so."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").replace("\\\n", "")
+    return re.search(rf"^    {re.escape(start)} (.*)$", page, re.MULTILINE)[1].split()
+
+
+def test_the_yaml_of_the_documentation_sets_what_it_shows(example):
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1])
+    content = yaml.safe_load((example / "config.yaml").read_text(encoding="utf-8"))
+    content["trainer"] |= shown["trainer"]
+    (example / "shown.yaml").write_text(yaml.safe_dump(content))
+    printed = run(example, "main.py", "fit", "--config=shown.yaml", "--print_config").stdout
+    (callback,) = yaml.safe_load(printed)["trainer"]["callbacks"]
+    assert callback["init_args"].items() >= shown["trainer"]["callbacks"][0]["init_args"].items()
+
+
+def test_the_command_of_the_documentation_sets_what_it_shows(example):
+    words = words_of_the_documentation("python main.py")
+    run(example, "main.py", *words, "--trainer.max_epochs=1", "--trainer.callbacks.dirpath=told")
+    summary = json.loads((example / "told" / "summary.json").read_text())
+    assert (summary["engine"], summary["objective"]["name"]) == ("finite", "error_rate")
+
+
 def test_what_a_cli_saves_of_the_options_can_be_read_again(example):
     """Callables are saved by their import path, alone and in a dict."""
     printed = run(example, "main.py", "fit", "--config=config.yaml", "--print_config")
@@ -328,17 +352,7 @@ def test_the_help_of_a_cli_tells_every_option(example):
 
 
 def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trains_nothing(example):
-    words = [
-        "cleanse",
-        "config.yaml",
-        "--metric=test_loss",
-        "--select=val_loss",
-        "--select-mode=min",
-        "--seeds=2",
-        "--drop",
-        "20",
-        "--random-draws=1",
-    ]
+    words = ["cleanse", *words_of_the_documentation("sgdclean cleanse")]
     first = run(example, "-m", "lightning_sgdclean", *words)
     assert first.stdout.startswith("test_loss (low is better), mean of 2 seeds")
     assert "Verdict: " in first.stdout

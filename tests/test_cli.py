@@ -17,6 +17,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cases import Plain, loaders, quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli, compare
@@ -209,6 +210,26 @@ def test_a_table_leaves_out_columns_from_the_right_and_says_so():
 # --- the page of the documentation
 
 
+MY_MODULE = """
+from two_clusters import Classifier as Model
+from two_clusters import TwoClusters as Data
+
+
+def make_data():
+    data = Data()
+    data.setup("fit")
+    return data.train
+"""
+
+
+def write_config(folder, with_classes):
+    """The example's, with or without the classes of model and data."""
+    content = yaml.safe_load((ROOT / "examples" / "lightning_cli" / "config.yaml").read_text(encoding="utf-8"))
+    if not with_classes:
+        content |= {key: content[key].get("init_args", {}) for key in ("model", "data")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
 def test_the_commands_of_the_documentation_do_what_it_says(tmp_path):
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^    sgdclean (.*)", page, re.MULTILINE)]
@@ -217,8 +238,9 @@ def test_the_commands_of_the_documentation_do_what_it_says(tmp_path):
     train = [sys.executable, "main.py", "fit", "--config=config.yaml"]
     subprocess.run(train, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=True)
     other = shutil.copytree(tmp_path / "cleaning", tmp_path / "other")
-    # The example's classes stand in the file; cleanse is another test's.
-    for words in [words for words in commands if not {"--model", "--dataset", "cleanse"} & {*words}]:
+    (tmp_path / "my_module.py").write_text(MY_MODULE)
+    for words in [words for words in commands if "cleanse" not in words]:  # tests/test_check.py runs that one
+        write_config(tmp_path, with_classes="--model" not in words)
         runs = iter([tmp_path / "cleaning", other])
         done = sgdclean(*[next(runs) if word == "RUN" else word for word in words], cwd=tmp_path)
         notes = [line for line in done.stderr.splitlines() if not line.startswith("note: the page that was here ")]

@@ -5,14 +5,16 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 from safetensors import safe_open
 
 import lightning_sgdclean
 from cases import Plain, loaders, quiet_trainer
-from lightning_sgdclean import SGDInfluence, errors
+from lightning_sgdclean import Cleansed, Ranking, SGDInfluence, errors
 from lightning_sgdclean.ranking_csv import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,39 @@ def test_python_blocks_run_in_order(page, request):
         pytest.importorskip(module)
     goes_on = "five-minute start](" in page.read_text(encoding="utf-8").partition("```python")[0]
     run_blocks(page, lines_of_code(page), request.getfixturevalue("started") if goes_on else {})
+
+
+def test_what_is_indented_on_a_page_is_a_command():
+    """So that no Python stands where nobody runs it; commands are run by tests/test_cli.py or are scripts of ours."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for block in re.findall(r"(?<=\n\n)((?:    .*\n)+)", text):
+            assert re.match(r"    (sgdclean|python|pip|make) ", block), f"{page}: {block}"
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loaders()[0]
+
+    def val_dataloader(self):
+        return loaders()[1]
+
+
+@pytest.mark.parametrize("kind", [SGDInfluence, Cleansed], ids=lambda kind: kind.__name__)
+def test_the_example_of_a_class_runs(kind, run_dir, tmp_path):
+    """As the pages of the API show it, which are made of the docstrings."""
+    example = re.search(r"Example::\n\n(.*?)\n\n", inspect.getdoc(kind), re.DOTALL)[1]
+    names = {
+        "SGDInfluence": SGDInfluence,
+        "Cleansed": Cleansed,
+        "Ranking": Ranking,
+        "Trainer": lambda callbacks: quiet_trainer(callbacks, max_epochs=1, default_root_dir=tmp_path),
+        "model": Plain(),
+        "datamodule": Data(),
+        "run_dir": run_dir,
+    }
+    exec(textwrap.dedent(example), names)
+    assert names["trainer"].callbacks
 
 
 def test_the_quickstart_finds_what_it_promises(started):
