@@ -3,10 +3,12 @@
 
     python benchmarks/scale.py [--write-docs]
 
-Nothing large is run. Bytes come from recording two small fits, costs of a step from ``docs/cost.md``.
+Nothing large is run. Bytes come from recording two small fits, states in memory from retracing small ones of a wide
+network, costs of a step from ``docs/cost.md``.
 """
 
 import argparse
+import gc
 import json
 import logging
 import tracemalloc
@@ -20,8 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean import SGDInfluence, backward
 from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_steps
+from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
 from silent import silent_trainer
 
@@ -66,14 +69,68 @@ def recorded(batch, folder, num_steps=64):
 
 
 def measure():
-    """Bytes a step and a sample drawn, on disk and in memory: the straight line through two batch sizes."""
+    """Bytes a step and a sample drawn, on disk and in memory: the straight line through two batch sizes.
+
+    And the states in memory besides those that are held.
+    """
     small, large = 16, 256
     with TemporaryDirectory() as folder:
         at_small, at_large = (recorded(batch, Path(folder) / str(batch)) for batch in (small, large))
     sample = [(b - a) / (large - small) for a, b in zip(at_small, at_large, strict=True)]
     step = [a - small * per_sample for a, per_sample in zip(at_small, sample, strict=True)]
     keys = ("disk_step", "memory_step"), ("disk_sample", "memory_sample")
-    return {key: round(value, 1) for key, value in zip(keys[0] + keys[1], step + sample, strict=True)}
+    found = {key: round(value, 1) for key, value in zip(keys[0] + keys[1], step + sample, strict=True)}
+    around = {name: round(max(states_around(name, interval) for interval in (1, 4, 16)), 1) for name in STATES}
+    return found | {"states_around": around}
+
+
+class Wide(Small):
+    """Its states are large beside its batches."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 2))
+        self.optimizer = optimizer
+
+    def configure_optimizers(self):
+        return getattr(torch.optim, self.optimizer)(self.parameters(), lr=0.001)
+
+
+def tensor_bytes():
+    """Of all tensors that were made since ``gc.freeze()``."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def states_around(optimizer, interval, num_steps=16):
+    """Most tensors alive after a state is read or a step pulled back, in states, less those held for visits to come."""
+    peaks, sizes = [], []
+    read, pull_back = RecomputedStates.state, backward._pull_back
+
+    def reading(self, index):
+        found = read(self, index)
+        sizes.append(self._trajectory.state_bytes)
+        peaks.append(tensor_bytes() / sizes[-1])
+        return found
+
+    def pulling_back(*args):
+        found = pull_back(*args)
+        peaks.extend(tensor_bytes() / size for size in sizes[-1:])
+        return found
+
+    data = TensorDataset(torch.randn(4 * num_steps, 4), torch.randint(0, 2, (4 * num_steps,)))
+    RecomputedStates.state, backward._pull_back = reading, pulling_back
+    gc.collect()
+    gc.freeze()
+    try:
+        with TemporaryDirectory() as folder:
+            trainer = silent_trainer(1, [SGDInfluence("val_loss", dirpath=Path(folder) / "run", snapshots=interval)])
+            trainer.fit(Wide(optimizer), DataLoader(data, 4), DataLoader(data, 32))
+    finally:
+        gc.unfreeze()
+        RecomputedStates.state, backward._pull_back = read, pull_back
+    return max(peaks) - max(0, interval - 2)
 
 
 def in_units(number):
@@ -88,12 +145,12 @@ def marked(number, bound):
     return in_units(number) + ("" if number <= bound else " **!**")
 
 
-def policy_row(name, num_steps, interval, state, slots):
+def policy_row(name, num_steps, interval, state, slots, around):
     """Disk of the snapshots, states in memory, and training steps that a retraced step takes."""
     held = min(slots, max(0, interval - 2))  # neither the segment's first state, read, nor its last, handed out
     repeated = (repeated_steps(interval, slots) + 1) / interval if interval > 1 else 0.0
     count = num_snapshots(num_steps, interval)
-    disk, memory = count * state, (held + 4) * state
+    disk, memory = count * state, (held + around) * state
     return (
         f"| {name} | {count:,} | {marked(disk, DISK)} | {held:,} | {marked(memory, MEMORY)} | {WALK + repeated:.1f} |"
     )
@@ -113,6 +170,7 @@ def run_section(samples, steps, params, epochs, constants):
     for optimizer, tensors in STATES.items():
         state = params * 4 * tensors
         root = interval_of("sqrt", steps)
+        around = constants["states_around"][optimizer]
         fitting = max(1, int(MEMORY / 2 // state))
         dense, coarse = min(root, fitting), max(root, -(-steps // max(1, int(DISK // state) - 1)))
         lines += [
@@ -120,10 +178,10 @@ def run_section(samples, steps, params, epochs, constants):
             "",
             "| policy | snapshots | disk | held | memory | cost of a step |",
             "|---|---|---|---|---|---|",
-            policy_row("`every`", steps, 1, state, 0),
-            policy_row("`sqrt`, segments held whole", steps, root, state, root),
-            policy_row("`sqrt`, what memory allows", steps, root, state, dense),
-            policy_row("as many as the disk takes", steps, coarse, state, fitting),
+            policy_row("`every`", steps, 1, state, 0, around),
+            policy_row("`sqrt`, segments held whole", steps, root, state, root, around),
+            policy_row("`sqrt`, what memory allows", steps, root, state, dense, around),
+            policy_row("as many as the disk takes", steps, coarse, state, fitting, around),
             "",
         ]
     return lines
@@ -139,7 +197,10 @@ def markdown(constants):
         f"{constants['disk_step']:,.0f} bytes on disk (torch's random state",
         f"above all) and {constants['disk_sample']:.0f} more for each sample drawn; read back,",
         f"{constants['memory_step']:,.0f} bytes of memory and {constants['memory_sample']:.0f} a sample. These were",
-        "measured. How many snapshots there are and how often a step is repeated are formulas",
+        "measured, and so was what is in memory besides the states that are *held*: as much as",
+        f"{constants['states_around']['SGD']} states with SGD and {constants['states_around']['Adam']} with Adam, for",
+        "the live model, its optimizer, gradients, the adjoint and the states at work; activations come on top.",
+        "How many snapshots there are and how often a step is repeated are formulas",
         "(`lightning_sgdclean/schedule.py`), which a simulation of a million steps bears out",
         "(`tests/test_schedule.py`). The window is the whole training. *Cost of a step* is in training",
         f"steps: {WALK} for the walk itself ([cost.md](cost.md)) and one for each time that the step is repeated.",
@@ -161,8 +222,9 @@ WHAT_BREAKS = """## What breaks first
 4. The records in memory: all steps of the window are read at once, ids and fingerprints included. With 1e9
    samples drawn that alone is too much, whatever the policy. A shorter window (`epochs=`) is the answer for now;
    reading the steps segment by segment would be a better one.
-5. A single state, at 1e10 parameters: it has to fit into memory several times over. No schedule helps, and the
-   last table's costs show it; the state would have to be spread over machines, which is not followed.
+5. A single state: it has to fit into memory some ten times over, which ends at 1e9 parameters with Adam, and at
+   1e10 with any optimizer. No schedule helps, and the last tables' costs show it; the state would have to be
+   spread over machines, which is not followed.
 """
 
 

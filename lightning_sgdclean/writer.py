@@ -128,6 +128,7 @@ class TrajectoryWriter:
             self._keep(self.next_index, self._current)
             self._current = None
         self.flush()
+        self._buffers.clear()  # a retrace needs the memory
 
     def flush(self) -> None:
         """Write what is held in memory as one segment; it is on disk afterwards, and would outlast a power failure."""

@@ -30,11 +30,18 @@ def test_page_is_that_of_the_measured_constants(scale):
 def test_rows_of_the_page_count_what_a_simulation_makes(scale, num_steps, interval, slots):
     kept = [*range(0, num_steps, interval), num_steps]
     machine = Machine(kept).run(reversal(kept, 0, num_steps, revolve(slots)))
-    cells = scale.policy_row("", num_steps, interval, 1.0, slots).split("|")[2:]
+    cells = scale.policy_row("", num_steps, interval, 1.0, slots, 8.0).split("|")[2:]
     assert cells[0].strip() == f"{len(kept):,}"
     assert int(cells[2]) == machine.most_held
+    assert cells[3].split() == scale.in_units(machine.most_held + 8.0).split()
     cost = scale.WALK + (machine.steps + machine.checks) / num_steps
     assert float(cells[4]) == pytest.approx(cost, abs=0.06)  # the last segment may be shorter
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_states_in_memory_are_those_of_a_retrace(scale, optimizer):
+    constants = json.loads(scale.RESULT.read_text(encoding="utf-8"))
+    assert scale.states_around(optimizer, 4) <= constants["states_around"][optimizer] + 0.5
 
 
 def test_constants_are_those_of_a_recording(scale, tmp_path):

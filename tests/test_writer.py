@@ -126,9 +126,17 @@ def test_full_disk_costs_the_recording_only(tmp_path):
 def test_buffers_are_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_sgdclean.writer._SEGMENT_STEPS", 4)
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
+    free, give_back = [], TrajectoryWriter._give_back
+
+    def counting(self, flat):
+        give_back(self, flat)
+        free.append(sum(map(len, self._buffers.values())))
+
+    monkeypatch.setattr(TrajectoryWriter, "_give_back", counting)
     fit(Case("long", {}, {"max_epochs": 20}), callback)
     assert len(Trajectory(tmp_path / "run" / "trajectory").kept) == 101
-    assert sum(len(free) for free in callback._recording.writer._buffers.values()) < 30
+    assert 0 < max(free) < 30
+    assert callback._recording.writer._buffers == {}  # while the run is retraced, and later
 
 
 def test_random_states_that_did_not_change_are_written_once(tmp_path):
