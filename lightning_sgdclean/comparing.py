@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from lightning_sgdclean.agreement import kendall_tau, share_of_lowest, spearman, top_k_jaccard
+from lightning_sgdclean.comparable import check_labels, check_summaries
 from lightning_sgdclean.comparison import Comparison, Matrix
 from lightning_sgdclean.ranking import Ranking
 from lightning_sgdclean.run_directory import read_summary
@@ -34,7 +35,8 @@ def compare(runs: "Iterable[Run] | Mapping[str, Run]", *, worst: float = 0.05, e
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If there are fewer than two runs, two of one name, ids of two types, runs without a common
-            sample, rankings of different objectives, or ``worst`` or ``ends`` is no such number.
+            sample, samples whose labels differ from run to run, run directories that differ in objective, size of the
+            dataset, epochs of the window or kind of engine, or ``worst`` or ``ends`` is no such number.
     """
     rankings = _loaded(runs)
     if not worst > 0 or ends < 1:
@@ -76,9 +78,10 @@ def _loaded(runs: "Iterable[Run] | Mapping[str, Run]") -> dict[str, Ranking]:
     if len(named) < 2 or twice:
         found = f"{twice[0]!r} more than once" if twice else f"{len(named)}"
         raise ValueError(f"Expected two or more runs of different names, found {found}.")
-    _check_objectives(dict(named))
+    check_summaries(_summaries(dict(named)))
     rankings = {name: run if isinstance(run, Ranking) else Ranking.load(run) for name, run in named}
     _check_ids(rankings)
+    check_labels(rankings)
     return rankings
 
 
@@ -96,21 +99,10 @@ def _check_ids(rankings: dict[str, Ranking]) -> None:
         raise ValueError("The runs have no sample in common. Expected runs over one dataset, with the same ids.")
 
 
-def _check_objectives(runs: "dict[str, Run]") -> None:
-    """Influences in different units have no mean. Rankings in memory are taken as they are."""
-    objectives = {}
-    for name, run in runs.items():
-        if not isinstance(run, Ranking):
-            summary = read_summary(Path(run) if Path(run).is_dir() else Path(run).parent)
-            if summary:
-                about = summary.get("objective", {})
-                objectives[name] = f"{about.get('name')} ({about.get('mode')})"
-    if len(set(objectives.values())) > 1:
-        found = ", ".join(f"{objective} in {name}" for name, objective in objectives.items())
-        raise ValueError(
-            f"Expected influences on one objective, found {found}. To compare them all the same, give rankings: "
-            "Ranking.load(run)."
-        )
+def _summaries(runs: "dict[str, Run]") -> dict[str, dict[str, Any]]:
+    """What is known of the runs. Rankings in memory are taken as they are."""
+    folders = {name: Path(run) for name, run in runs.items() if not isinstance(run, Ranking)}
+    return {name: read_summary(path if path.is_dir() else path.parent) for name, path in folders.items()}
 
 
 def _agreement(influence: Matrix, ends: int) -> dict[str, Matrix]:

@@ -11,11 +11,12 @@ import pytorch_lightning as pl
 import torch
 from scipy import stats
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, compare
 from lightning_sgdclean.agreement import top_k_jaccard
+from lightning_sgdclean.errors import SGDInfluenceWarning
 
 
 def ranked(**influence):
@@ -148,10 +149,10 @@ def clusters(size, wrong=0):
     return TensorDataset(x, y)
 
 
-def run_of_seed(seed, train, val, folder, objective=None):
-    callback = SGDInfluence(objective=objective, epochs="all", dirpath=folder)
+def run_of_seed(seed, train, val, folder, objective=None, num_epochs=3, **options):
+    callback = SGDInfluence(objective=objective, **{"epochs": "all", "dirpath": folder, **options})
     pl.seed_everything(seed, verbose=False)
-    trainer = quiet_trainer([callback], precision="32-true")
+    trainer = quiet_trainer([callback], precision="32-true", max_epochs=num_epochs)
     trainer.fit(Classifier(), DataLoader(train, batch_size=20, shuffle=True), DataLoader(val, batch_size=100))
     return callback.run_dir
 
@@ -180,3 +181,53 @@ def test_wrong_labels_are_harmful_with_every_seed(tmp_path):
     assert len(compare([Ranking.load(folders[0]), Ranking.load(other)])) == 200
     with pytest.raises(ValueError, match="more than once"):
         compare([folders[0], folders[0]])
+
+
+def places(batch):
+    return list(range(len(batch[0])))
+
+
+def test_runs_whose_influences_or_ids_are_of_two_kinds_are_refused_by_name(tmp_path):
+    train, val = clusters(40), clusters(30)
+    first = run_of_seed(0, train, val, tmp_path / "first", num_epochs=2)
+    fewer = TensorDataset(*(tensor[:30] for tensor in train.tensors))
+    for data, options, says in (
+        (fewer, {}, "Expected training datasets of one size, found 40 in .*first, 30 in .*other"),
+        (train, {"epochs": 1}, 'Expected windows of the same epochs, found "all" in .*first, 1 in .*other'),
+        (
+            train,
+            {"curvature": "none"},
+            "Expected engines of one kind, found with curvature in .*first, without curvature",
+        ),
+        (train, {"sample_ids": places}, "found 40 in .*first, names instead of positions in"),
+    ):
+        other = run_of_seed(1, data, val, tmp_path / "other", num_epochs=2, overwrite=True, **options)
+        with pytest.raises(ValueError, match=f"{says}.*give rankings"):
+            compare([first, other])
+        assert len(compare([Ranking.load(first), Ranking.load(other)])) == 40
+    for num_epochs, options, says in ((2, {"curvature": "finite"}, "engines"), (1, {}, "4 steps .*first, 2 steps in")):
+        other = run_of_seed(1, train, val, tmp_path / "other", num_epochs=num_epochs, overwrite=True, **options)
+        with pytest.warns(SGDInfluenceWarning, match=says):
+            compare([first, other])
+
+
+def test_positions_in_different_splits_show_by_their_labels(tmp_path):
+    whole, val = clusters(60), clusters(30)
+    splits = [random_split(whole, [40, 20], torch.Generator().manual_seed(seed))[0] for seed in range(2)]
+    runs = [
+        run_of_seed(seed, split, val, tmp_path / f"{seed}", num_epochs=1, columns=["label"])
+        for seed, split in enumerate(splits)
+    ]
+    differ = sum(int(one[1] != other[1]) for one, other in zip(*splits, strict=True))
+    for given in (runs, [Ranking.load(run) for run in runs]):
+        with pytest.raises(ValueError, match=rf"{differ} samples have another label in .* than in other runs; .*ids="):
+            compare(given)
+    unlabelled = [Ranking.from_influence(r.sample_id, r.influence, r.visits) for r in map(Ranking.load, runs)]
+    assert len(compare(unlabelled)) == 40
+
+
+def test_labels_that_are_not_known_differ_from_none():
+    known, unknown = (
+        Ranking.from_influence([0, 1], [1.0, 2.0], [1, 1], {"label": labels}) for labels in ([1, 0], [math.nan, 0])
+    )
+    assert len(compare([known, unknown, known], ends=1)) == 2
