@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_sgdclean.cleansing_plan import Question
-from lightning_sgdclean.files import write_json
+from lightning_sgdclean.files import appearing_whole, write_json
 from lightning_sgdclean.frames import data_frame
 from lightning_sgdclean.gains import Estimate, Measured, Verdict, estimate
 from lightning_sgdclean.ranking import Ranking
@@ -90,7 +90,8 @@ class Cleansing:
             figure = self.plot()
         except ImportError:
             return
-        figure.savefig(self.folder / "figure.png", dpi=150)
+        with appearing_whole(self.folder / "figure.png") as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
 
     def _report(self) -> dict[str, Any]:
         return {

@@ -35,10 +35,11 @@ class TrialStore:
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         if path.exists():
             _check_same(path, read_sealed(path), identity)
-        elif folder.exists() and any(folder.iterdir()):
-            raise RunDirectoryError(f"{folder} is not empty and holds no cleansing. Give another dirpath=.")
-        self._trials.mkdir(parents=True, exist_ok=True)
+        elif folder.exists():
+            _clear_of_beginnings(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write_sealed(path, identity)
+        self._trials.mkdir(exist_ok=True)
 
     def result(self, trial: Trial) -> dict[str, Any] | None:
         """What is remembered of a training, or None if it was not finished.
@@ -55,6 +56,17 @@ class TrialStore:
 
     def _path(self, trial: Trial) -> Path:
         return self._trials / f"{trial.name}.json"
+
+
+def _clear_of_beginnings(folder: Path) -> None:
+    """Remove what is left of a cleansing that was killed before it could say what it was of."""
+    found = list(folder.iterdir())
+    halves = [path for path in found if path.match(".cleansing.json.*.tmp")]
+    empty = [path for path in found if path.name == "trials" and path.is_dir() and not any(path.iterdir())]
+    if len(halves) + len(empty) < len(found):
+        raise RunDirectoryError(f"{folder} is not empty and holds no cleansing. Give another dirpath=.")
+    for path in halves:
+        path.unlink()
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

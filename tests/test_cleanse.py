@@ -21,8 +21,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, Training, cleanse, compare
+from lightning_sgdclean.cleansing_plan import Question
+from lightning_sgdclean.cleansing_result import Cleansing
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.gains import Measured, judge
 from lightning_sgdclean.overlap import share_samples
+from lightning_sgdclean.trial_store import TrialStore
 
 WRONG = 60
 
@@ -293,6 +297,38 @@ def test_a_killed_cleansing_goes_on():
                 break
     assert 3 <= num_trained() < 6
     assert numbers_of(run(short)) == numbers_of(run(short, "whole"))
+
+
+def test_a_cleansing_that_was_killed_before_its_first_training_can_begin_anew():
+    Path("cleansing", "trials").mkdir(parents=True)
+    Path("cleansing", ".cleansing.json.123.tmp").write_text('{"form', encoding="utf-8")
+    TrialStore(Path("cleansing"), {"build": "mine"})
+    assert sorted(path.name for path in Path("cleansing").iterdir()) == ["cleansing.json", "trials"]
+    with pytest.raises(RunDirectoryError, match="another build"):
+        TrialStore(Path("cleansing"), {"build": "other"})
+    Path("other", "trials").mkdir(parents=True)
+    Path("other", "trials", "mine.txt").touch()
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        TrialStore(Path("other"), {"build": "mine"})
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(monkeypatch):
+    numbers = Measured(np.array([2.0, 3.0]), np.array([[1.0, 2.0]]), np.array([[[2.0], [3.0]]]), "min")
+    question = Question("test_loss", "min", "val_loss", "min", 0.95)
+    verdict = judge((5,), numbers, numbers, 0.95, False)
+    found = Cleansing(Path(), (0, 1), (5,), question, numbers, numbers, verdict, ())
+    found.save()
+    whole = Path("figure.png").read_bytes()
+
+    def disk_full(figure, path, **options):
+        Path(path).write_bytes(whole[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        found.save()
+    assert Path("figure.png").read_bytes() == whole
+    assert sorted(path.name for path in Path().iterdir()) == ["figure.png", "report.json", "table.csv"]
 
 
 def failing_while_full(seed):
