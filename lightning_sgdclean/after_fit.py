@@ -64,7 +64,9 @@ def rank_opened(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], 
     """
     walk, steps, run, options = this.walk, this.steps, this.run, this.options
     objectives = this.objectives_at(this.end, this.surroundings)
-    complaints = [] if run.averaging else _compare_objective(objectives[0].value, steps[-1], run, walk, options)
+    complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
+    if not run.averaging:
+        complaints += _compare_objective(objectives[0].value, steps[-1], run, walk, options)
     if walk.split is not None:
         complaints += prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
 

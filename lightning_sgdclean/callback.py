@@ -20,7 +20,7 @@ from lightning_sgdclean.batches import cloned
 from lightning_sgdclean.errors import NonFiniteError, warn_of
 from lightning_sgdclean.exhibits import Exhibit, worst_pictures
 from lightning_sgdclean.files import write_json
-from lightning_sgdclean.joining import join
+from lightning_sgdclean.joining import join, without_mark
 from lightning_sgdclean.later import call_of
 from lightning_sgdclean.loggers.publish import publish
 from lightning_sgdclean.objective import logs_value
@@ -192,8 +192,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check what is known by now, and watch for the training loader."""
+        if stage != "fit":  # a checkpoint that is written later still says which trajectory led to it
+            return
         self._forget()
-        if stage != "fit" or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return
         checks.check_alone(trainer, SGDInfluence)
         checks.check_module(trainer, pl_module, self.objective is not None)
@@ -208,14 +210,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         checks.check_optimizers(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
-        known_best = self._mark["best"] if self.run_dir else None
+        joined = self._mark if self.run_dir else {}
         if self.run_dir is None:
             check_free(self.dirpath, self.overwrite)
             self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
         options = RecordingOptions(self.keep_batches, self.snapshots, self.max_bytes)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
         self._recording = Recording(
-            trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say, known_best
+            trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say, joined
         )
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
@@ -224,6 +226,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Check the training loader, which exists by now, and say what recording takes."""
         if self._active and self._recording is not None and self._loaders is not None:
             self._loaders.check(trainer)
+            if not self._mark:
+                warn_of(without_mark(trainer.global_step))
             self._recording.plan_snapshots(trainer)
 
     def on_validation_batch_end(
@@ -274,12 +278,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Which trajectory led to the checkpoint, and how far."""
-        mark = self._recording.mark() if self._active and self._recording is not None else None
+        mark = None if self._recording is None else self._recording.mark()
         return {} if mark is None else asdict(mark)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what to join."""
-        self._mark = state_dict
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember what to join, also where this callback has another monitor, curvature or dirpath than that one."""
+        states = checkpoint.get("callbacks", {})
+        ours = [state for key, state in states.items() if str(key).startswith(f"{type(self).__qualname__}{{")]
+        self._mark = states.get(self.state_key, ours[0] if len(ours) == 1 else {})
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What leads to the checkpoint has to be on disk before it is."""
@@ -294,9 +300,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Remove the hooks of a fit that ended early."""
         self._stop(trainer)
 
-    def _stop(self, trainer: Any) -> None:
+    def _stop(self, trainer: Any, is_complete: bool = False) -> None:
         if self._active and self._recording is not None:
-            self._recording.close(trainer)
+            self._recording.close(trainer, is_complete)
         if self._loaders is not None:
             self._loaders.unwatch(trainer)
         self._active = False
@@ -309,7 +315,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return
         assert self._recording is not None and self._loaders is not None and self.run_dir is not None  # noqa: PT018
         self._seconds["fit"] += time.perf_counter()
-        self._stop(trainer)
+        self._stop(trainer, is_complete=True)
         if self._recording.failure is not None:
             raise self._recording.failure
         self._seconds["retrace"] = -time.perf_counter()

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean.ending import forget_ending
+from lightning_sgdclean.ending import forget_ending, read_ending
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.flat_state import Layout, dtypes_of
-from lightning_sgdclean.run_directory import fresh_directory, remove_results
+from lightning_sgdclean.run_directory import check_free, fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
 from lightning_sgdclean.store import Trajectory, fit_of
 
@@ -32,6 +32,7 @@ class Mark:
         is_between_steps: Whether no batch waited for its step.
         fit: Name of the fit that recorded the step before; empty where there is none.
         best: See :class:`lightning_sgdclean.best_model.BestModel`.
+        evidence: See :class:`lightning_sgdclean.keeping.RandomnessWatch`.
     """
 
     run: str
@@ -40,6 +41,7 @@ class Mark:
     is_between_steps: bool
     fit: str
     best: list[int] | None = None
+    evidence: str = ""
 
 
 def join(said: dict[str, Any], wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
@@ -78,14 +80,24 @@ def mark_of(said: dict[str, Any]) -> Mark:
     return Mark(**said)
 
 
+def without_mark(step: int) -> list[str]:
+    """What is to be said of a fit that begins with this step though its checkpoint, if any, leads to no trajectory."""
+    if not step:
+        return []
+    return [
+        f"This fit goes on from step {step}, but what it goes on from names no recorded steps that led there (it was "
+        "saved without SGDInfluence, or after its recording had stopped), so only steps from here on are recorded."
+    ]
+
+
 def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
     source = next((f for f in (Path(mark.folder), wanted) if f is not None and _run_in(f) == mark.run), None)
     if source is None:
         raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
     if not mark.is_between_steps:
         raise RunDirectoryError("the checkpoint was written while batches waited for their step.")
-    is_finished = (source / "summary.json").exists()
-    if is_finished and not (overwrite and wanted == source):
+    if _is_finished(source) and not (overwrite and wanted == source):
+        check_free(wanted, overwrite)
         target = fresh_directory(wanted, log_dir, overwrite)
         try:
             shutil.copytree(source / "trajectory", target / "trajectory", copy_function=_link, dirs_exist_ok=True)
@@ -104,6 +116,13 @@ def _run_in(folder: Path) -> str | None:
         return str(read_sealed(folder / "trajectory" / "manifest.json")["run"])
     except (RunDirectoryError, KeyError):
         return None
+
+
+def _is_finished(source: Path) -> bool:
+    """Whether the run was ranked, or trained to its end at least: then it can still be ranked."""
+    trajectory = Trajectory(source / "trajectory")
+    ending = read_ending(trajectory.folder, trajectory.run, trajectory.ending)
+    return (source / "summary.json").exists() or (ending is not None and ending.is_complete)
 
 
 def _link(source: str, target: str) -> None:
@@ -142,8 +161,9 @@ def cut_off(folder: Path, mark: Mark) -> None:
     manifest["gaps"] = [index for index in manifest["gaps"] if index < mark.step]
     if kept and kept[-1]["last"] + 1 < mark.step:  # the checkpoint is of a step that was let go
         manifest["gaps"].append(mark.step)
-    forget_ending(folder)
+    manifest["ending"] = None
     write_sealed(folder / "manifest.json", manifest)
+    forget_ending(folder)
     names = {segment["file"] for segment in kept}
     for path in (*folder.glob("segment-*.safetensors"), *folder.glob("retracing-*"), *folder.glob(".*.tmp")):
         if path.name not in names:

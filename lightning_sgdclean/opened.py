@@ -79,6 +79,7 @@ class OpenedRun:
         surroundings: What stands for the Trainer.
         restore: Puts the module's modes and plain attributes back.
         end: The state at the window's end.
+        complaints: What is to be said of the window.
         validation: What the objectives are means over, and of how many loaders it comes.
     """
 
@@ -91,6 +92,7 @@ class OpenedRun:
     surroundings: Surroundings
     restore: Callable[[], None]
     end: State
+    complaints: list[str]
     validation: Callable[[], tuple[Iterator[ValidationBatch], int]]
 
     def loader_of(self, micro: MicroBatch) -> Any:
@@ -145,7 +147,7 @@ def _opened(
             f"{run.folder} holds the steps of another fit, which wrote there at the same time. Give each a dirpath= of "
             "its own, or go on from a checkpoint with one at a time."
         )
-    steps = _window(trajectory.steps, run, options)
+    steps, complaints = _window(trajectory, run, options)
     check_finite(steps)
     check_positions(steps, lambda micro: _loader_of(run, trajectory, micro))
     walk = walk_of(
@@ -170,18 +172,19 @@ def _opened(
         surroundings=surroundings,
         restore=restore,
         end=states.state(steps[-1].index + 1),
+        complaints=complaints,
         validation=lambda: _validation(run, options),
     )
 
 
-def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> list[Step]:
-    """The steps to retrace, the last of which is the end point.
+def _window(trajectory: Trajectory, run: RecordedRun, options: RetraceOptions) -> tuple[list[Step], list[str]]:
+    """The steps to retrace, the last of which is the end point, and what is missing of a fit's.
 
     Raises:
         RunDirectoryError: If not all of them were kept.
         UnsupportedTrainingError: If there are none.
     """
-    steps = recorded
+    steps = recorded = trajectory.steps
     if options.at == "best":
         best = run.ending.best_step
         if best is None:
@@ -193,13 +196,24 @@ def _window(recorded: list[Step], run: RecordedRun, options: RetraceOptions) -> 
     if not any(step.is_update for step in steps):
         raise UnsupportedTrainingError("No optimizer step was recorded: the Trainer made none.")
     first_epoch = first_epoch_kept(steps[-1].epoch, steps[-1].ends_epoch, options.epochs)
-    if not run.is_of_fit and steps[0].epoch > first_epoch:  # a fit has itself said from where on it is recorded
+    complaints = _missing(trajectory, first_epoch, options)
+    if complaints and not run.is_of_fit:  # a fit was not recorded from there on; nobody else has to take that
         raise RunDirectoryError(
-            f"What was kept of the run begins with step {steps[0].index}, in epoch {steps[0].epoch}; the window of "
-            f"epochs={options.epochs!r} would begin with epoch {first_epoch}. Ask for fewer epochs, or record more of "
-            "them (epochs= of SGDInfluence)."
+            f"{complaints[0]} Ask for fewer epochs, or record more of them (epochs= of SGDInfluence)."
         )
-    return [step for step in steps if step.epoch >= first_epoch]
+    return [step for step in steps if step.epoch >= first_epoch], complaints
+
+
+def _missing(trajectory: Trajectory, first_epoch: int, options: RetraceOptions) -> list[str]:
+    """That the window begins before what was kept, if so."""
+    first = trajectory.steps[0]
+    if first.epoch < first_epoch or (first.epoch == first_epoch and trajectory.begins_epoch):
+        return []
+    where = "at the start of" if trajectory.begins_epoch else "inside"
+    return [
+        f"What was kept of the run begins with step {first.index}, {where} epoch {first.epoch}; the window of "
+        f"epochs={options.epochs!r} would begin with epoch {first_epoch}."
+    ]
 
 
 def _validation(run: RecordedRun, options: RetraceOptions) -> tuple[Iterator[ValidationBatch], int]:

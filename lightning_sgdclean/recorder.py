@@ -73,7 +73,7 @@ class Recorder:
         self._constants: Constants | None = None
         self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
         self._groups: list[dict[str, Any]] = []
-        self.num_steps = 0
+        self.num_steps = self._num_skipped = 0
         self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
@@ -86,10 +86,14 @@ class Recorder:
         """The live state, not copied."""
         return current_state(self._module, self._params, self._optimizer)
 
+    def skip_batch(self) -> None:
+        """A batch was drawn that will not be trained on."""
+        self._num_skipped += 1
+
     def begin_batch(self, micro: MicroBatch) -> None:
         """A batch is about to be trained on."""
         if self.num_steps == 0 and not self._pending:
-            self._writer.begin(self.state())
+            self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
             self._constants = Constants(self._module, self._params)
         self._pending.append(micro)
 

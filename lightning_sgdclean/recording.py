@@ -71,13 +71,16 @@ class Recording:
         options: RecordingOptions,
         retrace: RetraceOptions,
         say: Callable[[str], None],
-        known_best: list[int] | None = None,
+        joined: dict[str, Any] | None = None,
     ) -> None:
+        joined = joined or {}  # what the checkpoint said that this fit goes on from, a Mark as a dict
         self._loaders, self._folder, self._options, self._retrace, self._say = loaders, folder, options, retrace, say
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
         self.averaging = checks.check_callbacks(trainer)
-        self.best = BestModel(checks.best_model_checkpoint(trainer), known_best) if retrace.at == "best" else None
+        self.best = (
+            BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if retrace.at == "best" else None
+        )
         self.budget: Budget | None = None
         self.split: SplitPlan | None = None
         optimizer = trainer.optimizers[0]
@@ -90,6 +93,7 @@ class Recording:
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
+        self.keeper.watch.evidence = joined.get("evidence", "")
         self._planned_bytes = 0
         self._pace = Pace()
         self._random = RandomStates(trainer.strategy.root_device)
@@ -109,7 +113,7 @@ class Recording:
             batches_a_step=trainer.accumulate_grad_batches,
             state_bytes=state_bytes,
             slots=slots_for(state_bytes),
-            max_bytes=min(self._options.max_bytes or math.inf, shutil.disk_usage(self._folder).free),
+            max_bytes=self._allowed_bytes(),
             curvature=self._retrace.curvature,
             num_epochs=0 if self._retrace.epochs == "all" else num_windows * (int(self._retrace.epochs) + 1),
             num_kept=None if num_windows == 1 else self._num_steps(trainer, trainer.max_epochs, num_windows),
@@ -169,6 +173,7 @@ class Recording:
         """A batch that is None never started, but was drawn all the same."""
         if self.failure is None:
             self._loaders.next_positions(trainer)
+            self.recorder.skip_batch()
 
     def note_loss(self, trainer: Any, loss: Tensor) -> None:
         """The batch's loss, as it is differentiated."""
@@ -246,20 +251,26 @@ class Recording:
             with self._never_breaking_the_training(trainer):
                 self.writer.flush()
 
-    def close(self, trainer: Any) -> None:
-        """Leave a whole trajectory, and the optimizer without our hook."""
+    def close(self, trainer: Any, is_complete: bool) -> None:
+        """Leave a whole trajectory, and the optimizer without our hook.
+
+        Args:
+            trainer: The Trainer.
+            is_complete: Whether the fit came to its end.
+        """
         self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
         if self.failure is None:
             with self._never_breaking_the_training(trainer):
                 self.writer.close()
-                write_ending(self._folder / "trajectory", self.writer.run, self.ending(trainer))
+                ending = self.ending(trainer, is_complete)
+                self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()
 
-    def ending(self, trainer: Any) -> Ending:
+    def ending(self, trainer: Any, is_complete: bool = True) -> Ending:
         """What is known when the fit is over."""
         num_val_batches = _limits_of_validation(trainer)
         best = None if self.best is None else self.best.step
-        return Ending(self._retrace.monitor, self.logged, best, num_val_batches)
+        return Ending(self._retrace.monitor, self.logged, best, num_val_batches, is_complete)
 
     def mark(self) -> Mark | None:
         """What a checkpoint written now is to say of the trajectory."""
@@ -269,8 +280,9 @@ class Recording:
         if best is not None:  # the checkpoint may be that of the best model itself
             best.look(self.writer.next_index, self.recorder.last_epoch)
         known, is_between_steps = None if best is None else best.known, not self.recorder.has_pending
-        step = self.writer.next_index
-        return Mark(self.writer.run, step, folder, is_between_steps, fit_of(self.writer.fits, step - 1), known)
+        step, evidence = self.writer.next_index, self.keeper.watch.evidence
+        fit = fit_of(self.writer.fits, step - 1)
+        return Mark(self.writer.run, step, folder, is_between_steps, fit, known, evidence)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training(trainer):
@@ -306,9 +318,12 @@ class Recording:
         num_batches = math.inf if num_steps is None else num_steps * trainer.accumulate_grad_batches
         reaches_all = epochs == "all" or self.best is not None
         first_epoch = 0 if reaches_all else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
-        free = shutil.disk_usage(self._folder).free + self.writer.bytes_written  # as before there were steps
-        room = min(free, self._options.max_bytes or math.inf) - self._planned_bytes
-        return Plan(num_batches, first_epoch, max(0, room))
+        return Plan(num_batches, first_epoch, max(0, self._allowed_bytes() - self._planned_bytes))
+
+    def _allowed_bytes(self) -> float:
+        """Bytes that the trajectory may take, those already written included."""
+        free = shutil.disk_usage(self._folder).free + self.writer.bytes_written
+        return min(free, self._options.max_bytes or math.inf)
 
     def _num_steps(self, trainer: Any, max_epochs: int | None, num_windows: int = 1) -> int | None:
         """Steps that a window, or so many of them, can have in so many epochs."""

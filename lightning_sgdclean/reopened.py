@@ -58,6 +58,10 @@ def reopened(
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
     trajectory = Trajectory(Path(run_dir) / "trajectory")
+    if not trajectory.steps:
+        raise RunDirectoryError(
+            f"{run_dir} holds no step: its training made none, or was killed before the first ones were written."
+        )
     if datamodule is None and val_dataloaders is None:
         raise ObjectiveError("There is nothing to validate on. Give val_dataloaders= or a datamodule=.")
     at_end = _AtEnd(Path(run_dir), trajectory, options, use, val_dataloaders, limit_val_batches)
@@ -105,7 +109,8 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
         as_delivered, loaders = checks.one_loader(trainer), self._val_dataloaders
         (loader,) = trainer.fit_loop._combined_loader.flattened
         loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
-        ending = read_ending(self._run_dir / "trajectory", self._trajectory.run) or Ending(self._options.monitor)
+        recorded = self._trajectory
+        ending = read_ending(recorded.folder, recorded.run, recorded.ending) or Ending(self._options.monitor)
         run = RecordedRun(
             self._run_dir,
             [loader] * (1 + max(micro.loader for step in self._trajectory.steps for micro in step.micro)),

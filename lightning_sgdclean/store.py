@@ -16,7 +16,7 @@ from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.segments import Segment
 from lightning_sgdclean.trajectory import State, Step
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Trajectory:
@@ -37,6 +37,8 @@ class Trajectory:
         kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
             state ``len(steps)`` after the last.
         fits: Pairs of a step number and the name of the fit that recorded the steps from there on.
+        ending: Checksum of how the fit ended; None where it was killed. See ``ending.py``.
+        begins_epoch: Whether what was kept begins with the first step of an epoch.
         joints: Steps after which a fit went on from a checkpoint.
 
     Raises:
@@ -49,6 +51,7 @@ class Trajectory:
         manifest = _manifest(folder)
         self.run: str = manifest["run"]
         self.trained: dict[str, str] = manifest["trained"]
+        self.ending: str | None = manifest["ending"]
         self._layouts: list[Layout] = manifest["layouts"]
         self._open: tuple[str, Segment] | None = None
         self._files: list[str] = []  # of each step
@@ -56,7 +59,9 @@ class Trajectory:
         self.steps: list[Step] = []
         for segment in manifest["segments"]:
             _check_segment(folder, segment)
-        for segment in _stretch(folder, manifest, end):
+        stretch = _stretch(folder, manifest, end)
+        self.begins_epoch = all(segment["begins_epoch"] for segment in stretch[:1])
+        for segment in stretch:
             self._read_steps(segment)
         self.kept = sorted(self._states)
         self.fits: list[tuple[int, str]] = [(first, fit) for first, fit in manifest["fits"]]

@@ -73,6 +73,9 @@ class TrajectoryWriter:
         self._current: tuple[int, Flat] | None = None  # the state after the last step, where it is wanted
         self._is_start = False  # whether that state is what a fit began with
         self._has_ended_epoch = False
+        self._begins_epoch = True  # the first of the steps in memory
+        self._last_epoch = 0  # of the last step
+        self._ending: str | None = None
         self._background = Background()
         self._flattener = Flattener()
         self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
@@ -95,8 +98,15 @@ class TrajectoryWriter:
         self._states: dict[int, tuple[int, Flat]] = {}  # layout and tensors, by the step that they lie before
         self._held = 0
 
-    def begin(self, state: State) -> None:
-        """Take the state before the first step of a fit, which is kept in any case."""
+    def begin(self, state: State, begins_epoch: bool = True) -> None:
+        """Take the state before the first step of a fit, which is kept in any case.
+
+        Args:
+            state: The state.
+            begins_epoch: Whether an epoch starts with it; false where a fit goes on within one.
+        """
+        if self._current is None:
+            self._begins_epoch = begins_epoch
         self._current, self._is_start = self._flat(state), True
         self._background.submit(partial(self._write_manifest, list(self._segments), self._gaps))
 
@@ -108,13 +118,18 @@ class TrajectoryWriter:
         if self._steps and (self._is_full() or self._steps[-1].ends_epoch):
             self._hand_over()
         before, self._current = self._current, None  # first of all: what Ctrl-C leaves behind must not lie about itself
-        begins_epoch = self.keeps_epochs and self._has_ended_epoch
-        if self._is_start or begins_epoch or is_snapshot(self._num_steps, self.interval):
+        if self._num_steps and not self._steps:
+            self._begins_epoch = step.epoch != self._last_epoch
+        if (
+            self._is_start
+            or (self.keeps_epochs and self._has_ended_epoch)
+            or is_snapshot(self._num_steps, self.interval)
+        ):
             assert before is not None
             self._keep(step.index, before)
         elif before is not None:
             self._give_back(before[1])
-        self._is_start, self._has_ended_epoch = False, step.ends_epoch
+        self._is_start, self._has_ended_epoch, self._last_epoch = False, step.ends_epoch, step.epoch
         self._steps.append(step)
         self._held += sum(self._nbytes_of(micro) for micro in step.micro)
         self._num_steps += 1
@@ -129,6 +144,12 @@ class TrajectoryWriter:
             self._current = None
         self.flush()
         self._buffers.clear()  # a retrace needs the memory
+
+    def seal(self, ending: str) -> None:
+        """Note that the fit is over, with the checksum of how it ended."""
+        self._ending = ending
+        self._background.submit(partial(self._write_manifest, list(self._segments), self._gaps))
+        self.flush()
 
     def flush(self) -> None:
         """Write what is held in memory as one segment; it is on disk afterwards, and would outlast a power failure."""
@@ -147,6 +168,7 @@ class TrajectoryWriter:
             "first": self._steps[0].index if self._steps else following,
             "last": following - 1,
             "epoch": self._steps[-1].epoch if self._steps else self._segments[-1]["epoch"],
+            "begins_epoch": self._begins_epoch,
             "states": [(index, layout) for index, (layout, _) in self._states.items()],
         }
         self._num_segments += 1
@@ -252,6 +274,7 @@ class TrajectoryWriter:
             "trained": self._trained,
             "fits": self.fits,
             "gaps": gaps,
+            "ending": self._ending,
             "layouts": list(self._layouts),
             "segments": segments,
         }

@@ -59,7 +59,10 @@ def two_branches(tmp_path):
 
 def test_a_checkpoint_does_not_join_the_steps_of_another_branch(two_branches):
     folder, options = two_branches
-    with pytest.warns(SGDInfluenceWarning, match="another fit has gone on from an earlier checkpoint since"):
+    with (
+        pytest.warns(SGDInfluenceWarning, match="another fit has gone on from an earlier checkpoint since"),
+        pytest.warns(SGDInfluenceWarning, match="begins with step 15"),
+    ):
         callback = train(folder, 3, folder / "step=15-1.ckpt", overwrite=True, **options)
     assert callback.summary["window"]["words"] == "steps 15 to 19: epoch 3"
 
@@ -111,6 +114,9 @@ def test_what_another_version_says_in_a_checkpoint_is_refused_by_name_and_traini
     (key,) = (key for key in checkpoint["callbacks"] if "SGDInfluence" in key)
     checkpoint["callbacks"][key] = change(checkpoint["callbacks"][key])
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.warns(SGDInfluenceWarning, match=f"written by another version of this package: {words}"):
+    with (
+        pytest.warns(SGDInfluenceWarning, match=f"written by another version of this package: {words}"),
+        pytest.warns(SGDInfluenceWarning, match="begins with step 10"),
+    ):
         callback = train(tmp_path, 2, tmp_path / "other.ckpt", overwrite=True)
     assert callback.summary["window"]["words"] == "steps 10 to 19: epochs 2 to 3"

@@ -9,6 +9,7 @@ import pytest
 
 from cases import Case, fit
 from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.ending import read_ending
 from lightning_sgdclean.errors import RunDirectoryError
 from lightning_sgdclean.run_directory import fresh_directory
 from lightning_sgdclean.store import Trajectory
@@ -37,21 +38,27 @@ def segments(folder):
     return sorted(folder.glob("segment-*.safetensors"))
 
 
+def read_all(folder):
+    trajectory = Trajectory(folder)
+    return trajectory, read_ending(folder, trajectory.run, trajectory.ending)
+
+
 def test_whole_trajectory_is_read(copy):
+    assert read_all(copy)[1].is_complete
     assert len(Trajectory(copy).steps) == 15
     assert len(segments(copy)) == 3
 
 
 def test_every_flipped_bit_is_noticed(copy):
     chance = random.Random(5)
-    files = [copy / "manifest.json", *segments(copy)]
+    files = [copy / "manifest.json", copy / "ending.json", *segments(copy)]
     for _ in range(NUM_FLIPS):
         path = chance.choice(files)
         whole = path.read_bytes()
         place, bit = chance.randrange(len(whole)), 1 << chance.randrange(8)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         with pytest.raises(RunDirectoryError):
-            Trajectory(copy)
+            read_all(copy)
         path.write_bytes(whole)
     assert len(Trajectory(copy).steps) == 15
 

@@ -377,7 +377,7 @@ def test_a_window_of_which_not_all_was_kept_is_refused(tmp_path):
     callback = SGDInfluence("val_loss", epochs=1, dirpath=tmp_path / "run")
     fit(CASE, callback)
     assert_same(later(callback, epochs=1), callback.ranking)
-    with pytest.raises(RunDirectoryError, match=r"begins with step 10, in epoch 2; .* would begin with epoch 0"):
+    with pytest.raises(RunDirectoryError, match=r"begins with step 10, at the start of epoch 2; .* with epoch 0"):
         later(callback)
 
 

@@ -140,6 +140,7 @@ def test_checkpoint_stays_small_and_loads_with_weights_only(tmp_path):
         "folder": str(tmp_path / "run"),
         "is_between_steps": True,
         "best": None,
+        "evidence": "",
     }
 
 
@@ -190,7 +191,10 @@ def test_trajectory_that_cannot_be_joined_is_named_and_training_goes_on(tmp_path
     else:
         other = fit_elsewhere(tmp_path)
         manifest.write_bytes((other / "trajectory" / "manifest.json").read_bytes())
-    with pytest.warns(SGDInfluenceWarning, match="cannot be joined, so only steps from here on"):
+    with (
+        pytest.warns(SGDInfluenceWarning, match="cannot be joined, so only steps from here on"),
+        pytest.warns(SGDInfluenceWarning, match="begins with step 10, at the start of epoch 2;"),
+    ):
         callback = train(tmp_path, 4, ckpt_path=tmp_path / "step=10.ckpt", overwrite=True)
     assert callback.summary["window"]["words"] == "steps 10 to 19: epochs 2 to 3"
 
