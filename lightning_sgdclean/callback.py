@@ -226,9 +226,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Check the training loader, which exists by now, and say what recording takes."""
         if self._active and self._recording is not None and self._loaders is not None:
             self._loaders.check(trainer)
-            if not self._mark:
-                warn_of(without_mark(trainer.global_step))
+            if not self._mark and trainer.global_step and self._may_reach_before(trainer):
+                warn_of([without_mark(trainer.global_step)])
             self._recording.plan_snapshots(trainer)
+
+    def _may_reach_before(self, trainer: Any) -> bool:
+        """Whether the window may begin before what this fit records."""
+        is_endless = trainer.max_epochs in (None, -1)
+        return self.epochs == "all" or is_endless or trainer.max_epochs - self.epochs < trainer.current_epoch
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -80,14 +80,13 @@ def mark_of(said: dict[str, Any]) -> Mark:
     return Mark(**said)
 
 
-def without_mark(step: int) -> list[str]:
-    """What is to be said of a fit that begins with this step though its checkpoint, if any, leads to no trajectory."""
-    if not step:
-        return []
-    return [
+def without_mark(step: int) -> str:
+    """What is to be said of a fit that begins with this step though its checkpoint leads to no trajectory."""
+    return (
         f"This fit goes on from step {step}, but what it goes on from names no recorded steps that led there (it was "
-        "saved without SGDInfluence, or after its recording had stopped), so only steps from here on are recorded."
-    ]
+        "saved without SGDInfluence, or after its recording had stopped), so only steps from here on are recorded. The "
+        "window (epochs=) may reach further back."
+    )
 
 
 def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
