@@ -17,7 +17,7 @@ from lightning_sgdclean import bookmark, retrace
 from lightning_sgdclean.store import Trajectory
 from test_resume import ByEpoch, train
 
-NUM_KILLS = 4
+NUM_KILLS = int(os.environ.get("SGDCLEAN_KILLS", "4"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 
 from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
-from lightning_sgdclean import SGDInfluence, backward
+from lightning_sgdclean import SGDInfluence, backward, retrace
 from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError
 from lightning_sgdclean.states import RecomputedStates
 from lightning_sgdclean.store import Trajectory
@@ -207,6 +207,33 @@ def test_last_step_edited_shows_only_in_the_snapshot_and_names_the_segment():
     with pytest.raises(ReplayMismatchError, match=r"Step 9 .* the steps from 8 on, repeated from the snapshot") as info:
         quiet_trainer([callback, EditLast()], max_epochs=2).fit(Plain(), *loaders())
     assert "EditLast.on_before_optimizer_step" in str(info.value)
+
+
+class Halved(torch.nn.Linear):
+    """Adds in another order than its base class, as another machine would."""
+
+    def forward(self, x):
+        half = self.in_features // 2
+        first, second = self.weight[:, :half], self.weight[:, half:]
+        return torch.nn.functional.linear(x[:, :half], first) + torch.nn.functional.linear(
+            x[:, half:], second, self.bias
+        )
+
+
+def test_in_float64_policies_agree_to_1e_12_where_the_bits_are_others(tmp_path):
+    found = []
+    for snapshots in ("every", 4):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, dirpath=tmp_path / str(snapshots))
+        quiet_trainer([callback], max_epochs=2).fit(Plain(adam), *loaders())
+        model, (train, val) = Plain(adam), loaders()
+        model.net[4].__class__ = Halved
+        found.append(
+            retrace(callback.run_dir, model, train_dataloaders=train, val_dataloaders=val, epochs="all").influence
+        )
+    wanted = callback.ranking.influence
+    for influence in found:
+        assert 0 < np.abs(influence - wanted).max() <= 1e-12 * np.abs(wanted).max()
 
 
 def storage_bytes():
