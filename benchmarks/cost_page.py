@@ -51,7 +51,7 @@ def _target(words, bound, sign, figure, rows):
         except KeyError:
             cells.append("-")
             continue
-        cells.append(f"{value:.3g}" + ("" if sign * value <= sign * bound else " **!**"))
+        cells.append(f"{value:.2f}" + ("" if sign * value <= sign * bound else " **!**"))
     return [words, str(bound), *cells]
 
 

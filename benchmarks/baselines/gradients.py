@@ -2,7 +2,8 @@
 """What several baselines need of a network: losses, gradients and Hessian products, in evaluation mode.
 
 A network is a ``torch.nn.Module`` from inputs to logits, a data set a pair ``(inputs, labels)``, the loss cross
-entropy. Dropout is off and BatchNorm uses its running statistics, so that every sample has a loss of its own.
+entropy (of a sigmoid where there is one logit). Dropout is off and BatchNorm uses its running statistics, so that
+every sample has a loss of its own.
 """
 
 import torch
@@ -32,8 +33,15 @@ def named(net, vector):
     return {n: piece.view_as(p) for (n, p), piece in zip(net.named_parameters(), pieces, strict=True)}
 
 
+def cross_entropies(logits, labels):
+    """Each sample's, ``(B,)``."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits), reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
 def losses_at(net, params, inputs, labels):
-    return F.cross_entropy(functional_call(net, params, (inputs,)), labels, reduction="none")
+    return cross_entropies(functional_call(net, params, (inputs,)), labels)
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def mean_gradient(net, data):
     net.eval()
     total, params = 0.0, list(net.parameters())
     for inputs, labels in chunks(data):
-        loss = F.cross_entropy(net(inputs), labels, reduction="sum")
+        loss = cross_entropies(net(inputs), labels).sum()
         total += flat(torch.autograd.grad(loss, params))
     return total / len(data[1])
 
@@ -100,7 +108,7 @@ def hessian_product(net, data, vector):
     vector = vector.to(params[0])
     total = torch.zeros_like(vector)
     for inputs, labels in chunks(data):
-        loss = F.cross_entropy(net(inputs), labels, reduction="sum")
+        loss = cross_entropies(net(inputs), labels).sum()
         gradient = flat(torch.autograd.grad(loss, params, create_graph=True))
         total += flat(torch.autograd.grad(gradient @ vector, params))
     return total / len(data[1])
