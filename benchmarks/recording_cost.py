@@ -31,7 +31,7 @@ class EveryOtherStep(SGDInfluence):
         recording, optimizer = self._recording, trainer.optimizers[0]
         recording._hook.remove()
         recording._hook = optimizer.register_step_post_hook(
-            lambda *_: recording._after_optimizer_step(trainer) if self._records else None
+            lambda *given: recording._after_optimizer_step(trainer, *given) if self._records else None
         )
 
     def on_train_epoch_start(self, trainer, pl_module):

@@ -181,19 +181,20 @@ class Recording:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self.recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
 
-    def _after_optimizer_step(self, trainer: Any, *_: Any) -> None:
+    def _after_optimizer_step(self, trainer: Any, optimizer: Any, *_: Any) -> None:
         if self.failure is not None:
             return
-        if bool(getattr(trainer.optimizers[0], "found_inf", False)):
+        if bool(getattr(optimizer, "found_inf", False)):
             return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
         clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        index = trainer.global_step
         with self._never_breaking_the_training(trainer):
             step = self.recorder.commit(
-                index=trainer.global_step,
+                index=index,
                 ends_epoch=_is_at_end_of_epoch(trainer),
                 clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
                 divisor=trainer.accumulate_grad_batches,
-                is_last=trainer.global_step + 1 == trainer.max_steps,
+                is_last=index + 1 == trainer.max_steps,
             )
             if self._rehearsal is not None:
                 self._rehearsal.commit(step, self.recorder.state())

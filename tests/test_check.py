@@ -369,15 +369,17 @@ def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trai
 def test_the_example_is_relabelled_in_processes(example):
     words = ["cleanse", "config.yaml", "--metric=test_loss", "--seeds=2", "--drop", "3", "--random-draws=1"]
     words += ["--select=val_loss", "--select-mode=min", "--action=relabel", "--processes=2", "--json"]
+    words += ["-o", "relabelling"]
     done = run(example, "-m", "lightning_sgdclean", *words)
     report = json.loads(done.stdout)
     assert report["question"]["action"] == "relabel"
     changed = {
-        path.stem: json.loads(path.read_text())["changed"] for path in (example / "cleansing" / "trials").glob("*.json")
+        path.stem: json.loads(path.read_text())["changed"]
+        for path in (example / "relabelling" / "trials").glob("*.json")
     }
     assert len(changed) == 6
     for seed in range(2):
-        ranking = Ranking.load(example / "cleansing" / "rankings" / f"seed{seed}")
+        ranking = Ranking.load(example / "relabelling" / "rankings" / f"seed{seed}")
         mistaken = ranking.sample_id[ranking.columns["prediction"] != ranking.columns["label"]].tolist()
         assert changed[f"seed{seed}-worst-3"] == mistaken[:3]
         assert {*changed[f"seed{seed}-random-3-0"]} <= {*mistaken}
