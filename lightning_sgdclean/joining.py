@@ -81,11 +81,11 @@ def mark_of(said: dict[str, Any]) -> Mark:
 
 
 def without_mark(step: int) -> str:
-    """What is to be said of a fit that begins with this step though its checkpoint leads to no trajectory."""
+    """What is to be said of a fit that begins with this step though nothing leads it to recorded ones before."""
     return (
-        f"This fit goes on from step {step}, but what it goes on from names no recorded steps that led there (it was "
-        "saved without SGDInfluence, or after its recording had stopped), so only steps from here on are recorded. The "
-        "window (epochs=) may reach further back."
+        f"This fit goes on from step {step}, but what it goes on from names no recorded steps that led there (a "
+        "checkpoint saved without SGDInfluence or after its recording had stopped, or an earlier fit of this Trainer), "
+        "so only steps from here on are recorded. The window (epochs=) may reach further back."
     )
 
 

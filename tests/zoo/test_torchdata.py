@@ -8,6 +8,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cases import TRAIN, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.errors import SGDInfluenceWarning
 from lightning_sgdclean.store import Trajectory
 
 
@@ -38,7 +39,12 @@ def recorded(callback):
     return [step.micro[0].ids for step in Trajectory(callback.run_dir / "trajectory").steps]
 
 
-@pytest.mark.filterwarnings("ignore:.set_vital", "ignore:.*checkpoint", "ignore:.*weights_only")
+@pytest.mark.filterwarnings(
+    "ignore:What was kept of the run begins with step 7",
+    "ignore:.set_vital",
+    "ignore:.*checkpoint",
+    "ignore:.*weights_only",
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_is_followed_and_its_order_left_alone_also_when_it_resumes_within_an_epoch(workers):
     plain = fit(workers, [Saving()])
@@ -47,5 +53,6 @@ def test_a_stateful_loader_is_followed_and_its_order_left_alone_also_when_it_res
     assert recorded(callback) == watched.order == plain.order
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
     resumed = SGDInfluence("val_loss", epochs="all")
-    continued = fit(workers, [resumed], ckpt_path="middle.ckpt")
+    with pytest.warns(SGDInfluenceWarning, match="goes on from step 7"):
+        continued = fit(workers, [resumed], ckpt_path="middle.ckpt")
     assert recorded(resumed) == continued.order == plain.order[7:]
