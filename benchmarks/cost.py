@@ -34,7 +34,7 @@ from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cost_cpu.json"
-LR, BATCH, SMALL, NUM_TRAIN, NUM_VAL, EPOCHS = 0.05, 64, 16, 2048, 256, 2
+LR, BATCH, SMALL, NUM_TRAIN, NUM_VAL, EPOCHS = 0.05, 64, 4, 2048, 256, 2
 RECORDED = {"record": (BATCH, "every"), "record_small": (SMALL, "every"), "record_sqrt": (BATCH, "sqrt")}
 RECORDED_STEPS, RECORDED_DIGITS, TIMES = 1200, 5632, 4
 ENGINES = ("finite", "none", "exact")  # in the order of a round; exact last: the paper's way reads its steps

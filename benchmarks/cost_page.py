@@ -4,7 +4,7 @@
 import textwrap
 
 TARGETS = (  # words, bound, sign of "at most", figure of a row
-    ('recorded step of a small batch, "every", at most', 1.10, 1, lambda row: on_its_thread(row["record_small"])),
+    ('recorded step of 3 ms (batch 4), "every", at most', 1.10, 1, lambda row: on_its_thread(row["record_small"])),
     ("the same, the writer's time in full", 1.10, 1, lambda row: row["record_small"]["ratio"]),
     ('recorded step, "every", at most', 1.10, 1, lambda row: on_its_thread(row["record"])),
     ("the same, the writer's time in full", 1.10, 1, lambda row: row["record"]["ratio"]),
