@@ -44,8 +44,9 @@ class Flattener:
     @torch.no_grad()
     def flatten(self, state: State, buffer_for: BufferFor) -> tuple[Layout, Flat]:
         """Copy a state, live or not; the layout is the same object as before where it says the same."""
-        is_known = self._views is not None and self._is_as_before(state)
-        views = self._views if is_known and self._views is not None else self._look(state)
+        views = self._views
+        if views is None or not self._is_as_before(state):
+            views = self._look(state)
         flat = {}
         for dtype, tensors in views.items():
             flat[dtype] = buffer_for(dtype, sum(tensor.numel() for tensor in tensors))

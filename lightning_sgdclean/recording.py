@@ -311,11 +311,8 @@ class Recording:
     def _plan(self, trainer: Any) -> Plan:
         """What is known of the run when batches are first to be kept."""
         epochs, is_endless = self._retrace.epochs, trainer.max_epochs in (None, -1)
-        left, num_windows = (
-            -1 if is_endless else trainer.max_epochs - trainer.current_epoch,
-            1 + (self.best is not None),
-        )
-        num_steps = self._num_steps(trainer, left, num_windows)
+        left = -1 if is_endless else trainer.max_epochs - trainer.current_epoch
+        num_steps = self._num_steps(trainer, left, num_windows=1 + (self.best is not None))
         num_batches = math.inf if num_steps is None else num_steps * trainer.accumulate_grad_batches
         reaches_all = epochs == "all" or self.best is not None
         first_epoch = 0 if reaches_all else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
@@ -328,11 +325,8 @@ class Recording:
 
     def _num_steps(self, trainer: Any, max_epochs: int | None, num_windows: int = 1) -> int | None:
         """Steps that a window, or so many of them, can have in so many epochs."""
-        num_batches, accumulated, epochs = (
-            trainer.num_training_batches,
-            trainer.accumulate_grad_batches,
-            self._retrace.epochs,
-        )
+        num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+        epochs = self._retrace.epochs
         return window_length(num_batches, accumulated, max_epochs, trainer.max_steps, epochs, num_windows)
 
     @contextmanager

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _LOW_TAU = 0.3  # an order by chance gets there about once in a hundred times, 32 samples given
-
 _NUM_NAMED = 3
 
 
