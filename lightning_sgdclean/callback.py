@@ -181,6 +181,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Be as before any fit."""
+        # Lightning asks for it at every hook, a dozen times a step.
+        options = {"monitor": self.monitor, "curvature": self.curvature, "dirpath": str(self.dirpath)}
+        self._state_key: str = self._generate_state_key(**options)
         self._active = False
         self._mark: dict[str, Any] = {}  # what the checkpoint says that a fit goes on from
         self._loaders: TrainLoaders | None = None
@@ -278,8 +281,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """Tells the states in a checkpoint apart, should it be of a training with several of these callbacks."""
-        key: str = self._generate_state_key(monitor=self.monitor, curvature=self.curvature, dirpath=str(self.dirpath))
-        return key
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         """Which trajectory led to the checkpoint, and how far."""
@@ -385,7 +387,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "batches": self._recording.keeper.summary(),
-            "budget": self._recording.planned(trainer),
+            "budget": self._recording.outlook.summary(trainer),
             "trajectory_bytes": self._recording.writer.bytes_written,
         }
         for kind in self.formats:

@@ -83,7 +83,7 @@ def dry_run(trainer: Any, module: Any, datamodule: Any, callback: SGDInfluence, 
     found.dataset_size = callback.summary.get("dataset_size")
     recording = callback._recording
     if recording is not None:
-        found.budget, found.split = recording.budget, recording.split
+        found.budget, found.split = recording.outlook.budget, recording.split
         found.first_ids = _first_ids(callback)
     return found
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from lightning_sgdclean.errors import RunDirectoryError
 
@@ -58,12 +59,12 @@ def without_nan(value: Any) -> Any:
 
 
 def checksum_of(path: Path) -> str:
-    """CRC-32 of a file's content: no proof against forgery, but it shows damage, and is soon taken of a large file."""
-    found = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found = zlib.crc32(piece, found)
-    return f"{found:08x}"
+    """XXH3 (64 bits) of a file's content: no proof against forgery, but it shows damage, and is taken in no time."""
+    found, piece = xxhash.xxh3_64(), bytearray(_PIECE)
+    with path.open("rb", buffering=0) as file:
+        while num := file.readinto(piece):
+            found.update(memoryview(piece)[:num])
+    return found.hexdigest()
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ _ARRAY_WORD: dict[torch.dtype, type[np.integer[Any]]] = {
 }
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing loses nothing
 _PIECE = 1 << 24  # products held at once
+_SMALL = 1 << 16  # bytes: to copy more than that takes longer than to read it by itself
+_form = attrgetter("shape", "dtype", "device", "layout")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
 
 
@@ -115,10 +118,24 @@ class Fingerprint:
     rows: "np.ndarray[Any, Any]"
     setting: int = 0
 
-    @property
+    @cached_property
     def digest(self) -> Tensor:
         """One int64 a sample, ``(B,)``, of its own content and of what it shares with the others."""
         return torch.from_numpy(self.rows * _MIX + self.setting)
+
+    @cached_property
+    def short(self) -> list[int]:
+        """One int a sample: 32 bits of what it shares with the others above 32 of its own."""
+        setting = np.array(self.setting & 0xFFFFFFFF, dtype=np.uint64).astype(np.int64) << 32
+        found: list[int] = ((self.rows ^ (self.rows >> 32)) & 0xFFFFFFFF | setting).tolist()
+        return found
+
+    def split(self, num: int) -> "list[Fingerprint]":
+        """Those of so many samples each, with all that can be told of them together at less cost."""
+        parts = [Fingerprint(rows, self.setting) for rows in self.rows.reshape(-1, num)]
+        for number, (part, digest) in enumerate(zip(parts, torch.split(self.digest, num), strict=True)):
+            part.digest, part.short = digest, self.short[number * num : (number + 1) * num]
+        return parts
 
     def add(self, value: Any, above: tuple[int, ...] = ()) -> None:
         """Take in one more value, whatever it is made of; ``above`` are the objects that hold it."""
@@ -202,6 +219,41 @@ def fingerprint(batch: Any, num_samples: int) -> Fingerprint:
     found = Fingerprint(np.zeros(num_samples, dtype=np.int64))
     found.add(batch)
     return found
+
+
+def fingerprints(batches: list[tuple[Any, int]]) -> list[Fingerprint]:
+    """Those of several batches, each given with its ``B``.
+
+    Where they are alike, with a row for each sample in all tensors, what they are made of is found out but once.
+    """
+    num = batches[0][1]
+    columns = _columns([batch for batch, _ in batches], num) if {of for _, of in batches} == {num} else None
+    if columns is None:
+        return [fingerprint(batch, of) for batch, of in batches]
+    found = Fingerprint(np.zeros(num * len(batches), dtype=np.int64), fingerprint(*batches[0]).setting)
+    for column in columns:
+        found._own(_column_digests(column, num))
+    return found.split(num)
+
+
+def _columns(batches: list[Any], num: int) -> list[tuple[Tensor, ...]] | None:
+    """The tensors of batches that differ in nothing but these tensors' numbers; None if they do."""
+    kind = type(batches[0])
+    if len(batches) == 1 or kind not in (list, tuple, dict) or set(map(type, batches)) != {kind}:
+        return None
+    if len(set(map(tuple if kind is dict else len, batches))) > 1:
+        return None
+    columns = list(zip(*(batch.values() if kind is dict else batch for batch in batches), strict=True))
+    if any(set(map(type, column)) != {Tensor} or len(set(map(_form, column))) > 1 for column in columns):
+        return None
+    first = [column[0] for column in columns]
+    return columns if all(_is_by_row(part, num) and not part.is_quantized for part in first) else None
+
+
+def _column_digests(column: tuple[Tensor, ...], num: int) -> "np.ndarray[Any, Any]":
+    if column[0].nbytes <= _SMALL:
+        return _row_digests(torch.cat(column), num * len(column))
+    return np.concatenate([_row_digests(tensor, num) for tensor in column])
 
 
 def batch_digest(batch: Any, num_samples: int) -> Tensor:

@@ -2,7 +2,7 @@
 """A state as one flat tensor a dtype, beside a list of what lies where in it."""
 
 from collections.abc import Callable
-from operator import is_
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {getattr(torch, name)
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 Flat = dict[str, Tensor]  # a state's tensors one after another, by dtype
 BufferFor = Callable[[str, int], Tensor]  # gives a tensor of a dtype and length to copy into
+_data_ptr, _shape = methodcaller("data_ptr"), attrgetter("shape")
 
 
 def flatten(state: State) -> tuple[Layout, Flat]:
@@ -30,43 +31,37 @@ def flatten(state: State) -> tuple[Layout, Flat]:
 class Flattener:
     """Flattens the states of one run, step after step.
 
-    The tensors are the same objects in the same memory most of the time. Then their views are, too, and a step costs
-    little more than the copy of its bytes.
+    A state that is the same object as before is made of the same tensors, and these mostly lie where they lay. Then
+    their views do, too, and a step costs little more than the copy of its bytes.
     """
 
     def __init__(self) -> None:
-        self._keys: list[Any] = []
+        self._state: State | None = None
         self._tensors: list[Tensor] = []
-        self._places: list[tuple[int, Size]] = []
+        self._places: list[Any] = []
         self._layout: Layout = []
-        self._views: dict[str, list[Tensor]] | None = None  # by dtype; None where a view cannot be had
+        self._views: list[tuple[str, int, list[Tensor]]] = []  # dtype, length, and what it is made of
 
-    @torch.no_grad()
     def flatten(self, state: State, buffer_for: BufferFor) -> tuple[Layout, Flat]:
         """Copy a state, live or not; the layout is the same object as before where it says the same."""
-        views = self._views
-        if views is None or not self._is_as_before(state):
-            views = self._look(state)
+        if state is not self._state or self._places != _places(self._tensors):
+            self._look(state)
         flat = {}
-        for dtype, tensors in views.items():
-            flat[dtype] = buffer_for(dtype, sum(tensor.numel() for tensor in tensors))
-            if tensors[0].device == flat[dtype].device:
-                torch.cat(tensors, out=flat[dtype])
+        for dtype, length, views in self._views:
+            flat[dtype] = into = buffer_for(dtype, length)
+            if views[0].device == into.device:
+                torch.cat(views, out=into)
             else:
-                flat[dtype].copy_(torch.cat(tensors))
+                into.copy_(torch.cat(views))
         return self._layout, flat
 
-    def _is_as_before(self, state: State) -> bool:
-        keys, tensors = _keys_and_tensors(state)
-        return keys == self._keys and all(map(is_, tensors, self._tensors)) and _places(tensors) == self._places
-
-    def _look(self, state: State) -> dict[str, list[Tensor]]:
-        self._keys, self._tensors = _keys_and_tensors(state)
-        self._places = _places(self._tensors)
+    def _look(self, state: State) -> None:
         entries = _entries(state)
         layout = [[*where, _NAMES[tensor.dtype], list(tensor.shape)] for *where, tensor in entries]
         if layout != self._layout:
             self._layout = layout
+        self._tensors = _tensors(state)
+        self._places = _places(self._tensors)
         views: dict[str, list[Tensor]] = {}
         stay = True
         for (*_, tensor), live in zip(entries, self._tensors, strict=True):
@@ -74,8 +69,8 @@ class Flattener:
             flat = torch.view_as_real(plain) if name in _PAIRS else plain
             views.setdefault(_held_as(name), []).append(flat.reshape(-1))
             stay = stay and tensor is live and tensor.is_contiguous() and not tensor.is_conj()  # else it is a copy
-        self._views = views if stay else None
-        return views
+        self._views = [(dtype, sum(view.numel() for view in parts), parts) for dtype, parts in views.items()]
+        self._state = state if stay else None
 
 
 def _held_as(dtype: str) -> str:
@@ -83,16 +78,14 @@ def _held_as(dtype: str) -> str:
     return _PAIRS.get(dtype, dtype)
 
 
-def _keys_and_tensors(state: State) -> tuple[list[Any], list[Tensor]]:
-    """All names of a state, and all its tensors in the order of :func:`_entries`."""
-    of_optimizer = state.optimizer.items()
-    keys = [*state.params, None, *state.buffers, *((name, *entries) for name, entries in of_optimizer)]
-    entries = [tensor for _, entries in of_optimizer for tensor in entries.values()]
-    return keys, [*state.params.values(), *state.buffers.values(), *entries]
+def _tensors(state: State) -> list[Tensor]:
+    """All tensors of a state, in the order of :func:`_entries`."""
+    entries = [tensor for entries in state.optimizer.values() for tensor in entries.values()]
+    return [*state.params.values(), *state.buffers.values(), *entries]
 
 
-def _places(tensors: list[Tensor]) -> list[tuple[int, Size]]:
-    return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+def _places(tensors: list[Tensor]) -> list[Any]:
+    return [*map(_data_ptr, tensors), *map(_shape, tensors)]
 
 
 def _entries(state: State) -> list[tuple[str, str, str, Tensor]]:

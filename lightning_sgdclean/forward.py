@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.backward import load_state
 from lightning_sgdclean.batch_again import BatchAgain
-from lightning_sgdclean.recorder import current_state
+from lightning_sgdclean.live_state import current_state
 from lightning_sgdclean.trajectory import State, Step
 from lightning_sgdclean.walk import Walk
 

@@ -18,6 +18,7 @@ from lightning_sgdclean.files import appearing_whole, checksum_of, read_sealed, 
 from lightning_sgdclean.flat_state import Layout, dtypes_of
 from lightning_sgdclean.run_directory import check_free, fresh_directory, remove_results
 from lightning_sgdclean.segments import Segment, write_segment
+from lightning_sgdclean.series import in_full, in_short
 from lightning_sgdclean.store import Trajectory, fit_of
 
 
@@ -151,7 +152,7 @@ def cut_off(folder: Path, mark: Mark) -> None:
     numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("segment-*.safetensors")]
     kept = []
     for segment in manifest["segments"]:
-        if segment["last"] < mark.step and all(index < mark.step for index, _ in segment["states"]):
+        if segment["last"] < mark.step and all(index < mark.step for index, _ in in_full(segment["states"])):
             kept.append(segment)
         elif segment["first"] < mark.step:
             kept.append(_shortened(folder, segment, manifest["layouts"], mark.step, max(numbers) + 1))
@@ -173,7 +174,7 @@ def _shortened(folder: Path, segment: dict[str, Any], layouts: list[Layout], ste
     """A new file with the part of a segment that lies before a step; the old one stays until no manifest names it."""
     whole = Segment(folder / segment["file"])
     steps = list(whole.whole_steps(step))
-    before = [(index, layout) for index, layout in segment["states"] if index < step]
+    before = [(index, layout) for index, layout in in_full(segment["states"]) if index < step]
     states = {index: whole.state(index, dtypes_of(layouts[layout])) for index, layout in before}
     name = f"segment-{number:06d}.safetensors"
     with appearing_whole(folder / name) as temporary:
@@ -182,7 +183,7 @@ def _shortened(folder: Path, segment: dict[str, Any], layouts: list[Layout], ste
             "file": name,
             "last": steps[-1].index,
             "epoch": steps[-1].epoch,
-            "states": before,
+            "states": in_short(before),
             "bytes": temporary.stat().st_size,
             "checksum": checksum_of(temporary),
         }

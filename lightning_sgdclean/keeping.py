@@ -49,7 +49,7 @@ class RandomnessWatch:
 
     def __init__(self) -> None:
         self.evidence = ""
-        self._seen: dict[SampleId, int] = {}  # fingerprints, by sample: 32 bits of the setting, 32 of its own
+        self._seen: dict[SampleId, int] = {}  # fingerprints in short, by sample
         self._num_again = self._num_equal = self._num_batches = self._num_looks = 0
         self._states: RandomState | None = None
 
@@ -59,24 +59,23 @@ class RandomnessWatch:
         no_look_yet = self._num_batches == 1 or (self._num_looks == 0 and self._num_batches <= _FIRST)
         return no_look_yet or 0 < self._num_again <= _ENOUGH
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether enough samples, drawn again, held what they had held."""
-        return self._num_equal >= _ENOUGH and not self.evidence
-
-    def look(self, ids: list[SampleId], print_: Fingerprint, epoch: int, random: RandomState) -> None:
-        """Take in the batch that training goes on with, and the random state at its start."""
+    def look(self, ids: list[SampleId], print_: Fingerprint, epoch: int, drew: bool | None) -> None:
+        """Take in a batch that training went on with, and what :meth:`batch_begins` said at its start."""
         self._num_batches += 1
-        if not self.evidence and self._states is not None and self._num_equal < _ENOUGH:
+        if drew is not None and not self.evidence and self._num_equal < _ENOUGH:
             self._num_looks += 1
-            if not _are_equal(self._states, random):
+            if drew:
                 self.evidence = "random numbers were drawn while a batch was loaded"
-        self._states = None
         self._compare(ids, print_, epoch)
 
     def batch_ends(self, random_state: Callable[[], RandomState]) -> None:
         """The batch was trained on: whatever is drawn until the next one starts, its loading draws."""
         self._states = random_state() if not self.evidence and self._num_equal < _ENOUGH else None
+
+    def batch_begins(self, random: RandomState) -> bool | None:
+        """Whether its loading drew random numbers, as far as that can be told from the random state by now."""
+        then, self._states = self._states, None
+        return None if then is None else not _are_equal(then, random)
 
     def is_interrupted(self) -> None:
         """More than loading happens before the next batch: validation, or another epoch."""
@@ -84,10 +83,8 @@ class RandomnessWatch:
 
     def _compare(self, ids: list[SampleId], print_: Fingerprint, epoch: int) -> None:
         """Hold each sample against its last visit, if that was in a like setting: padded as long, and so on."""
-        setting = (print_.setting & 0xFFFFFFFF) << 32
-        own = ((print_.rows ^ (print_.rows >> 32)) & 0xFFFFFFFF).tolist()
-        prints = [setting | row for row in own[: len(ids)]]
-        last = [self._seen.get(name) for name in ids]
+        prints = print_.short[: len(ids)]
+        last = list(map(self._seen.get, ids))
         self._seen.update(zip(ids, prints, strict=True))
         self._num_again += len(ids) - last.count(None)
         differ = [] if last == prints else [each for each in zip(ids, last, prints, strict=True) if each[1] != each[2]]
@@ -104,7 +101,8 @@ class RandomnessWatch:
 
 def _are_equal(then: RandomState, now: RandomState) -> bool:
     """Two readings of the same :class:`~lightning_sgdclean.randomness.RandomStates`; a GPU's is not looked at."""
-    return all(now[name] is then[name] for name in then if name != "cuda")
+    same = all(now[name] is then[name] for name in then if name not in ("torch", "cuda"))
+    return same and now["torch"].equal(then["torch"])
 
 
 class BatchKeeper:
@@ -133,16 +131,16 @@ class BatchKeeper:
         return {"kept": self._num_kept, "why": self._why, "bytes": self._nbytes}
 
     def packed(
-        self, batch: Any, positions: Positions | None, print_: Fingerprint, epoch: int, random: RandomState
+        self, batch: Any, positions: Positions | None, print_: Fingerprint, epoch: int, drew: bool | None
     ) -> PackedBatch | None:
         """The batch as it is to be kept, or None if it is to be fetched again.
 
         Args:
-            batch: As ``training_step`` is about to get it.
+            batch: As ``training_step`` gets it.
             positions: In the dataset; None where it cannot be fetched again.
             print_: The batch's fingerprint.
             epoch: The batch's epoch.
-            random: The random state at the batch's start.
+            drew: See :meth:`RandomnessWatch.batch_begins`.
 
         Raises:
             UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle.
@@ -153,7 +151,7 @@ class BatchKeeper:
             packed: PackedBatch | None = pack_batch(batch, self.classes)
             self._announce(why, packed, epoch, must=True)
         else:
-            self.watch.look(positions if isinstance(positions, list) else [positions], print_, epoch, random)
+            self.watch.look(positions if isinstance(positions, list) else [positions], print_, epoch, drew)
             why = self.watch.evidence
             packed = self._pack_if_wanted(batch, why)
             self._announce(why, packed, epoch, must=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sgdclean.errors import UnsupportedTrainingError
 
 RandomState = dict[str, Tensor]
-_TWISTER_BYTES = 4 * 625
+_TWISTER_BYTES, _GLANCE = 4 * 625, 4 * 9
 
 
 def random_state(device: torch.device) -> RandomState:
@@ -27,69 +27,81 @@ def random_state(device: torch.device) -> RandomState:
 
 
 class RandomStates:
-    """Reads the random state again and again; a tensor of what did not move is the same object as before.
+    """Reads the random state again and again; what of NumPy's and Python's did not move is the same object as before.
 
-    Most generators stand still from one batch to the next, and to turn their states into tensors would take longer
-    than all else that is recorded of a small step.
+    These stand still from one batch to the next, mostly, and to turn their states into tensors would take longer than
+    all else that is recorded of a small step.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._state: RandomState = {}
-        self._python, self._numpy = (
-            _Watched(_python_generator, _python_address),
-            _Watched(np.random.get_bit_generator, _numpy_address),  # type: ignore[attr-defined]
-        )
+        self._python: RandomState = {}
+        self._numpy: RandomState = {}
+        self._python_watch = _Watch(_python_generator, _python_address, position_first=True)
+        self._numpy_watch = _Watch(np.random.get_bit_generator, _numpy_address)  # type: ignore[attr-defined]
 
     def now(self) -> RandomState:
         """The random state, as :func:`random_state` gives it."""
-        found = {"torch": torch.get_rng_state()}
+        if self._python_watch.has_moved():
+            self._read_python()
+        if self._numpy_watch.has_moved():
+            self._read_numpy()
+        found = {"torch": torch.default_generator.get_state(), **self._python, **self._numpy}
         if self._device.type == "cuda":
             found["cuda"] = torch.cuda.get_rng_state(self._device)
-        if self._python.has_moved():
-            version, words, gauss = random.getstate()
-            python = np.array((version, *words), dtype=np.int64)
-            found["python"] = torch.from_numpy(python)
-            found["python_gauss"] = torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64)
-            self._python.has_state(np.roll(python[1:], 1), waiting=gauss is not None)
-        if self._numpy.has_moved():
-            _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-            numpy = np.append(keys, position).astype(np.int64)
-            found["numpy"] = torch.from_numpy(numpy)
-            found["numpy_gauss"] = torch.tensor([has_gauss, cached], dtype=torch.float64)
-            self._numpy.has_state(numpy, waiting=bool(has_gauss))
-        before = self._state
-        moved = {name: now for name, now in found.items() if name not in before or not now.equal(before[name])}
-        self._state = before | moved
-        return self._state
+        return found
+
+    def _read_python(self) -> None:
+        version, words, gauss = random.getstate()
+        numbers = np.array((version, *words), dtype=np.int64)
+        waiting = torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64)
+        self._python = {"python": torch.from_numpy(numbers), "python_gauss": waiting}
+        self._python_watch.has_state(np.roll(numbers[1:], 1), is_whole=gauss is None)
+
+    def _read_numpy(self) -> None:
+        _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        numbers = np.append(keys, position).astype(np.int64)
+        waiting = torch.tensor([has_gauss, cached], dtype=torch.float64)
+        self._numpy = {"numpy": torch.from_numpy(numbers), "numpy_gauss": waiting}
+        self._numpy_watch.has_state(numbers, is_whole=not has_gauss)
 
 
-class _Watched:
+class _Watch:
     """Tells whether a Mersenne twister has moved, by its memory: to ask for its state takes 10 times as long.
 
-    What lies there is trusted only where it was seen to be the whole of the state.
+    Each draw moves its position, and every 624th renews all of its words; so of these a few are looked at. What lies
+    there is trusted only where it was seen to be the whole of the state.
 
     Args:
         find: Gives the generator.
         address_of: Gives the address of its 624 words and its position.
+        position_first: Whether the position lies before the words.
     """
 
-    def __init__(self, find: Callable[[], Any], address_of: Callable[[Any], int]) -> None:
-        self._find, self._address_of = find, address_of
+    def __init__(
+        self, find: Callable[[], Any], address_of: Callable[[Any], int], *, position_first: bool = False
+    ) -> None:
+        self._find, self._address_of, self._skipped = (
+            find,
+            address_of,
+            0 if position_first else _TWISTER_BYTES - _GLANCE,
+        )
         self._generator: Any = None
         self._known: bytes | None = None
 
     def has_moved(self) -> bool:
         generator = self._find()
         if generator is not self._generator:
-            self._memory = (ctypes.c_char * _TWISTER_BYTES).from_address(self._address_of(generator))
+            address = self._address_of(generator)
+            self._memory = (ctypes.c_char * _TWISTER_BYTES).from_address(address)
+            self._glance = (ctypes.c_char * _GLANCE).from_address(address + self._skipped)
             self._generator, self._known = generator, None
-        return self._known is None or self._memory.raw != self._known
+        return self._glance.raw != self._known
 
-    def has_state(self, words: "np.ndarray[Any, Any]", waiting: bool) -> None:
-        """The state as it was asked for, in the order of its memory, and whether a normal number waits besides."""
-        known = words.astype(np.uint32).tobytes()
-        self._known = known if known == self._memory.raw and not waiting else None
+    def has_state(self, words: "np.ndarray[Any, Any]", is_whole: bool) -> None:
+        """The state as it was asked for, in the order of its memory, and whether there is nothing besides."""
+        is_seen = is_whole and words.astype(np.uint32).tobytes() == self._memory.raw
+        self._known = self._glance.raw if is_seen else None
 
 
 def _python_generator() -> Any:

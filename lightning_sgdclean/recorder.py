@@ -4,35 +4,15 @@
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.constants import Constants
 from lightning_sgdclean.errors import UnsupportedTrainingError
+from lightning_sgdclean.live_state import LiveState, trained_parameters
 from lightning_sgdclean.options import is_plain, noted
 from lightning_sgdclean.trajectory import MicroBatch, State, Step
 from lightning_sgdclean.writer import TrajectoryWriter
-
-
-def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer moves, by their names in the module, in the optimizer's order.
-
-    Raises:
-        UnsupportedTrainingError: If the optimizer holds a tensor that is no parameter of the module.
-    """
-    names = {id(param): name for name, param in module.named_parameters()}
-    found: dict[str, nn.Parameter] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
-            if id(param) not in names:
-                raise UnsupportedTrainingError(
-                    f"Group {number} of the optimizer holds a tensor of shape {tuple(param.shape)} that is no "
-                    "parameter of the LightningModule. Make it one (self.name = nn.Parameter(...))."
-                )
-            if param.requires_grad:
-                found[names[id(param)]] = param
-    return found
 
 
 def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -45,20 +25,6 @@ def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> l
     ]
 
 
-def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer) -> State:
-    """The live state, not copied."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, param in params.items():
-        entries = optimizer.state.get(param)
-        if entries:
-            states[name] = {
-                key: value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-                for key, value in entries.items()
-                if isinstance(value, Tensor | int | float)
-            }
-    return State(dict(params), dict(module.named_buffers()), states)
-
-
 def _is_fixed(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | None) or (type(value) is tuple and all(map(_is_fixed, value)))
 
@@ -69,6 +35,7 @@ class Recorder:
     def __init__(self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter) -> None:
         self._module, self._optimizer, self._writer = module, optimizer, writer
         self._params = trained_parameters(module, optimizer)
+        self._live = LiveState(module, self._params, optimizer)
         self._pending: list[MicroBatch] = []
         self._constants: Constants | None = None
         self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
@@ -84,7 +51,7 @@ class Recorder:
 
     def state(self) -> State:
         """The live state, not copied."""
-        return current_state(self._module, self._params, self._optimizer)
+        return self._live.now()
 
     def skip_batch(self) -> None:
         """A batch was drawn that will not be trained on."""
@@ -112,9 +79,15 @@ class Recorder:
             self._pending[-1].loss, self._pending[-1].scale = loss.detach().clone(), scale
 
     def commit(
-        self, index: int, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int, is_last: bool = False
+        self, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int, last_index: int | None = None
     ) -> Step | None:
-        """The optimizer has stepped, maybe for the last time: write what it was made of and what it led to.
+        """The optimizer has stepped: write what the step was made of and what it led to.
+
+        Args:
+            ends_epoch: Whether the last of its batches was the epoch's last.
+            clip: See :class:`~lightning_sgdclean.trajectory.Step`.
+            divisor: See there.
+            last_index: Number of the step that training ends with, if that is known.
 
         Returns:
             The step, or None if ``training_step`` gave no loss for any of its batches.
@@ -122,10 +95,13 @@ class Recorder:
         Raises:
             UnsupportedTrainingError: If the optimizer was given other parameters on the way.
         """
+        if not self._pending:
+            return None
+        index = self._pending[-1].global_step
         self._check_parameters(index)
-        groups = self._hyper_parameters()
         unused = [name for name, param in self._params.items() if param.grad is None]
-        return self._write(Step(index, 0, ends_epoch, groups, clip, divisor, unused, []), is_last)
+        step = Step(index, 0, ends_epoch, self._hyper_parameters(), clip, divisor, unused, [])
+        return self._write(step, is_last=index == last_index)
 
     def _hyper_parameters(self) -> list[dict[str, Any]]:
         """Those of now; the same object as before where no option is another."""
@@ -162,7 +138,8 @@ class Recorder:
 
     def _check_parameters(self, index: int) -> None:
         now = [param for group in self._optimizer.param_groups for param in group["params"] if param.requires_grad]
-        if [id(param) for param in now] == [id(param) for param in self._params.values()]:
+        known = self._params.values()
+        if len(now) == len(known) and all(map(is_, now, known)):
             return
         names = {id(param): name for name, param in self._module.named_parameters()}
         found = {names.get(id(param), "a tensor outside the module") for param in now}

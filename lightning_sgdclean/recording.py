@@ -2,10 +2,8 @@
 """A fit while it is recorded: what the callback's hooks hand over, in the order of a run."""
 
 import math
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,24 +13,23 @@ from torch import Tensor
 
 from lightning_sgdclean import checks
 from lightning_sgdclean.best_model import BestModel
-from lightning_sgdclean.budget import Budget, Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.ending import Ending, write_ending
 from lightning_sgdclean.errors import RunDirectoryError, SampleIdError, SGDInfluenceError, SGDInfluenceWarning, warn_of
-from lightning_sgdclean.fingerprints import fingerprint
+from lightning_sgdclean.fingerprints import fingerprints
 from lightning_sgdclean.joining import Mark
-from lightning_sgdclean.keeping import BatchKeeper, KeepBatches, Plan
-from lightning_sgdclean.memory import slots_for
+from lightning_sgdclean.keeping import BatchKeeper, KeepBatches
+from lightning_sgdclean.live_state import trained_parameters
 from lightning_sgdclean.objective import loaders_in
-from lightning_sgdclean.pace import Pace
+from lightning_sgdclean.outlook import Outlook
 from lightning_sgdclean.randomness import RandomStates
-from lightning_sgdclean.recorder import Recorder, trained_parameters
+from lightning_sgdclean.recorder import Recorder
 from lightning_sgdclean.rehearsal import Rehearsal
 from lightning_sgdclean.store import fit_of
 from lightning_sgdclean.surroundings import surroundings_of
 from lightning_sgdclean.train_loaders import TrainLoaders
 from lightning_sgdclean.trajectory import MicroBatch, first_epoch_kept
 from lightning_sgdclean.verified_split import VerifiedSplit
-from lightning_sgdclean.waiting import Waiting
+from lightning_sgdclean.waiting import Taken, Waiting
 from lightning_sgdclean.walk import RetraceOptions
 from lightning_sgdclean.weighting import Plan as SplitPlan
 from lightning_sgdclean.writer import TrajectoryWriter
@@ -58,7 +55,7 @@ class Recording:
         logged: The monitored value after each validation, by the number of steps made by then.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         best: Where the best model was saved, if that is where the walk is to start.
-        budget: What the trajectory will take, once training has started.
+        outlook: What the trajectory will take.
         split: Whose the rows of the first batch's loss calls are, once that is proved.
     """
 
@@ -74,14 +71,13 @@ class Recording:
         joined: dict[str, Any] | None = None,
     ) -> None:
         joined = joined or {}  # what the checkpoint said that this fit goes on from, a Mark as a dict
-        self._loaders, self._folder, self._options, self._retrace, self._say = loaders, folder, options, retrace, say
+        self._loaders, self._folder, self._options, self._retrace = loaders, folder, options, retrace
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
         self.averaging = checks.check_callbacks(trainer)
         self.best = (
             BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if retrace.at == "best" else None
         )
-        self.budget: Budget | None = None
         self.split: SplitPlan | None = None
         optimizer = trainer.optimizers[0]
         trained = {
@@ -92,10 +88,12 @@ class Recording:
         self._waiting = Waiting(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         self.recorder = Recorder(module, optimizer, self.writer)
-        self.keeper = BatchKeeper(options.keep_batches, plan=partial(self._plan, trainer), say=say)
+        self.outlook = Outlook(folder, options.snapshots, options.max_bytes, retrace, say)
+        self.keeper = BatchKeeper(
+            options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
+        )
         self.keeper.watch.evidence = joined.get("evidence", "")
-        self._planned_bytes = 0
-        self._pace = Pace()
+        self._never_breaking_the_training = _Guard(partial(self._stop, trainer))
         self._random = RandomStates(trainer.strategy.root_device)
         self._rehearsal: Rehearsal | None = Rehearsal()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
@@ -106,23 +104,9 @@ class Recording:
         Raises:
             BudgetError: If that is too much.
         """
-        state_bytes = expected_state_bytes(self.recorder.state(), trainer.optimizers[0])
-        num_windows = 1 if self.best is None or self._retrace.epochs == "all" else 2
-        needs = Needs(
-            num_steps=self._num_steps(trainer, trainer.max_epochs),
-            batches_a_step=trainer.accumulate_grad_batches,
-            state_bytes=state_bytes,
-            slots=slots_for(state_bytes),
-            max_bytes=self._allowed_bytes(),
-            curvature=self._retrace.curvature,
-            num_epochs=0 if self._retrace.epochs == "all" else num_windows * (int(self._retrace.epochs) + 1),
-            num_kept=None if num_windows == 1 else self._num_steps(trainer, trainer.max_epochs, num_windows),
-        )
-        self.budget = budget = budget_for(self._options.snapshots, needs)
+        budget = self.outlook.plan(trainer, self.recorder.state(), self.writer.bytes_written)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
         self.writer.keeps_epochs = self._retrace.epochs != "all"
-        self._planned_bytes = budget.nbytes or 0
-        self._say(budget.text)
 
     def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample.
@@ -133,7 +117,7 @@ class Recording:
         if self.failure is not None:
             return
         self._look_for_best(trainer)
-        self._take_time(trainer)
+        self.outlook.batch_begins(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
@@ -148,7 +132,8 @@ class Recording:
                 loader=self._loaders.number(trainer.current_epoch),
                 global_step=trainer.global_step,
             )
-            self._waiting.take(micro, batch, may_wait=self.keeper.watch.is_settled)
+            taken = Taken(micro, batch, self.keeper.watch.batch_begins(micro.random))
+            self._waiting.take(taken, may_wait=self._rehearsal is None)
         except Exception as error:  # theirs, too: sample_ids= is the user's
             if is_first:
                 raise
@@ -163,11 +148,13 @@ class Recording:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
             self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
 
-    def _read(self, micro: MicroBatch, batch: Any) -> None:
-        """Take in what a batch holds."""
-        found = fingerprint(batch, len(micro.ids))
-        micro.digest = found.digest
-        micro.batch = self.keeper.packed(batch, micro.positions, found, micro.epoch, micro.random)
+    def _read(self, taken: list[Taken]) -> None:
+        """Take in what batches hold."""
+        prints = fingerprints([(one.batch, len(one.micro.ids)) for one in taken])
+        for (micro, batch, drew), found in zip(taken, prints, strict=True):
+            micro.digest = found.digest
+            micro.batch = self.keeper.packed(batch, micro.positions, found, micro.epoch, drew)
+            self.writer.hold(0 if micro.batch is None else micro.batch.nbytes)
 
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""
@@ -182,19 +169,14 @@ class Recording:
             self.recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
 
     def _after_optimizer_step(self, trainer: Any, optimizer: Any, *_: Any) -> None:
-        if self.failure is not None:
-            return
-        if bool(getattr(optimizer, "found_inf", False)):
-            return  # a fused optimizer is called for a step that the GradScaler skips, and does nothing
-        clip_value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        index = trainer.global_step
-        with self._never_breaking_the_training(trainer):
+        if self.failure is not None or bool(getattr(optimizer, "found_inf", False)):
+            return  # a fused optimizer is called for a step that the GradScaler skips, too, and does nothing
+        with self._never_breaking_the_training:
             step = self.recorder.commit(
-                index=index,
                 ends_epoch=_is_at_end_of_epoch(trainer),
-                clip=(str(getattr(algorithm, "value", algorithm or "norm")), float(clip_value)) if clip_value else None,
+                clip=_clipping(trainer),
                 divisor=trainer.accumulate_grad_batches,
-                is_last=index + 1 == trainer.max_steps,
+                last_index=trainer.max_steps - 1,
             )
             if self._rehearsal is not None:
                 self._rehearsal.commit(step, self.recorder.state())
@@ -223,7 +205,7 @@ class Recording:
     def note_validation(self, trainer: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
         self.keeper.watch.is_interrupted()
-        self._pace.is_interrupted()
+        self.outlook.is_interrupted()
         value = trainer.callback_metrics.get(self._retrace.monitor)
         if not trainer.sanity_checking and value is not None:
             self.logged[trainer.global_step] = float(value)
@@ -231,7 +213,7 @@ class Recording:
     def end_epoch(self, trainer: Any) -> None:
         """Let go of epochs that no window reaches any more."""
         self.keeper.watch.is_interrupted()
-        self._pace.is_interrupted()
+        self.outlook.is_interrupted()
         if self.failure is not None:
             return
         self._look_for_best(trainer)
@@ -242,14 +224,14 @@ class Recording:
         windows = [(first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), epochs), math.inf)]
         if self.best is not None and self.best.epoch is not None and self.best.step is not None:
             windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
-        with self._never_breaking_the_training(trainer):
+        with self._never_breaking_the_training:
             self.writer.keep_only(*windows)
         self._loaders.let_go(min(epoch for epoch, _ in windows))
 
     def flush(self, trainer: Any) -> None:
         """Write what is held in memory."""
         if self.failure is None:
-            with self._never_breaking_the_training(trainer):
+            with self._never_breaking_the_training:
                 self.writer.flush()
 
     def close(self, trainer: Any, is_complete: bool) -> None:
@@ -261,7 +243,7 @@ class Recording:
         """
         self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
         if self.failure is None:
-            with self._never_breaking_the_training(trainer):
+            with self._never_breaking_the_training:
                 self.writer.close()
                 ending = self.ending(trainer, is_complete)
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
@@ -275,6 +257,8 @@ class Recording:
 
     def mark(self) -> Mark | None:
         """What a checkpoint written now is to say of the trajectory."""
+        with self._never_breaking_the_training:
+            self._waiting.read_all()  # which may show that the data are random
         if self.failure is not None:
             return None
         folder, best = str(self._folder.resolve()), self.best
@@ -286,55 +270,14 @@ class Recording:
         return Mark(self.writer.run, step, folder, is_between_steps, fit, known, evidence)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
-        with self._never_breaking_the_training(trainer):
+        with self._never_breaking_the_training:
             self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
         if self._rehearsal is not None:
             self._rehearsal.leave()
 
-    def _take_time(self, trainer: Any) -> None:
-        """Once the first batches were timed, say how long it all will take."""
-        if self._pace.batch_begins() and self.budget is not None:
-            num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-            in_all = window_length(num_batches, accumulated, trainer.max_epochs, trainer.max_steps, "all")
-            self._say(self.budget.at_pace(accumulated * (self._pace.seconds or 0.0), in_all))
-
-    def planned(self, trainer: Any) -> dict[str, Any] | None:
-        """The budget as plain values."""
-        batch = self._pace.seconds
-        step = None if batch is None else batch * trainer.accumulate_grad_batches
-        return None if self.budget is None else self.budget.summary(step)
-
     def _look_for_best(self, trainer: Any) -> None:
         if self.best is not None:
             self.best.look(trainer.global_step, self.recorder.last_epoch)
-
-    def _plan(self, trainer: Any) -> Plan:
-        """What is known of the run when batches are first to be kept."""
-        epochs, is_endless = self._retrace.epochs, trainer.max_epochs in (None, -1)
-        left = -1 if is_endless else trainer.max_epochs - trainer.current_epoch
-        num_steps = self._num_steps(trainer, left, num_windows=1 + (self.best is not None))
-        num_batches = math.inf if num_steps is None else num_steps * trainer.accumulate_grad_batches
-        reaches_all = epochs == "all" or self.best is not None
-        first_epoch = 0 if reaches_all else (math.inf if is_endless else trainer.max_epochs) - int(epochs)
-        return Plan(num_batches, first_epoch, max(0, self._allowed_bytes() - self._planned_bytes))
-
-    def _allowed_bytes(self) -> float:
-        """Bytes that the trajectory may take, those already written included."""
-        free = shutil.disk_usage(self._folder).free + self.writer.bytes_written
-        return min(free, self._options.max_bytes or math.inf)
-
-    def _num_steps(self, trainer: Any, max_epochs: int | None, num_windows: int = 1) -> int | None:
-        """Steps that a window, or so many of them, can have in so many epochs."""
-        num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-        epochs = self._retrace.epochs
-        return window_length(num_batches, accumulated, max_epochs, trainer.max_steps, epochs, num_windows)
-
-    @contextmanager
-    def _never_breaking_the_training(self, trainer: Any) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is: a lack of memory or disk, a fault of ours
-            self._stop(trainer, error)
 
     def _stop(self, trainer: Any, error: Exception) -> None:
         if not isinstance(error, SGDInfluenceError):
@@ -346,6 +289,22 @@ class Recording:
             SGDInfluenceWarning,
             stacklevel=2,
         )
+
+
+class _Guard:
+    """Whatever goes wrong within is handed on and goes no further: a lack of memory or disk, a fault of ours."""
+
+    def __init__(self, stop: Callable[[Exception], None]) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._stop(error)
+        return True
 
 
 def _limits_of_validation(trainer: Any) -> list[float] | None:
@@ -366,5 +325,13 @@ def _length_of(loader: Any) -> float:
         return math.inf
 
 
+def _clipping(trainer: Any) -> tuple[str, float] | None:
+    if not trainer.gradient_clip_val:
+        return None
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    return str(getattr(algorithm, "value", algorithm)), float(trainer.gradient_clip_val)
+
+
 def _is_at_end_of_epoch(trainer: Any) -> bool:
-    return bool(trainer.is_last_batch) or trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
+    loop = trainer.fit_loop.epoch_loop
+    return bool(loop.batch_progress.is_last_batch) or loop.batch_idx + 1 >= trainer.num_training_batches

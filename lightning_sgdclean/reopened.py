@@ -13,11 +13,12 @@ from lightning_sgdclean import checks
 from lightning_sgdclean._lightning import CALLBACK_BASES, quiet_trainer
 from lightning_sgdclean.ending import Ending, read_ending
 from lightning_sgdclean.errors import ObjectiveError, RunDirectoryError
+from lightning_sgdclean.live_state import trained_parameters
 from lightning_sgdclean.objective import loaders_in
 from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.packing import Classes, classes_of
 from lightning_sgdclean.randomness import untouched_randomness
-from lightning_sgdclean.recorder import hyper_parameters, trained_parameters
+from lightning_sgdclean.recorder import hyper_parameters
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.surroundings import surroundings_of
 from lightning_sgdclean.walk import RetraceOptions

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One segment of a trajectory: some steps and states in a file (safetensors), written and read back.
 
-Few tensors hold what many steps have, since each that is written takes Python's lock away from the training.
+Tables hold what every step has, and JSON only what few have: whoever writes a step by itself takes Python's lock away
+from the training. They are made without torch's kernels: one that runs on several threads would give the thread that
+writes a team of its own, and with more threads than cores the team of the training waits much longer at each turn.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,10 @@ from lightning_sgdclean.flat_state import Flat
 from lightning_sgdclean.options import packed, unpacked
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.randomness import RandomState
-from lightning_sgdclean.trajectory import MicroBatch, SampleId, Step
+from lightning_sgdclean.state_rows import stretches
+from lightning_sgdclean.trajectory import MicroBatch, Step
 
-
-@dataclass
-class _Held:
-    """What the rows of a segment's steps only point to, since JSON would be slow with it."""
-
-    random: dict[str, list[Tensor]] = field(default_factory=dict)
-    ids: "list[np.ndarray[Any, Any]]" = field(default_factory=list)
-    groups: tuple[list[dict[str, Any]], Any] = field(default_factory=lambda: ([], []))  # the last ones, and packed
-
-    def packed_groups(self, groups: list[dict[str, Any]]) -> Any:
-        """As JSON holds them; the same object for the same groups."""
-        if groups is not self.groups[0]:
-            self.groups = groups, packed(groups)
-        return self.groups[1]
+_NOT_KEPT = -1  # the number of tensors of a batch that is to be fetched again
 
 
 def write_segment(path: Path, steps: list[Step], states: dict[int, Flat]) -> None:
@@ -45,71 +35,92 @@ def write_segment(path: Path, steps: list[Step], states: dict[int, Flat]) -> Non
     Raises:
         OSError: If it cannot be written.
     """
-    held = _Held()
-    tensors = {f"state/{index}/{dtype}": tensor for index, flat in states.items() for dtype, tensor in flat.items()}
-    rows = []
-    for step in steps:
-        rows.append(_row(step, held))
-        for i, micro in enumerate(step.micro):
-            kept = [] if micro.batch is None else micro.batch.tensors
-            tensors |= {f"batch/{step.index}/{i}/{n}": tensor for n, tensor in enumerate(kept)}
-    tensors["steps"] = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+    tensors = _state_tables(states)
+    batches = [micro for step in steps for micro in step.micro]
+    words: dict[str, Any] = {"options": [], "positions": {}, "batches": {}}
     if steps:
-        digests = [micro.digest for step in steps for micro in step.micro if micro.digest is not None]
-        tensors["digest"] = torch.cat(digests)
-    if held.ids:
-        tensors["ids"] = torch.from_numpy(np.concatenate(held.ids))
-    tensors |= {f"random/{name}": torch.stack(states) for name, states in held.random.items()}
+        tensors["steps"] = torch.tensor([_step_row(step, words["options"]) for step in steps])
+        tensors["micro"] = torch.tensor([_micro_row(micro) for micro in batches])
+        tensors["loss"] = torch.tensor([(_loss_of(micro), micro.scale) for micro in batches], dtype=torch.float64)
+        digests = [micro.digest.numpy() for micro in batches if micro.digest is not None]
+        tensors["digest"] = torch.from_numpy(np.concatenate(digests))
+        tensors |= _random_tables(batches, words)
+        tensors |= _ids_table(batches, words)
+    for number, micro in enumerate(batches):
+        if micro.positions != micro.ids:
+            words["positions"][number] = micro.positions
+        if micro.batch is not None:
+            words["batches"][number] = micro.batch.skeleton
+            tensors |= {f"batch/{number}/{n}": tensor for n, tensor in enumerate(micro.batch.tensors)}
+    text = json.dumps(words | {"options": [packed(options) for options in words["options"]]})
+    tensors["words"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     try:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def _row(step: Step, held: _Held) -> dict[str, Any]:
-    return {
-        "index": step.index,
-        "epoch": step.epoch,
-        "ends_epoch": step.ends_epoch,
-        "groups": held.packed_groups(step.groups),
-        "clip": step.clip,
-        "divisor": step.divisor,
-        "unused": step.unused,
-        "micro": [_micro_row(micro, held) for micro in step.micro],
-    }
+def _state_tables(states: dict[int, Flat]) -> dict[str, Tensor]:
+    """Rows of states, by the first of them: as many to a tensor as lie one behind the other."""
+    tables = {"kept": torch.tensor([*states], dtype=torch.int64)}
+    for dtype in dict.fromkeys(dtype for flat in states.values() for dtype in flat):
+        for having in _neighbours_with(dtype, states):
+            first = 0
+            for rows in stretches(states[index][dtype] for index in having):
+                tables[f"state/{having[first]}/{dtype}"] = rows
+                first += len(rows)
+    return tables
 
 
-def _micro_row(micro: MicroBatch, held: _Held) -> dict[str, Any]:
+def _neighbours_with(dtype: str, states: dict[int, Flat]) -> Iterator[list[int]]:
+    """Those of the states, as far as one follows another, that hold numbers of a dtype."""
+    for holds, some in groupby(states, key=lambda index: dtype in states[index]):
+        if holds:
+            yield list(some)
+
+
+def _step_row(step: Step, options: list[list[Any]]) -> tuple[int, ...]:
+    """The numbers of a step; its options are the last of these, or appended to them."""
+    now = [step.groups, step.clip, step.unused]
+    if not options or options[-1][0] is not step.groups or options[-1] != now:
+        options.append(now)
+    return step.index, step.epoch, step.ends_epoch, step.divisor, len(step.micro), len(options) - 1
+
+
+def _micro_row(micro: MicroBatch) -> tuple[int, ...]:
+    kept = _NOT_KEPT if micro.batch is None else len(micro.batch.tensors)
+    return micro.epoch, micro.batch_idx, micro.global_step, micro.loader, len(micro.ids), kept
+
+
+def _loss_of(micro: MicroBatch) -> float:
     assert micro.loss is not None
-    return {
-        "ids": _names(micro.ids, held),
-        **({} if micro.positions == micro.ids else {"positions": micro.positions}),
-        "epoch": micro.epoch,
-        "batch_idx": micro.batch_idx,
-        "loss": float(micro.loss),
-        "global_step": micro.global_step,
-        "scale": micro.scale,
-        "loader": micro.loader,
-        "random": {name: _place(tensor, held.random.setdefault(name, [])) for name, tensor in micro.random.items()},
-        "batch": None if micro.batch is None else micro.batch.skeleton,
-        "num_tensors": 0 if micro.batch is None else len(micro.batch.tensors),
-    }
+    return float(micro.loss)
 
 
-def _names(ids: list[SampleId], held: _Held) -> list[SampleId] | int:
-    """The ids, or how many of those held come next."""
+def _random_tables(batches: list[MicroBatch], words: dict[str, Any]) -> dict[str, Tensor]:
+    """Random states, each that is another than the one before it, and for every batch the places of its own."""
+    words["random"] = list(batches[0].random)
+    tables, places = {}, []
+    for name, first in batches[0].random.items():
+        held, last = [first.numpy().tobytes()], first
+        places.append([0] * len(batches))
+        for number, micro in enumerate(batches):
+            state = micro.random[name]
+            if state is not last and (content := state.numpy().tobytes()) != held[-1]:
+                held.append(content)
+            last, places[-1][number] = state, len(held) - 1
+        tables[f"random/{name}"] = torch.frombuffer(bytearray(b"".join(held)), dtype=first.dtype).view(len(held), -1)
+    return tables | ({"places": torch.tensor(places)} if places else {})
+
+
+def _ids_table(batches: list[MicroBatch], words: dict[str, Any]) -> dict[str, Tensor]:
+    """All ids, as numbers if they are such."""
+    ids = [name for micro in batches for name in micro.ids]
     numbers = np.array(ids)
-    if numbers.dtype != np.int64:
-        return ids
-    held.ids.append(numbers)
-    return len(ids)
-
-
-def _place(tensor: Tensor, held: list[Tensor]) -> int:
-    """Where among those held it lies; appended unless it is the last one."""
-    if not held or (held[-1] is not tensor and not held[-1].equal(tensor)):
-        held.append(tensor)
-    return len(held) - 1
+    if numbers.dtype == np.int64:
+        return {"ids": torch.from_numpy(numbers)}
+    words["ids"] = ids
+    return {}
 
 
 class Segment:
@@ -121,18 +132,52 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         self._file = _opened(path)
-        rows = json.loads(bytes(self._file.get_tensor("steps").numpy()))
-        self._rows = {row["index"]: row for row in rows}
+        self._words = json.loads(bytes(self._file.get_tensor("words").numpy()))
+        self._names = set(self._file.keys())
+        self._kept, self._steps, self._micro, self._losses, self._places, self._ids = (
+            self._file.get_tensor(name).tolist() if name in self._names else []
+            for name in ("kept", "steps", "micro", "loss", "places", "ids")
+        )
+        lengths = [num for *_, num, _ in self._steps]
+        firsts = [0, *accumulate(lengths)]
+        self._batches_of = {row[0]: range(*firsts[n : n + 2]) for n, row in enumerate(self._steps)}
 
     def steps(self) -> list[Step]:
         """The steps. Of batches and random states they have skeletons and names only: the rest may be large."""
-        ids = [micro["ids"] for row in self._rows.values() for micro in row["micro"]]
-        digests = self._parts("digest", [held if isinstance(held, int) else len(held) for held in ids])
-        numbers = self._parts("ids", [held for held in ids if isinstance(held, int)])
-        return [_step(row, digests, numbers) for row in self._rows.values()]
+        options = [unpacked(each) for each in self._words["options"]]
+        batches, found = self._batches(), []
+        for index, epoch, ends_epoch, divisor, _, place in self._steps:
+            groups, clip, unused = options[place]
+            micro = [batches[number] for number in self._batches_of[index]]
+            clip = tuple(clip) if clip else None
+            found.append(Step(index, epoch, bool(ends_epoch), groups, clip, divisor, unused, micro))
+        return found
 
-    def _parts(self, name: str, lengths: list[int]) -> Iterator[Tensor]:
-        return iter(self._file.get_tensor(name).split(lengths) if lengths else ())
+    def _batches(self) -> list[MicroBatch]:
+        """All micro-batches, one after another."""
+        lengths = [num for *_, num, _ in self._micro]
+        digests = self._file.get_tensor("digest").split(lengths) if lengths else ()
+        names, firsts = self._words.get("ids", self._ids), [0, *accumulate(lengths)]
+        found = []
+        for number, (epoch, batch_idx, global_step, loader, num, kept) in enumerate(self._micro):
+            ids, (loss, scale) = names[firsts[number] : firsts[number] + num], self._losses[number]
+            positions = self._words["positions"].get(str(number), [*ids])
+            found.append(
+                MicroBatch(
+                    ids=ids,
+                    positions=positions,
+                    epoch=epoch,
+                    batch_idx=batch_idx,
+                    random=dict.fromkeys(self._words["random"], torch.empty(0)),
+                    digest=digests[number],
+                    loss=torch.tensor(loss, dtype=torch.float64),
+                    global_step=global_step,
+                    scale=scale,
+                    loader=loader,
+                    batch=None if kept == _NOT_KEPT else PackedBatch(self._words["batches"][str(number)], []),
+                )
+            )
+        return found
 
     def whole_steps(self, before: int) -> Iterator[Step]:
         """Those before a step, with all that was written of them."""
@@ -144,20 +189,29 @@ class Segment:
 
     def random(self, index: int, micro: int) -> RandomState:
         """Random state before micro-batch ``micro`` of step ``index``."""
-        places = self._rows[index]["micro"][micro]["random"]
-        return {name: self._file.get_slice(f"random/{name}")[place] for name, place in places.items()}
+        number = self._batches_of[index][micro]
+        named = zip(self._words["random"], self._places, strict=True)
+        return {name: self._file.get_slice(f"random/{name}")[places[number]] for name, places in named}
 
     def batch(self, index: int, micro: int) -> PackedBatch | None:
         """Micro-batch ``micro`` of step ``index``, if it was kept."""
-        row = self._rows[index]["micro"][micro]
-        if row["batch"] is None:
+        number = self._batches_of[index][micro]
+        num_tensors = self._micro[number][-1]
+        if num_tensors == _NOT_KEPT:
             return None
-        names = [f"batch/{index}/{micro}/{n}" for n in range(row["num_tensors"])]
-        return PackedBatch(row["batch"], [self._file.get_tensor(name) for name in names])
+        tensors = [self._file.get_tensor(f"batch/{number}/{n}") for n in range(num_tensors)]
+        return PackedBatch(self._words["batches"][str(number)], tensors)
 
     def state(self, index: int, dtypes: Iterable[str]) -> Flat:
         """The state before step ``index``, whose tensors are of these dtypes."""
-        return {dtype: self._file.get_tensor(f"state/{index}/{dtype}") for dtype in dtypes}
+        return {dtype: self._row(self._kept.index(index), dtype) for dtype in dtypes}
+
+    def _row(self, place: int, dtype: str) -> Tensor:
+        """What is of a dtype in the state that is kept in this place: in the last table that begins by then."""
+        names = ((first, f"state/{self._kept[first]}/{dtype}") for first in range(place, -1, -1))
+        first, name = next(pair for pair in names if pair[1] in self._names)
+        row: Tensor = self._file.get_slice(name)[place - first]
+        return row
 
 
 def _opened(path: Path) -> Any:
@@ -165,19 +219,3 @@ def _opened(path: Path) -> Any:
         return safe_open(path, "pt")
     except Exception as error:  # safetensors raises its own class, and OSError
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
-
-
-def _step(row: dict[str, Any], digests: Iterator[Tensor], numbers: Iterator[Tensor]) -> Step:
-    micro = [_micro(row, next(digests), numbers) for row in row["micro"]]
-    clip = tuple(row["clip"]) if row["clip"] else None
-    return Step(**row | {"micro": micro, "groups": unpacked(row["groups"]), "clip": clip})
-
-
-def _micro(row: dict[str, Any], digest: Tensor, numbers: Iterator[Tensor]) -> MicroBatch:
-    given = {key: value for key, value in row.items() if key != "num_tensors"}
-    given["ids"] = next(numbers).tolist() if isinstance(row["ids"], int) else row["ids"]
-    given.setdefault("positions", [*given["ids"]])
-    given["loss"] = torch.tensor(row["loss"], dtype=torch.float64)
-    given["random"] = dict.fromkeys(row["random"], torch.empty(0))
-    given["batch"] = None if row["batch"] is None else PackedBatch(row["batch"], [])
-    return MicroBatch(**given, digest=digest)

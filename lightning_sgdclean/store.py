@@ -14,9 +14,10 @@ from lightning_sgdclean.flat_state import Layout, dtypes_of, nbytes_of, unflatte
 from lightning_sgdclean.packing import PackedBatch
 from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.segments import Segment
+from lightning_sgdclean.series import in_full
 from lightning_sgdclean.trajectory import State, Step
 
-FORMAT = 4
+FORMAT = 5
 
 
 class Trajectory:
@@ -71,7 +72,7 @@ class Trajectory:
         steps = self._segment(segment["file"]).steps()
         self._files += [segment["file"]] * len(steps)
         self.steps += steps
-        for index, layout in segment["states"]:
+        for index, layout in in_full(segment["states"]):
             self._states[self.position(index)] = segment["file"], index, layout
 
     @property

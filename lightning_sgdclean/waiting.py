@@ -6,15 +6,27 @@ right after another, which is a percent or two of a step of some milliseconds.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_sgdclean.trajectory import MicroBatch
 
-_MOST, _MOST_BYTES = 16, 8 << 20  # that wait
+_MOST, _MOST_BYTES = 32, 16 << 20  # that wait
 
-Read = Callable[[MicroBatch, Any], None]
+
+class Taken(NamedTuple):
+    """A batch that is to be read.
+
+    Attributes:
+        micro: What is known of it.
+        batch: Itself, or a copy.
+        drew: Whether its loading drew random numbers; see :class:`~lightning_sgdclean.keeping.RandomnessWatch`.
+    """
+
+    micro: MicroBatch
+    batch: Any
+    drew: bool | None = None
 
 
 class Waiting:
@@ -24,26 +36,23 @@ class Waiting:
     again.
 
     Args:
-        read: Takes in a batch.
+        read: Takes in batches, in their order.
     """
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Callable[[list[Taken]], None]) -> None:
         self._read = read
-        self._waiting: list[tuple[MicroBatch, Any]] = []
+        self._waiting: list[Taken] = []
 
-    def take(self, micro: MicroBatch, batch: Any, may_wait: bool) -> None:
+    def take(self, taken: Taken, may_wait: bool) -> None:
         """A batch, about to be trained on.
 
         Raises:
             Exception: What ``read`` raises, of this batch or one that waited.
         """
-        copied = _small_copy(batch) if may_wait else None
-        if copied is not None:
-            self._waiting.append((micro, copied))
+        copied = _small_copy(taken.batch) if may_wait else None
+        self._waiting.append(taken if copied is None else Taken(taken.micro, copied, taken.drew))
         if copied is None or len(self._waiting) >= _MOST:
             self.read_all()
-        if copied is None:
-            self._read(micro, batch)
 
     def read_all(self) -> None:
         """Read all that wait.
@@ -52,8 +61,8 @@ class Waiting:
             Exception: What ``read`` raises.
         """
         waiting, self._waiting = self._waiting, []
-        for micro, batch in waiting:
-            self._read(micro, batch)
+        if waiting:
+            self._read(waiting)
 
 
 def _small_copy(batch: Any) -> Any:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.curvature import Engine, engine_named
 from lightning_sgdclean.fidelity import Fidelity
+from lightning_sgdclean.live_state import trained_parameters
 from lightning_sgdclean.objective import ObjectiveFn, ObjectiveGradient
 from lightning_sgdclean.optimizers import update_of
 from lightning_sgdclean.precision import in_float32, in_half, is_low, summable
 from lightning_sgdclean.randomness import RandomState
-from lightning_sgdclean.recorder import trained_parameters
 from lightning_sgdclean.replay import SampleLosses, Surroundings
 from lightning_sgdclean.trajectory import SampleId, Step
 from lightning_sgdclean.updates import Update

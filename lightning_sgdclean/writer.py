@@ -8,19 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError
 from lightning_sgdclean.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
-from lightning_sgdclean.flat_state import DTYPES, Flat, Flattener, Layout
+from lightning_sgdclean.flat_state import Flat, Flattener, Layout
 from lightning_sgdclean.keeping import in_bytes
-from lightning_sgdclean.randomness import RandomState
 from lightning_sgdclean.schedule import is_snapshot
 from lightning_sgdclean.segments import write_segment
+from lightning_sgdclean.series import in_full, in_short
+from lightning_sgdclean.state_rows import StateRows
 from lightning_sgdclean.store import FORMAT
-from lightning_sgdclean.trajectory import MicroBatch, State, Step
+from lightning_sgdclean.trajectory import State, Step
 
 _SEGMENT_BYTES = 32 << 20
 _SEGMENT_STEPS = 256
@@ -78,8 +76,7 @@ class TrajectoryWriter:
         self._ending: str | None = None
         self._background = Background()
         self._flattener = Flattener()
-        self._buffers: dict[tuple[str, int], list[Tensor]] = {}  # free ones, by dtype and length
-        self._random: RandomState = {}  # before the last micro-batch
+        self._rows = StateRows()
         self._forget()
         if (folder / "manifest.json").exists():
             self._continue()
@@ -128,14 +125,17 @@ class TrajectoryWriter:
             assert before is not None
             self._keep(step.index, before)
         elif before is not None:
-            self._give_back(before[1])
+            self._rows.give_back(before[1])
         self._is_start, self._has_ended_epoch, self._last_epoch = False, step.ends_epoch, step.epoch
         self._steps.append(step)
-        self._held += sum(self._nbytes_of(micro) for micro in step.micro)
         self._num_steps += 1
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
         if wanted:
             self._current = self._flat(state_after())
+
+    def hold(self, nbytes: int) -> None:
+        """So many bytes of batches came to be held in memory."""
+        self._held += nbytes
 
     def close(self) -> None:
         """Write what is held in memory, and the state after the last step if it is known."""
@@ -143,7 +143,7 @@ class TrajectoryWriter:
             self._keep(self.next_index, self._current)
             self._current = None
         self.flush()
-        self._buffers.clear()  # a retrace needs the memory
+        self._rows.clear()  # a retrace needs the memory
 
     def seal(self, ending: str) -> None:
         """Note that the fit is over, with the checksum of how it ended."""
@@ -169,7 +169,7 @@ class TrajectoryWriter:
             "last": following - 1,
             "epoch": self._steps[-1].epoch if self._steps else self._segments[-1]["epoch"],
             "begins_epoch": self._begins_epoch,
-            "states": [(index, layout) for index, (layout, _) in self._states.items()],
+            "states": in_short([(index, layout) for index, (layout, _) in self._states.items()]),
         }
         self._num_segments += 1
         self._segments.append(segment)
@@ -190,7 +190,7 @@ class TrajectoryWriter:
         self.bytes_written += size
         self._write_manifest(segments, gaps)
         for flat in states.values():
-            self._give_back(flat)
+            self._rows.give_back(flat)
 
     def keep_only(self, *windows: tuple[int, float]) -> None:
         """Forget what none of these windows will reach any more.
@@ -218,7 +218,7 @@ class TrajectoryWriter:
         """Number of the last state that is kept at or before the beginning of an epoch."""
         firsts = [segment["first"] for segment in self._segments if segment["epoch"] >= epoch]
         firsts += [step.index for step in self._steps if step.epoch >= epoch]
-        states = [index for segment in self._segments for index, _ in segment["states"]]
+        states = [index for segment in self._segments for index, _ in in_full(segment["states"])]
         return max((index for index in [*states, *self._states] if firsts and index <= firsts[0]), default=0)
 
     def _drop(self, segments: list[dict[str, Any]], gaps: list[int], gone: list[dict[str, Any]]) -> None:
@@ -243,25 +243,11 @@ class TrajectoryWriter:
             return self._steps[-1].index + 1
         return int(self._segments[-1]["last"]) + 1 if self._segments else 0
 
-    def _nbytes_of(self, micro: MicroBatch) -> int:
-        """About what a micro-batch takes besides ids; of random states only what moved."""
-        moved = [tensor for name, tensor in micro.random.items() if tensor is not self._random.get(name)]
-        self._random = micro.random
-        return 8 * len(micro.ids) + sum(t.nbytes for t in moved) + (0 if micro.batch is None else micro.batch.nbytes)
-
     def _flat(self, state: State) -> tuple[int, Flat]:
-        layout, flat = self._flattener.flatten(state, self._buffer)
+        layout, flat = self._flattener.flatten(state, self._rows.take)
         if not self._layouts or (self._layouts[-1] is not layout and self._layouts[-1] != layout):
             self._layouts.append(layout)
         return len(self._layouts) - 1, flat
-
-    def _buffer(self, dtype: str, length: int) -> Tensor:
-        free = self._buffers.setdefault((dtype, length), [])
-        return free.pop() if free else torch.empty(length, dtype=DTYPES[dtype])
-
-    def _give_back(self, flat: Flat) -> None:
-        for tensor in flat.values():
-            self._buffers[str(tensor.dtype).removeprefix("torch."), tensor.numel()].append(tensor)
 
     def _keep(self, index: int, state: tuple[int, Flat]) -> None:
         self._states[index] = state

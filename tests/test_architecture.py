@@ -10,6 +10,7 @@ PACKAGE = Path(lightning_sgdclean.__file__).parent
 SEE_A_TRAINER = {
     "later",
     "callback",
+    "outlook",
     "recording",
     "train_loaders",
     "checks",

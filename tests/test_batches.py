@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sgdclean.batches import cloned
-from lightning_sgdclean.fingerprints import _dot, _row_digests, _table, batch_digest, fingerprint
+from lightning_sgdclean.fingerprints import _dot, _row_digests, _table, batch_digest, fingerprint, fingerprints
 
 
 class Pair(NamedTuple):
@@ -159,3 +159,44 @@ def test_both_ways_to_sum_products_wrap_around_as_integers_of_64_bits_do(dtype, 
     sums = [sum(w * t for w, t in zip(row, table.tolist(), strict=True)) for row in words.tolist()]
     wrapped = [(total + (1 << 63)) % (1 << 64) - (1 << 63) for total in sums]
     assert _dot(words, table).tolist() == _row_digests(words, 3).tolist() == wrapped
+
+
+def image(seed, num=4, **options):
+    return torch.randn(num, 3, 5, generator=torch.Generator().manual_seed(seed), **options)
+
+
+ALIKE = {
+    "pairs": lambda n: [image(n), torch.arange(4) + n],
+    "two samples, two tensors": lambda n: (image(n, 2), image(n + 9, 2)),
+    "dicts": lambda n: {"x": image(n), "y": torch.arange(4) * n},
+    "a tensor alone": image,
+    "large": lambda n: [image(n).repeat(1, 1, 2000)],
+    "bool and double": lambda n: [image(n) > 0, image(n).double()],
+    "empty": lambda n: [],
+    "of another length": lambda n: [image(n, 3 + n % 2)],
+    "of another dtype": lambda n: [image(n).to(torch.float64 if n % 2 else torch.float32)],
+    "of another width": lambda n: [image(n)[..., : 3 + n % 2]],
+    "of another kind": lambda n: [image(n)] if n % 2 else (image(n),),
+    "other keys": lambda n: {"x" if n % 2 else "z": image(n)},
+    "more parts": lambda n: [image(n)] * (1 + n % 2),
+    "a part without samples": lambda n: [image(n), torch.tensor(n)],
+    "words": lambda n: [image(n), ["a", "b", "c", str(n)]],
+    "sparse": lambda n: [image(n).relu().to_sparse()],
+    "parameters": lambda n: [torch.nn.Parameter(image(n))],
+}
+
+
+LENGTHS = {"two samples, two tensors": lambda n: 2, "of another length": lambda n: 3 + n % 2}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_batches_read_together_have_the_fingerprints_that_they_have_alone(name):
+    batches = [ALIKE[name](n) for n in range(5)]
+    lengths = [LENGTHS.get(name, lambda n: 4)(n) for n in range(5)]
+    together = fingerprints(list(zip(batches, lengths, strict=True)))
+    for batch, num, found in zip(batches, lengths, together, strict=True):
+        alone = fingerprint(batch, num)
+        assert found.setting == alone.setting
+        assert found.rows.tolist() == alone.rows.tolist()
+        assert found.digest.tolist() == alone.digest.tolist()
+        assert found.short == alone.short

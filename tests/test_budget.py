@@ -14,8 +14,8 @@ from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
 from lightning_sgdclean.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.errors import BudgetError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.live_state import current_state, trained_parameters
 from lightning_sgdclean.pace import Pace
-from lightning_sgdclean.recorder import current_state, trained_parameters
 from lightning_sgdclean.schedule import reversal, revolve
 from lightning_sgdclean.store import Trajectory
 
@@ -137,7 +137,7 @@ def test_time_is_told_once_and_about_right(capsys):
     planned = callback.summary["budget"]
     assert planned["minutes"] == pytest.approx(2.7 * 20 * 0.1 / 60, rel=0.5)
     assert planned["snapshots"] == 21
-    assert planned["bytes"] == callback._recording.budget.nbytes
+    assert planned["bytes"] == callback._recording.outlook.budget.nbytes
 
 
 @pytest.mark.parametrize("snapshots", ["every", "sqrt"])
@@ -185,7 +185,7 @@ class BytesOnDisk(pl.Callback):
 def test_two_windows_are_kept_where_the_best_model_may_lie_far_back(tmp_path, snapshots):
     disk = BytesOnDisk(tmp_path)
     callback = best_run(tmp_path, [disk], snapshots=snapshots)
-    budget = callback._recording.budget
+    budget = callback._recording.outlook.budget
     assert "in two windows, the best model's and the latest" in budget.text
     assert len(disk.found) == 8
     assert max(disk.found) <= budget.nbytes

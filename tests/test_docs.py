@@ -136,9 +136,9 @@ def test_every_key_of_the_trajectory_is_documented(run_dir):
     manifest = json.loads((run_dir / "trajectory" / "manifest.json").read_text(encoding="utf-8"))
     segment = manifest["segments"][0]
     with safe_open(run_dir / "trajectory" / segment["file"], "pt") as file:
-        step = json.loads(bytes(file.get_tensor("steps").numpy()))[0]
+        words = json.loads(bytes(file.get_tensor("words").numpy()))
         kinds = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118 - no mapping
-    keys = [*manifest, *segment, *step, *step["micro"][0]]
+    keys = [*manifest, *segment, *words]
     assert [key for key in keys if f"`{key}`" not in outputs] == []
     assert [kind for kind in kinds if not re.search(f"^\\| `{kind}[/`]", outputs, re.MULTILINE)] == []
 

@@ -33,12 +33,15 @@ def test_what_was_read_cheaply_is_what_is_read_anew(draw):
         draw()
 
 
-def test_what_did_not_move_is_the_same_object():
+def test_what_did_not_move_is_the_same_object_but_for_torch_s_which_is_as_soon_read():
+    random.seed(0)  # else half of a pair of normal numbers may be left of another test, and then nothing is known
+    np.random.seed(0)
     states = RandomStates(CPU)
     before = states.now()
-    assert all(now is before[name] for name, now in states.now().items())
+    assert {name for name, now in states.now().items() if now is not before[name]} == {"torch"}
     np.random.rand()
-    assert {name for name, now in states.now().items() if now is not before[name]} == {"numpy"}
+    moved = {name for name, now in states.now().items() if now is not before[name]}
+    assert moved == {"torch", "numpy", "numpy_gauss"}
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())

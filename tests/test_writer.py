@@ -20,6 +20,7 @@ from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.background import Background
 from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.state_rows import StateRows
 from lightning_sgdclean.store import Trajectory
 from lightning_sgdclean.writer import TrajectoryWriter
 from reference import influences
@@ -126,17 +127,18 @@ def test_full_disk_costs_the_recording_only(tmp_path):
 def test_buffers_are_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_sgdclean.writer._SEGMENT_STEPS", 4)
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
-    free, give_back = [], TrajectoryWriter._give_back
+    monkeypatch.setattr("lightning_sgdclean.state_rows._PIECE_ROWS", 2)
+    free, give_back = [], StateRows.give_back
 
     def counting(self, flat):
         give_back(self, flat)
-        free.append(sum(map(len, self._buffers.values())))
+        free.append(len(self))
 
-    monkeypatch.setattr(TrajectoryWriter, "_give_back", counting)
+    monkeypatch.setattr(StateRows, "give_back", counting)
     fit(Case("long", {}, {"max_epochs": 20}), callback)
     assert len(Trajectory(tmp_path / "run" / "trajectory").kept) == 101
     assert 0 < max(free) < 30
-    assert callback._recording.writer._buffers == {}  # while the run is retraced, and later
+    assert len(callback._recording.writer._rows) == 0  # while the run is retraced, and later
 
 
 def test_random_states_that_did_not_change_are_written_once(tmp_path):
