@@ -41,7 +41,6 @@ class Outlook:
         self._epochs, self._curvature, self._is_at_best = retrace.epochs, retrace.curvature, retrace.at == "best"
         self.budget: Budget | None = None
         self._pace = Pace()
-        self.is_interrupted = self._pace.is_interrupted
 
     def plan(self, trainer: Any, state: State, bytes_written: int) -> Budget:
         """Say what the trajectory will take.
@@ -76,6 +75,10 @@ class Outlook:
             num_batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
             in_all = window_length(num_batches, accumulated, trainer.max_epochs, trainer.max_steps, "all")
             self._say(self.budget.at_pace(accumulated * (self._pace.seconds or 0.0), in_all))
+
+    def is_interrupted(self) -> None:
+        """More than loading happens before the next batch: validation, or another epoch."""
+        self._pace.is_interrupted()
 
     def summary(self, trainer: Any) -> dict[str, Any] | None:
         """The budget as plain values."""
