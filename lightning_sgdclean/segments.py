@@ -210,8 +210,9 @@ class Segment:
         """What is of a dtype in the state that is kept in this place: in the last table that begins by then."""
         names = ((first, f"state/{self._kept[first]}/{dtype}") for first in range(place, -1, -1))
         first, name = next(pair for pair in names if pair[1] in self._names)
-        row: Tensor = self._file.get_slice(name)[place - first]
-        return row
+        table = self._file.get_slice(name)
+        row: Tensor = table[place - first]
+        return row if table.get_shape()[0] == 1 else row.clone()  # a view would hold on to all of the table
 
 
 def _opened(path: Path) -> Any:
