@@ -96,7 +96,7 @@ def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Pa
         raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
     if not mark.is_between_steps:
         raise RunDirectoryError("the checkpoint was written while batches waited for their step.")
-    if _is_finished(source) and not (overwrite and wanted == source):
+    if _is_finished(source) and not (wanted == source and (overwrite or _loses_nothing(source, mark))):
         check_free(wanted, overwrite)
         target = fresh_directory(wanted, log_dir, overwrite)
         try:
@@ -123,6 +123,12 @@ def _is_finished(source: Path) -> bool:
     trajectory = Trajectory(source / "trajectory")
     ending = read_ending(trajectory.folder, trajectory.run, trajectory.ending)
     return (source / "summary.json").exists() or (ending is not None and ending.is_complete)
+
+
+def _loses_nothing(source: Path, mark: Mark) -> bool:
+    """Whether the run was killed between its last step and its ranking, and the checkpoint is of that step."""
+    last = Trajectory(source / "trajectory").steps[-1:]
+    return not (source / "summary.json").exists() and all(step.index + 1 == mark.step for step in last)
 
 
 def _link(source: str, target: str) -> None:

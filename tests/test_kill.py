@@ -86,3 +86,20 @@ def test_killed_at_random_moments_the_ranking_is_that_of_a_run_never_killed(tmp_
         ranking = kill(tmp_path / str(number), chance)
         assert np.array_equal(ranking.sample_id, whole.sample_id)
         assert np.array_equal(ranking.influence, whole.influence)
+
+
+def test_killed_between_the_last_step_and_the_ranking_a_fit_goes_on_in_the_directory_that_it_is_told(
+    tmp_path, monkeypatch
+):
+    whole = train(tmp_path / "whole", 4).ranking
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_sgdclean.callback.rank_run", _interrupted)
+        with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
+            train(tmp_path / "cut", 4)
+    again = train(tmp_path / "cut", 4, ckpt_path=latest_checkpoint(tmp_path / "cut"))
+    assert again.run_dir == tmp_path / "cut" / "run"
+    assert np.array_equal(again.ranking.influence, whole.influence)
+
+
+def _interrupted(*_, **__):
+    raise KeyboardInterrupt
