@@ -96,7 +96,8 @@ def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Pa
         raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
     if not mark.is_between_steps:
         raise RunDirectoryError("the checkpoint was written while batches waited for their step.")
-    if _is_finished(source) and not (wanted == source and (overwrite or _loses_nothing(source, mark))):
+    found = Trajectory(source / "trajectory")  # once: all of it is checksummed
+    if _is_finished(source, found) and not (wanted == source and (overwrite or _loses_nothing(source, found, mark))):
         check_free(wanted, overwrite)
         target = fresh_directory(wanted, log_dir, overwrite)
         try:
@@ -118,17 +119,16 @@ def _run_in(folder: Path) -> str | None:
         return None
 
 
-def _is_finished(source: Path) -> bool:
+def _is_finished(source: Path, trajectory: Trajectory) -> bool:
     """Whether the run was ranked, or trained to its end at least: then it can still be ranked."""
-    trajectory = Trajectory(source / "trajectory")
     ending = read_ending(trajectory.folder, trajectory.run, trajectory.ending)
     return (source / "summary.json").exists() or (ending is not None and ending.is_complete)
 
 
-def _loses_nothing(source: Path, mark: Mark) -> bool:
+def _loses_nothing(source: Path, trajectory: Trajectory, mark: Mark) -> bool:
     """Whether the run was killed between its last step and its ranking, and the checkpoint is of that step."""
-    last = Trajectory(source / "trajectory").steps[-1:]
-    return not (source / "summary.json").exists() and all(step.index + 1 == mark.step for step in last)
+    ends_there = all(step.index + 1 == mark.step for step in trajectory.steps[-1:])
+    return ends_there and not (source / "summary.json").exists()
 
 
 def _link(source: str, target: str) -> None:
