@@ -19,8 +19,8 @@ import torch
 
 from cost import digits, fit
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.flat_state import flatten
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.trajectory.flat_state import flatten
+from lightning_sgdclean.trajectory.store import Trajectory
 
 DISTANCES = (1, 8, 32)
 

@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from cost_page import markdown
 from lightning_sgdclean import SGDInfluence, after_fit
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.trajectory.store import Trajectory
 from recording_cost import recording_ratio
 from silent import silent_trainer
 

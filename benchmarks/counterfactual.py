@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgdclean import SGDInfluence, counterfactual
-from lightning_sgdclean.agreement import kendall_tau
+from lightning_sgdclean.ranking.agreement import kendall_tau
 from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from baselines import influence_functions
 from lightning_sgdclean import SGDInfluence, counterfactual, retrace
-from lightning_sgdclean.agreement import kendall_tau, spearman, top_k_jaccard
-from lightning_sgdclean.errors import NonFiniteError
-from lightning_sgdclean.files import write_json
-from lightning_sgdclean.report import versions
+from lightning_sgdclean.base.errors import NonFiniteError
+from lightning_sgdclean.base.files import write_json
+from lightning_sgdclean.ranking.agreement import kendall_tau, spearman, top_k_jaccard
+from lightning_sgdclean.report.closing import versions
 from papers_tasks import NUM, SETTINGS, PapersModel, penalty_of, samples
 from silent import silent_trainer
 from training import quiet

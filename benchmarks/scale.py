@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgdclean import SGDInfluence, backward
-from lightning_sgdclean.schedule import interval_of, num_snapshots, repeated_steps
-from lightning_sgdclean.states import RecomputedStates
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.adjoint import backward
+from lightning_sgdclean.replay.states import RecomputedStates
+from lightning_sgdclean.trajectory.schedule import interval_of, num_snapshots, repeated_steps
+from lightning_sgdclean.trajectory.store import Trajectory
 from silent import silent_trainer
 
 ROOT = Path(__file__).resolve().parent.parent

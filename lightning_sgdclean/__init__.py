@@ -5,18 +5,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_sgdclean.adjoint.optimizers import register_update
+    from lightning_sgdclean.adjoint.updates import Update
     from lightning_sgdclean.callback import SGDInfluence
-    from lightning_sgdclean.cleansed import Cleansed
-    from lightning_sgdclean.cleansing import cleanse
-    from lightning_sgdclean.comparing import compare
-    from lightning_sgdclean.counterfactuals import Counterfactual, counterfactual
-    from lightning_sgdclean.decisions import apply_decisions
-    from lightning_sgdclean.later import retrace
-    from lightning_sgdclean.optimizers import register_update
-    from lightning_sgdclean.page.building import write_report
-    from lightning_sgdclean.ranking import Ranking
-    from lightning_sgdclean.training import Training
-    from lightning_sgdclean.updates import Update
+    from lightning_sgdclean.cleansing.cleanse import cleanse
+    from lightning_sgdclean.cleansing.cleansed import Cleansed
+    from lightning_sgdclean.cleansing.decisions import apply_decisions
+    from lightning_sgdclean.cleansing.training import Training
+    from lightning_sgdclean.leave_out.counterfactual import Counterfactual, counterfactual
+    from lightning_sgdclean.ranking.compare import compare
+    from lightning_sgdclean.ranking.ranking import Ranking
+    from lightning_sgdclean.report.building import write_report
+    from lightning_sgdclean.retracing import retrace
 
 __version__ = "0.1.0"
 
@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Cleansed": "cleansed",
-    "Counterfactual": "counterfactuals",
-    "Ranking": "ranking",
+    "Cleansed": "cleansing.cleansed",
+    "Counterfactual": "leave_out.counterfactual",
+    "Ranking": "ranking.ranking",
     "SGDInfluence": "callback",
-    "Training": "training",
-    "Update": "updates",
-    "apply_decisions": "decisions",
-    "cleanse": "cleansing",
-    "compare": "comparing",
-    "counterfactual": "counterfactuals",
-    "register_update": "optimizers",
-    "retrace": "later",
-    "write_report": "page.building",
+    "Training": "cleansing.training",
+    "Update": "adjoint.updates",
+    "apply_decisions": "cleansing.decisions",
+    "cleanse": "cleansing.cleanse",
+    "compare": "ranking.compare",
+    "counterfactual": "leave_out.counterfactual",
+    "register_update": "adjoint.optimizers",
+    "retrace": "retracing",
+    "write_report": "report.building",
 }
 
 

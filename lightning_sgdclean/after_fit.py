@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from lightning_sgdclean import report
-from lightning_sgdclean.backward import retrace_steps
-from lightning_sgdclean.bookmark import Bookmark, key_of
-from lightning_sgdclean.errors import ReplayMismatchError
-from lightning_sgdclean.ids import prove_ids
-from lightning_sgdclean.influences import Influences
-from lightning_sgdclean.inspection import sample_columns
-from lightning_sgdclean.noise import float32_agreement
-from lightning_sgdclean.objective import ObjectiveGradient
-from lightning_sgdclean.opened import OpenedRun, RecordedRun, opened
-from lightning_sgdclean.precision import is_low
-from lightning_sgdclean.progress import retrace_bar, runs_bar
-from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.relabel import predicted_labels
-from lightning_sgdclean.surroundings import shown_bar
-from lightning_sgdclean.trajectory import MicroBatch, Step, window_in_words
-from lightning_sgdclean.trust import put_to_the_test
-from lightning_sgdclean.walk import Adjoint, RetraceOptions, Walk, adjoint_of
+from lightning_sgdclean.adjoint.backward import retrace_steps
+from lightning_sgdclean.adjoint.bookmark import Bookmark, key_of
+from lightning_sgdclean.adjoint.influences import Influences
+from lightning_sgdclean.adjoint.noise import float32_agreement
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient
+from lightning_sgdclean.base.errors import ReplayMismatchError
+from lightning_sgdclean.leave_out.trust import put_to_the_test
+from lightning_sgdclean.losses.precision import is_low
+from lightning_sgdclean.losses.surroundings import shown_bar
+from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.replay.inspection import sample_columns
+from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
+from lightning_sgdclean.replay.relabel import predicted_labels
+from lightning_sgdclean.replay.sample_order import prove_ids
+from lightning_sgdclean.replay.walk import Adjoint, RetraceOptions, Walk, adjoint_of
+from lightning_sgdclean.report import closing as report
+from lightning_sgdclean.report.progress import retrace_bar, runs_bar
+from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
 
 
 def rank_run(

@@ -13,25 +13,26 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_sgdclean import checks, report
-from lightning_sgdclean._lightning import CALLBACK_BASES
+from lightning_sgdclean.adjoint.objective import logs_value
 from lightning_sgdclean.after_fit import rank_run
-from lightning_sgdclean.batches import cloned
-from lightning_sgdclean.errors import NonFiniteError, warn_of
-from lightning_sgdclean.exhibits import Exhibit, worst_pictures
-from lightning_sgdclean.files import write_json
-from lightning_sgdclean.joining import join, without_mark
-from lightning_sgdclean.later import call_of
-from lightning_sgdclean.loggers.publish import publish
-from lightning_sgdclean.objective import logs_value
-from lightning_sgdclean.opened import OpenedRun, RecordedRun
-from lightning_sgdclean.page.of_run import PageOfRun
-from lightning_sgdclean.ranking import Ranking
-from lightning_sgdclean.recording import Recording, RecordingOptions
-from lightning_sgdclean.run_directory import check_free, fresh_directory
-from lightning_sgdclean.surroundings import shown_bar, surroundings_of
-from lightning_sgdclean.train_loaders import TrainLoaders
-from lightning_sgdclean.walk import RetraceOptions
+from lightning_sgdclean.base.errors import NonFiniteError, warn_of
+from lightning_sgdclean.base.files import write_json
+from lightning_sgdclean.base.lightning import CALLBACK_BASES
+from lightning_sgdclean.base.run_directory import check_free, fresh_directory
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.losses.surroundings import shown_bar, surroundings_of
+from lightning_sgdclean.ranking.exhibits import Exhibit, worst_pictures
+from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.record import checks
+from lightning_sgdclean.record.loaders import TrainLoaders
+from lightning_sgdclean.record.recording import Recording, RecordingOptions
+from lightning_sgdclean.replay.open import OpenedRun, RecordedRun
+from lightning_sgdclean.replay.walk import RetraceOptions
+from lightning_sgdclean.report import closing as report
+from lightning_sgdclean.report.of_run import PageOfRun
+from lightning_sgdclean.report.publish import publish
+from lightning_sgdclean.retracing import call_of
+from lightning_sgdclean.trajectory.joining import join, without_mark
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from lightning_sgdclean import optimizers
-from lightning_sgdclean.randomness import random_state, set_random_state
+from lightning_sgdclean.adjoint import optimizers
+from lightning_sgdclean.base.randomness import random_state, set_random_state
 
 # The tests' networks are tiny. One thread, here and in the processes that tests start, adds in one order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"

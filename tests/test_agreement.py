@@ -10,7 +10,14 @@ from scipy import stats
 from torchmetrics.functional import kendall_rank_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_sgdclean.agreement import kendall_tau, lds, mislabel_auroc, precision_at_k, spearman, top_k_jaccard
+from lightning_sgdclean.ranking.agreement import (
+    kendall_tau,
+    lds,
+    mislabel_auroc,
+    precision_at_k,
+    spearman,
+    top_k_jaccard,
+)
 
 
 def columns(seed, size=40, ties=False):

@@ -13,13 +13,8 @@ from torch.utils.data import DataLoader, default_collate
 from cases import TRAIN, Case, Plain, fit, loaders, quiet_trainer
 from datasets import KEPT, LOST, OPTIONS, Augmented, OwnGenerator, Wrapped, noisy_collate
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import (
-    BudgetError,
-    LossSplitError,
-    ReplayMismatchError,
-    SGDInfluenceWarning,
-)
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.base.errors import BudgetError, LossSplitError, ReplayMismatchError, SGDInfluenceWarning
+from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from cases import TRAIN, VAL, Plain, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.trajectory.store import Trajectory
 
 
 class Stop(pl.Callback):

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, compare
-from lightning_sgdclean.agreement import top_k_jaccard
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.ranking.agreement import top_k_jaccard
 
 
 def ranked(**influence):

@@ -15,8 +15,9 @@ import test_losses
 import test_token_losses
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, objective
 from datasets import Augmented
-from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual, one_by_one
-from lightning_sgdclean.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual
+from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.leave_out import one_by_one
 from reference import one_hot, ranked
 from test_augmentation import Hooked
 

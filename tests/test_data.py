@@ -14,13 +14,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from cases import TRAIN, Case, Plain, fit, loaders, quiet_trainer
 from datasets import KEPT, OPTIONS, Wrapped, noisy_collate
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import (
+from lightning_sgdclean.base.errors import (
     ReplayMismatchError,
     SampleIdError,
     SGDInfluenceWarning,
     UnsupportedTrainingError,
 )
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from cases import NUM_CLASSES, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.curvature import Exact, Finite
-from lightning_sgdclean.errors import UnsupportedOperationError
-from lightning_sgdclean.kernels import twice_differentiable_kernels
-from lightning_sgdclean.replay import Evaluated
+from lightning_sgdclean.adjoint.curvature import Exact, Finite
+from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.losses.evaluate import Evaluated
+from lightning_sgdclean.losses.kernels import twice_differentiable_kernels
 from reference import assert_influence_is_the_derivative
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_sgdclean.figures import save_png
-from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.ranking.figures import save_png
+from lightning_sgdclean.ranking.ranking import Ranking
 
 pytest.importorskip("matplotlib")
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_sgdclean.files import write_json
+from lightning_sgdclean.base.files import write_json
 
 
 def test_what_is_not_finite_is_null(tmp_path):

@@ -36,7 +36,7 @@ def test_without_the_hessian_the_influences_are_wrong():
 def test_without_the_adjoint_of_running_statistics_the_influences_are_wrong(monkeypatch):
     case = CASES[3]
     exact = influences(ranked(case))
-    monkeypatch.setattr("lightning_sgdclean.objective.RunningStatistics._written_out", _native)
+    monkeypatch.setattr("lightning_sgdclean.adjoint.objective.RunningStatistics._written_out", _native)
     without = influences(ranked(case))
     assert np.abs(exact - without).max() > 0.01 * np.abs(exact).max()
 

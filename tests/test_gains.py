@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_sgdclean.gains import Measured, estimate, judge
+from lightning_sgdclean.cleansing.gains import Measured, estimate, judge
 
 COUNTS = (10, 20)
 

@@ -13,13 +13,13 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from cases import NUM_CLASSES, NUM_TRAIN, TRAIN, Case, Plain, fit, loaders, quiet_trainer
 from datasets import Augmented, noisy_collate
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
-from lightning_sgdclean.errors import SGDInfluenceWarning
-from lightning_sgdclean.inspection import inspect_samples
-from lightning_sgdclean.randomness import random_state
-from lightning_sgdclean.readings import plain_numbers
-from lightning_sgdclean.reopened import reopened
-from lightning_sgdclean.sources import source_of
-from lightning_sgdclean.walk import RetraceOptions
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.base.randomness import random_state
+from lightning_sgdclean.data.datasets import source_of
+from lightning_sgdclean.losses.readings import plain_numbers
+from lightning_sgdclean.replay.inspection import inspect_samples
+from lightning_sgdclean.replay.reopened import reopened
+from lightning_sgdclean.replay.walk import RetraceOptions
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.2], dtype=torch.float64)
 DATA = TensorDataset(*(t.double() if t.is_floating_point() else t for t in TRAIN.tensors))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
-from lightning_sgdclean.fingerprints import fingerprint
-from lightning_sgdclean.keeping import BatchKeeper, Plan, RandomnessWatch, in_bytes
-from lightning_sgdclean.randomness import RandomStates
+from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.base.randomness import RandomStates
+from lightning_sgdclean.data.fingerprints import fingerprint
+from lightning_sgdclean.record.keeping import BatchKeeper, Plan, RandomnessWatch, in_bytes
 
 STATES = RandomStates(torch.device("cpu"))
 PLENTY = Plan(num_batches=10, first_epoch=0, free=1e9)

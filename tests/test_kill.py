@@ -13,8 +13,9 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from cases import TRAIN, VAL, Plain, adam
-from lightning_sgdclean import bookmark, retrace
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean import retrace
+from lightning_sgdclean.adjoint import bookmark
+from lightning_sgdclean.trajectory.store import Trajectory
 from test_resume import ByEpoch, train
 
 NUM_KILLS = int(os.environ.get("SGDCLEAN_KILLS", "4"))

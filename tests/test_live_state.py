@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sgdclean.live_state import LiveState, current_state, trained_parameters
+from lightning_sgdclean.trajectory.live_state import LiveState, current_state, trained_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 

@@ -19,12 +19,12 @@ import pytorch_lightning as pl
 from cases import Plain, quiet_trainer
 from cases import loaders as batches
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean import loggers as package
-from lightning_sgdclean.exhibits import worst_pictures
-from lightning_sgdclean.loggers.markdown import worst_table
-from lightning_sgdclean.loggers.publish import publish
-from lightning_sgdclean.loggers.results import numbers_of
-from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean import report as package
+from lightning_sgdclean.ranking.exhibits import worst_pictures
+from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.report.markdown import worst_table
+from lightning_sgdclean.report.publish import publish
+from lightning_sgdclean.report.results import numbers_of
 
 RANKING = Ranking.from_influence(range(40), [0.01 * (i - 20) for i in range(40)], [1] * 40)
 SUMMARY = {

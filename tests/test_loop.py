@@ -24,7 +24,7 @@ from torch.optim import lr_scheduler
 
 from cases import NUM_TRAIN, TRAIN, Case, Plain, adam, adamw, fit, loaders, objective, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
 from reference import assert_derivative, assert_influence_is_the_derivative, influences, ranked
 
 

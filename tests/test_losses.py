@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cases import NUM_CLASSES, TRAIN, VAL, Case, Plain
-from lightning_sgdclean.randomness import untouched_randomness
+from lightning_sgdclean.base.randomness import untouched_randomness
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.2], dtype=torch.float64)

@@ -12,15 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cases import TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence, retrace
-from lightning_sgdclean.errors import (
-    BudgetError,
-    NonFiniteError,
-    RunDirectoryError,
-    SGDInfluenceWarning,
-)
-from lightning_sgdclean.live_state import current_state, trained_parameters
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.writer import TrajectoryWriter
+from lightning_sgdclean.base.errors import BudgetError, NonFiniteError, RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.trajectory.live_state import current_state, trained_parameters
+from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
 class Order(Sampler):
@@ -193,7 +188,7 @@ def test_what_a_run_has_on_disk_is_not_asked_for_again_when_it_goes_on(tmp_path,
         used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return usage(total, used, total - used)
 
-    monkeypatch.setattr("lightning_sgdclean.outlook.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("lightning_sgdclean.record.outlook.shutil.disk_usage", disk_usage)
     cut_short(tmp_path, 19, snapshots="every")
     assert train(tmp_path, ckpt_path=tmp_path / "step=14.ckpt", snapshots="every").summary["window"]["num_steps"] == 20
 

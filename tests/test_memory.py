@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lightning_sgdclean import memory
+from lightning_sgdclean.base import resources as memory
 
 
 @pytest.fixture

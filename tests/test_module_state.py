@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import ReplayMismatchError
+from lightning_sgdclean.base.errors import ReplayMismatchError
 from reference import assert_influence_is_the_derivative, ranked
 
 

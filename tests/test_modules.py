@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from cases import NUM_CLASSES, NUM_TRAIN, NUM_VAL, TRAIN, Case, Plain, adam, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import UnsupportedOperationError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import UnsupportedOperationError, UnsupportedTrainingError
 from reference import assert_influence_is_the_derivative
 
 WIDTH = 6

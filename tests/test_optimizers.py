@@ -10,8 +10,8 @@ from torch.optim import lr_scheduler
 
 import reference
 from cases import Case, perceptron
-from lightning_sgdclean.errors import UnsupportedTrainingError
-from lightning_sgdclean.optimizers import update_of
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from reference import assert_influence_is_the_derivative
 
 FOLLOWED = {

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cases import Plain, loaders, quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence
-from lightning_sgdclean.errors import SGDInfluenceWarning, warn_of
+from lightning_sgdclean.base.errors import SGDInfluenceWarning, warn_of
 
 FILES = {"influence.csv", "summary.json", "report.html"}
 OPTIONS = {"max_epochs": 1, "precision": "32-true"}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.errors import RunDirectoryError, UnsupportedTrainingError
-from lightning_sgdclean.fingerprints import batch_digest
-from lightning_sgdclean.packing import PackedBatch, pack_batch, unpack_batch
+from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.data.fingerprints import batch_digest
+from lightning_sgdclean.data.packing import PackedBatch, pack_batch, unpack_batch
 
 CPU = torch.device("cpu")
 

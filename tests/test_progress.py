@@ -9,8 +9,9 @@ import pytorch_lightning as pl
 import torch
 
 from cases import Plain, loaders, quiet_trainer
-from lightning_sgdclean import SGDInfluence, progress
-from lightning_sgdclean.progress import harm_of, retrace_bar
+from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.report import progress
+from lightning_sgdclean.report.progress import harm_of, retrace_bar
 
 INFLUENCE = torch.tensor([-0.5, 0.25, 0.0, -0.125], dtype=torch.float64)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.errors import UnsupportedTrainingError
-from lightning_sgdclean.randomness import RandomStates, random_state, set_random_state, untouched_randomness
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.base.randomness import RandomStates, random_state, set_random_state, untouched_randomness
 
 CPU = torch.device("cpu")
 DRAWS = {

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from lightning_sgdclean import ranking_csv
-from lightning_sgdclean.ranking import Ranking
+from lightning_sgdclean.ranking import table as ranking_csv
+from lightning_sgdclean.ranking.ranking import Ranking
 
 HEADER = "rank,sample_id,influence,effect,visits\n"
 GOOD = HEADER + "1,4,-0.5,harmful,2\n2,9,0.0,none,1\n3,1,0.25,helpful,1\n"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cases import TRAIN, VAL, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import (
+from lightning_sgdclean.base.errors import (
     LossSplitError,
     NonFiniteError,
     ObjectiveError,

@@ -10,7 +10,7 @@ from torch import nn
 
 from cases import Case, Plain, fit, loaders, perceptron, quiet_trainer
 from lightning_sgdclean import SGDInfluence, Update, register_update
-from lightning_sgdclean.errors import ReplayMismatchError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import ReplayMismatchError, UnsupportedTrainingError
 from reference import assert_influence_is_the_derivative, ranked
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from cases import TRAIN, VAL, Case, Plain, adam, fit, objective
 from lightning_sgdclean import Ranking
-from lightning_sgdclean.errors import SGDInfluenceWarning
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from reference import directional, influences, ranked
 
 COLUMNS = ("label", "prediction", "relabel")

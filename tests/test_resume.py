@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from cases import TRAIN, VAL, Case, Plain, adam, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import SGDInfluenceWarning
-from lightning_sgdclean.joining import Mark, cut_off, join
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.trajectory.joining import Mark, cut_off, join
+from lightning_sgdclean.trajectory.store import Trajectory
 
 
 class ByEpoch(Sampler):
@@ -167,7 +167,7 @@ def test_kill_while_cutting_off_leaves_one_trajectory_or_the_other(tmp_path, mon
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_sgdclean.joining.write_sealed", die)
+    monkeypatch.setattr("lightning_sgdclean.trajectory.joining.write_sealed", die)
     with pytest.raises(KeyboardInterrupt):
         cut_off(folder, mark)
     monkeypatch.undo()

@@ -8,8 +8,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSa
 
 from cases import TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.sampling import NotingSampler, note_samples, stop_noting
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.trajectory.store import Trajectory
 from reference import ranked
 
 

@@ -7,7 +7,7 @@ from math import comb, isqrt
 
 import pytest
 
-from lightning_sgdclean.schedule import (
+from lightning_sgdclean.trajectory.schedule import (
     interval_of,
     is_snapshot,
     num_snapshots,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sgdclean.packing import pack_batch, unpack_batch
-from lightning_sgdclean.segments import Segment, write_segment
-from lightning_sgdclean.trajectory import MicroBatch, Step
+from lightning_sgdclean.data.packing import pack_batch, unpack_batch
+from lightning_sgdclean.trajectory.records import MicroBatch, Step
+from lightning_sgdclean.trajectory.segments import Segment, write_segment
 
 BATCH = {"x": torch.arange(6.0).view(2, 3), "words": ["a", "b"], "n": 2}
 
@@ -104,8 +104,8 @@ THREADS = """
 import os, sys, torch
 from pathlib import Path
 from test_segments import micro, step
-from lightning_sgdclean.background import Background
-from lightning_sgdclean.segments import write_segment
+from lightning_sgdclean.trajectory.background import Background
+from lightning_sgdclean.trajectory.segments import write_segment
 
 torch.set_num_threads(2)
 torch.randn(1 << 20).exp().sum()  # the training's team of threads

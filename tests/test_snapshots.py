@@ -10,11 +10,12 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 
 from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
-from lightning_sgdclean import SGDInfluence, backward, retrace
-from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError
-from lightning_sgdclean.states import RecomputedStates
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.writer import TrajectoryWriter
+from lightning_sgdclean import SGDInfluence, retrace
+from lightning_sgdclean.adjoint import backward
+from lightning_sgdclean.base.errors import ReplayMismatchError, RunDirectoryError
+from lightning_sgdclean.replay.states import RecomputedStates
+from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 from reference import ranked
 
 ONE_AT_A_TIME = 1  # a state held in memory, while a segment has more

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cases import TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import LossSplitError
-from lightning_sgdclean.ownership import Layout, codes_of, consistent_layouts, owners_by, replacement_masks
-from lightning_sgdclean.variants import of_one_shape, with_neighbours
+from lightning_sgdclean.base.errors import LossSplitError
+from lightning_sgdclean.data.variants import of_one_shape, with_neighbours
+from lightning_sgdclean.losses.ownership import Layout, codes_of, consistent_layouts, owners_by, replacement_masks
 from reference import assert_influence_is_the_derivative
 
 

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import test_losses
 from cases import CASES, NUM_CLASSES, Case, Plain, adam
-from lightning_sgdclean import register_update, stacked
-from lightning_sgdclean.errors import UnsupportedOperationError
-from lightning_sgdclean.rows import clipped
+from lightning_sgdclean import register_update
+from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.leave_out import stacked
+from lightning_sgdclean.leave_out.rows import clipped
 from reference import ranked
 from test_counterfactual import ByHand, again, by_hand, without
 

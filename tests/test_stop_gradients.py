@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from cases import NUM_TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import SGDInfluenceWarning, UnsupportedOperationError
+from lightning_sgdclean.base.errors import SGDInfluenceWarning, UnsupportedOperationError
 from reference import assert_influence_is_the_derivative
 
 

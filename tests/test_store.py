@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_sgdclean.errors import RunDirectoryError
-from lightning_sgdclean.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
-from lightning_sgdclean.joining import Mark, cut_off
-from lightning_sgdclean.packing import pack_batch, unpack_batch
-from lightning_sgdclean.store import Trajectory
-from lightning_sgdclean.trajectory import MicroBatch, State, Step, first_epoch_kept, window_in_words
-from lightning_sgdclean.writer import TrajectoryWriter
+from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.data.packing import pack_batch, unpack_batch
+from lightning_sgdclean.trajectory.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
+from lightning_sgdclean.trajectory.joining import Mark, cut_off
+from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
 def state(value, with_momentum):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cases import TRAIN, Plain, adam, adamw, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import ReplayMismatchError, RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import ReplayMismatchError, RunDirectoryError, UnsupportedTrainingError
 
 
 def caught(module, match, train=None, callbacks=(), error=ReplayMismatchError, **options):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cases import Case, Plain, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import LossSplitError
+from lightning_sgdclean.base.errors import LossSplitError
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 VOCABULARY, LENGTH, PAD = 7, 6, 0

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cases import NUM_TRAIN, TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.trajectory.store import Trajectory
 
 
 def unrolled(case, batches, step):

@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_a_whole_trajectory(tmp_path):
             if trainer.global_step == 7:
                 raise KeyboardInterrupt
 
-    from lightning_sgdclean.store import Trajectory
+    from lightning_sgdclean.trajectory.store import Trajectory
 
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run")
     with pytest.raises(SystemExit):

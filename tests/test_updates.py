@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import optim
 
-from lightning_sgdclean.errors import UnsupportedTrainingError
-from lightning_sgdclean.optimizers import update_of
-from lightning_sgdclean.updates import Update
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.adjoint.updates import Update
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
 
 SHAPE = (3, 2)
 OPTIONS = [

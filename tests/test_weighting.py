@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_sgdclean.weighting import SampleWeights
+from lightning_sgdclean.losses.weighting import SampleWeights
 
 N, C = 6, 4
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_sgdclean import __version__
-from lightning_sgdclean.cli import check, clean, cleanse, compare, report, show
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.cli import check, clean, cleanse, compare, report
+from lightning_sgdclean.cli import look as show
 from lightning_sgdclean.cli.terminal import one_line, printable
-from lightning_sgdclean.errors import SGDInfluenceWarning
 
 COMMANDS = (show, report, clean, compare, check, cleanse)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_sgdclean.cli.terminal import facts, one_line
-from lightning_sgdclean.pace import in_time
+from lightning_sgdclean.record.pace import in_time
 
 if TYPE_CHECKING:
-    from lightning_sgdclean.dry_run import Findings
+    from lightning_sgdclean.cli.dry_run import Findings
 
 NAME = "check"
 HELP = "try out a LightningCLI configuration"
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Try, and print."""
     if not arguments.config.is_file():
         raise FileNotFoundError(f"There is no configuration at {arguments.config}.")
-    from lightning_sgdclean._lightning import without_chatter
-    from lightning_sgdclean.configured import ConfiguredTraining
+    from lightning_sgdclean.base.lightning import without_chatter
+    from lightning_sgdclean.cli.configured import ConfiguredTraining
 
     training = ConfiguredTraining(arguments.config, arguments.model, arguments.data)
     with contextlib.redirect_stdout(sys.stderr), without_chatter():
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _tried(training: Any) -> tuple[Any, "Findings"]:
     """The configuration's callback, or one with the defaults; several are refused as by ``fit``."""
     from lightning_sgdclean.callback import SGDInfluence
-    from lightning_sgdclean.dry_run import TRAINER_OPTIONS, dry_run
+    from lightning_sgdclean.cli.dry_run import TRAINER_OPTIONS, dry_run
 
     with tempfile.TemporaryDirectory(prefix="sgdclean-") as folder:
         made, module, datamodule = training.make({**TRAINER_OPTIONS, "default_root_dir": folder})

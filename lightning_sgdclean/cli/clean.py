@@ -5,11 +5,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.cli.look import whole_number
 from lightning_sgdclean.cli.runs import RUN_HELP, FinishedRun, read_run
-from lightning_sgdclean.cli.show import whole_number
-from lightning_sgdclean.files import appearing_whole
-from lightning_sgdclean.ranking_csv import SampleId, write_rows
-from lightning_sgdclean.ranking_parquet import SUFFIX, pyarrow
+from lightning_sgdclean.ranking.parquet import SUFFIX, pyarrow
+from lightning_sgdclean.ranking.table import SampleId, write_rows
 
 NAME = "clean"
 HELP = "write the ids of the samples to keep"

@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, judge, and print."""
     if not arguments.config.is_file():
         raise FileNotFoundError(f"There is no configuration at {arguments.config}.")
-    from lightning_sgdclean.cleansing import cleanse
-    from lightning_sgdclean.configured import ConfiguredTraining
+    from lightning_sgdclean.cleansing.cleanse import cleanse
+    from lightning_sgdclean.cli.configured import ConfiguredTraining
 
     build = ConfiguredTraining(arguments.config, arguments.model, arguments.data)
     with contextlib.redirect_stdout(sys.stderr):  # what the trainings print is not part of the result

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sgdclean.cli.show import whole_number
+from lightning_sgdclean.cli.look import whole_number
 from lightning_sgdclean.cli.terminal import table, wrapped
 
 if TYPE_CHECKING:
-    from lightning_sgdclean.comparison import Comparison
+    from lightning_sgdclean.ranking.comparison import Comparison
 
 NAME = "compare"
 HELP = "compare runs over the same samples"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and print."""
-    from lightning_sgdclean.comparing import compare
+    from lightning_sgdclean.ranking.compare import compare
 
     found = compare([arguments.first, *arguments.others], worst=arguments.worst)
     if arguments.output is not None:

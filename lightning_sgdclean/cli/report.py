@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_sgdclean.base.run_directory import read_summary
 from lightning_sgdclean.cli.check import add_classes
-from lightning_sgdclean.run_directory import read_summary
 
 NAME = "report"
 HELP = "write the page report.html of a run"
@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write."""
     if not arguments.run_dir.is_dir():
         raise FileNotFoundError(f"There is no run directory at {arguments.run_dir}.")
-    from lightning_sgdclean.page.building import write_report
-    from lightning_sgdclean.page.writing import PAGE_NAME
+    from lightning_sgdclean.report.building import write_report
+    from lightning_sgdclean.report.page import PAGE_NAME
 
     dataset = _dataset(arguments)
     if dataset is not None:
@@ -80,8 +80,8 @@ def _shown_on(page: Path) -> set[str]:
 def _dataset(arguments: argparse.Namespace) -> Any:
     if arguments.dataset is None and arguments.config is None:
         return None
-    from lightning_sgdclean._lightning import without_chatter
-    from lightning_sgdclean.configured import ConfiguredTraining, imported
+    from lightning_sgdclean.base.lightning import without_chatter
+    from lightning_sgdclean.cli.configured import ConfiguredTraining, imported
 
     if arguments.config is not None:
         with without_chatter():

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean.ranking_csv import CSV_NAME, Table, effect_of, read_table
-from lightning_sgdclean.ranking_parquet import SUFFIX, read_parquet
-from lightning_sgdclean.run_directory import read_summary
+from lightning_sgdclean.base.run_directory import read_summary
+from lightning_sgdclean.ranking.parquet import SUFFIX, read_parquet
+from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of, read_table
 
 RUN_HELP = "run directory, or a ranking saved as CSV or Parquet"
 

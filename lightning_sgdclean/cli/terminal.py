@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_sgdclean.errors import SGDInfluenceError
+from lightning_sgdclean.base.errors import SGDInfluenceError
 
 _LONGEST_CELL = 32
 

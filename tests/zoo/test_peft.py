@@ -10,8 +10,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from cases import NUM_CLASSES, Case, Plain, adam
-from lightning_sgdclean.errors import UnsupportedOperationError
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_influence_is_the_derivative, ranked
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

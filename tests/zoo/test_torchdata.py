@@ -8,8 +8,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cases import TRAIN, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.errors import SGDInfluenceWarning
-from lightning_sgdclean.store import Trajectory
+from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.trajectory.store import Trajectory
 
 
 class Remembering(Plain):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cases import NUM_CLASSES, NUM_TRAIN, NUM_VAL, Case, Plain, adam
-from lightning_sgdclean.agreement import kendall_tau, spearman
+from lightning_sgdclean.ranking.agreement import kendall_tau, spearman
 from reference import assert_influence_is_the_derivative, influences, leave_one_out, ranked
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a walk has come to, on disk, so that it goes on from there if it is killed, to the same bits."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_sgdclean.adjoint.influences import Influences
+from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.replay.fidelity import Fidelity
+from lightning_sgdclean.replay.walk import Adjoint
+from lightning_sgdclean.report.closing import versions
+from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
+from lightning_sgdclean.trajectory.records import State
+
+_SECONDS = 30.0  # between two marks at least
+_SHARE = 0.02  # of the time, at most, goes into marking
+_COUNTERS = ("loss", "update", "num_bitwise", "num_batches", "segments_bitwise", "num_segments", "complaints")
+
+
+@dataclass
+class Progress:
+    """What a walk carries from step to step; restored in place.
+
+    Attributes:
+        adjoints: One an objective.
+        found: The influences so far.
+        fidelity: How far the replay was off so far.
+    """
+
+    adjoints: list[Adjoint]
+    found: Influences
+    fidelity: Fidelity
+
+
+class Bookmark:
+    """Writes now and then how far a walk is, and reads it back.
+
+    Args:
+        folder: Where its two files lie while the walk goes on. Where they cannot be written, it goes on without.
+        key: What tells this walk from others; see :func:`key_of`.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._name = f"retracing-{key[:12]}"
+        self._last, self._took = time.monotonic(), 0.0
+        self._number = 0
+
+    def restore(self, progress: Progress) -> int:
+        """Put back what was written last; how many steps had been gone over then, 0 where nothing can be used."""
+        try:
+            content = read_sealed(self._folder / f"{self._name}.json")
+            path = self._folder / content["file"]
+            if content["key"] != self._key or checksum_of(path) != content["checksum_of_file"]:
+                return 0
+            tensors = load_file(path)
+        except (RunDirectoryError, OSError, KeyError):
+            return 0  # a walk from the start is right, too
+        self._number = content["number"]
+        for row, adjoint in enumerate(progress.adjoints):
+            flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
+            _put_back(adjoint, unflatten(content["layouts"][row], flat))
+        for name in ("values", "visits", "relabelled"):
+            setattr(progress.found, name, tensors[name])
+        progress.found.by_epoch = dict(zip(progress.found.by_epoch, tensors["by_epoch"], strict=True))
+        for name, value in content["fidelity"].items():
+            setattr(progress.fidelity, name, value)
+        done: int = content["done"]
+        return done
+
+    def pass_by(self, done: int, progress: Progress) -> None:
+        """``done`` steps have been gone over: write that down, if it is time to."""
+        now = time.monotonic()
+        if now - self._last < max(_SECONDS, self._took / _SHARE):
+            return
+        with suppress(OSError, SafetensorError):  # the latter where the disk is full
+            self._write(done, progress)
+        self._last = time.monotonic()
+        self._took = self._last - now
+
+    def _write(self, done: int, progress: Progress) -> None:
+        """Tensors under a new name first; once the JSON names them, the old ones go."""
+        states = [flatten(State(one.params, one.buffers, one.optimizer)) for one in progress.adjoints]
+        tensors = {f"{row}/{dtype}": tensor for row, (_, flat) in enumerate(states) for dtype, tensor in flat.items()}
+        found = progress.found
+        tensors |= {"values": found.values, "visits": found.visits, "relabelled": found.relabelled}
+        tensors["by_epoch"] = torch.stack([*found.by_epoch.values()])
+        old, self._number = self._number, self._number + 1
+        path = self._tensors(self._number)
+        with appearing_whole(path) as temporary:
+            save_file(tensors, temporary)
+            checksum = checksum_of(temporary)
+        content = {
+            "key": self._key,
+            "done": done,
+            "number": self._number,
+            "file": path.name,
+            "checksum_of_file": checksum,
+            "layouts": [layout for layout, _ in states],
+            "dtypes": [list(flat) for _, flat in states],
+            "fidelity": {name: getattr(progress.fidelity, name) for name in _COUNTERS},
+        }
+        write_sealed(self._folder / f"{self._name}.json", content)
+        self._tensors(old).unlink(missing_ok=True)
+
+    def _tensors(self, number: int) -> Path:
+        return self._folder / f"{self._name}-{number}.safetensors"
+
+    def remove(self) -> None:
+        """The walk has come to its end."""
+        with suppress(OSError):
+            for pattern in (f"{self._name}[.-]*", f".{self._name}*.tmp"):
+                for path in self._folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+
+
+def _put_back(adjoint: Adjoint, state: State) -> None:
+    device = next(iter(adjoint.params.values())).device
+    adjoint.params = {name: tensor.to(device) for name, tensor in state.params.items()}
+    adjoint.buffers = {name: tensor.to(device) for name, tensor in state.buffers.items()}
+    adjoint.optimizer = {
+        name: {key: tensor.to(device) for key, tensor in entries.items()} for name, entries in state.optimizer.items()
+    }
+
+
+def key_of(run: str, steps: list[int], options: dict[str, Any], adjoints: list[Adjoint]) -> str:
+    """A name that two walks share only if they compute the same bits: same steps, start, engine, threads and versions.
+
+    Args:
+        run: The trajectory's.
+        steps: Numbers of the steps of the window.
+        options: What else matters, as JSON or callables.
+        adjoints: Those that the walk starts with.
+    """
+    around = {"run": run, "steps": steps, "versions": versions(), "threads": torch.get_num_threads()}
+    digest = hashlib.sha256(json.dumps({**around, **options}, default=_named).encode())
+    for adjoint in adjoints:
+        for name, tensor in (*adjoint.params.items(), *adjoint.buffers.items()):
+            digest.update(f"{name} {tensor.device.type}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _named(value: Any, depth: int = 8) -> str:
+    """Plain values and tensors by what they hold, a function by its code and what it holds on to, others by type."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_bytes(value)).hexdigest()
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    parts = _parts_of(value) if depth else ()
+    return f"{type(value).__qualname__} {[_named(part, depth - 1) for part in parts]}"
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, value.co_consts
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if not hasattr(value, "__code__"):
+        return ()
+    parts = [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__]
+    for cell in value.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            parts.append(cell.cell_contents)
+    return parts

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objective ``F``, as validation computes it, and its gradient: where the walk backwards starts."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgdclean.adjoint.curvature import gradient
+from lightning_sgdclean.base.errors import NonFiniteError, ObjectiveError
+from lightning_sgdclean.base.lightning import batch_size_of
+from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.losses.evaluate import Surroundings, eagerly, logging_to, takes_batch_idx, untouched_module
+from lightning_sgdclean.losses.precision import summable
+from lightning_sgdclean.losses.running_statistics import RunningStatistics
+
+ObjectiveFn = Callable[[Any, Any], Any]
+ValidationBatch = tuple[Any, int, int]  # batch, batch_idx, dataloader_idx
+
+
+@dataclass
+class ObjectiveGradient:
+    """``F`` and its derivatives by parameters (in their order) and running statistics (by name)."""
+
+    value: float
+    params: list[Tensor]
+    buffers: dict[str, Tensor]
+
+
+def loaders_in(loaders: Any) -> list[Any]:
+    """The loaders in one loader, or in a list, tuple or dict of them, in Lightning's order."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [found for inner in loaders for found in loaders_in(inner)]
+    return [loaders]
+
+
+def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[ValidationBatch]:
+    """All batches of one loader or several, cut to Lightning's limits."""
+    for number, loader in enumerate(loaders_in(loaders)):
+        limit = limits[number] if limits is not None and number < len(limits) else math.inf
+        for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
+            yield batch, batch_idx, number
+
+
+def logged_value(
+    module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, needs_graph: bool = True
+) -> tuple[Tensor | None, float, list[str]]:
+    """Run ``validation_step`` and catch what it logs as ``monitor``.
+
+    Args:
+        module: The LightningModule.
+        batch: One of the validation set.
+        monitor: Name of the value.
+        num_loaders: How many validation loaders there are.
+        needs_graph: Whether the value is to be differentiated.
+
+    Returns:
+        The value (None if this batch logs none of that name), the weight that Lightning
+        would give it, and all names that were logged.
+
+    Raises:
+        ObjectiveError: If the value cannot be differentiated, or is not averaged over batches.
+    """
+    content, batch_idx, number = batch
+    seen: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def receive(name: str, value: Any, *_: Any, **options: Any) -> None:
+        full = name
+        if num_loaders > 1 and options.get("add_dataloader_idx", True):
+            full = f"{name}/dataloader_idx_{number}"
+        seen[full] = value, options
+
+    with logging_to(module, receive):
+        step = module.validation_step
+        arguments = [content, *([batch_idx] if takes_batch_idx(step) else []), *([number] if num_loaders > 1 else [])]
+        step(*arguments)
+    name = monitor if monitor in seen else monitor.removesuffix("_epoch")
+    if name not in seen:
+        return None, 0.0, list(seen)
+    value, options = seen[name]
+    _check_logged(monitor, value, options, needs_graph)
+    weight = options.get("batch_size")
+    return value.mean(), float(batch_size_of(content) if weight is None else weight), list(seen)
+
+
+def logs_value(module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, surroundings: Surroundings) -> bool:
+    """Whether ``validation_step`` logs ``monitor`` for this batch; module and random state stay as they are.
+
+    Raises:
+        ObjectiveError: If it does not, though there is one loader only, or if the value cannot be differentiated.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        untouched_randomness(surroundings.device),
+        untouched_module(module),
+        surroundings.as_stage("validate"),
+        surroundings.val_context(),
+    ):
+        value, _, names = logged_value(module, batch, monitor, num_loaders)
+    if value is None and num_loaders == 1:
+        raise no_such_value(monitor, names)
+    return value is not None
+
+
+def _check_logged(monitor: str, value: Any, options: dict[str, Any], needs_graph: bool) -> None:
+    found = None
+    if not isinstance(value, Tensor):
+        found = f"a {type(value).__name__}"
+    elif needs_graph and value.grad_fn is None:
+        found = "a tensor without a graph (detached, or made of counts such as an accuracy)"
+    elif options.get("reduce_fx", "mean") not in ("mean", torch.mean):
+        found = f"a value reduced by {options['reduce_fx']!r} over batches; expected the mean"
+    if found is not None:
+        raise ObjectiveError(
+            f"validation_step logs {monitor!r} as {found}, which cannot be differentiated. Log the loss tensor itself, "
+            f"self.log({monitor!r}, loss), or give objective=, a callable (pl_module, batch) -> scalar."
+        )
+
+
+def objective_gradients(
+    module: Any,
+    params: list[nn.Parameter],
+    batches: Iterable[ValidationBatch],
+    surroundings: Surroundings,
+    monitor: str,
+    objectives: dict[str, ObjectiveFn | None],
+    num_loaders: int,
+) -> list[ObjectiveGradient]:
+    """Each objective's mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
+
+    Args:
+        module: The LightningModule.
+        params: By which to differentiate.
+        batches: The validation set.
+        surroundings: What stands for the Trainer.
+        monitor: The value that ``validation_step`` logs, where no callable is given.
+        objectives: By name, callables ``(module, batch)`` or None.
+        num_loaders: How many validation loaders there are.
+
+    Raises:
+        ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
+        NonFiniteError: If the value or its gradient is not finite.
+    """
+    means = {name: _Mean(params) for name in objectives}
+    names: list[str] = []
+    module.eval()
+    for content, batch_idx, number in batches:
+        batch = surroundings.prepare(content, number)
+        for name, objective in objectives.items():
+            watched = RunningStatistics(module)
+            own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
+            with eagerly(), surroundings.val_context(), watched:
+                value, weight, seen = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
+            names += [seen_name for seen_name in seen if seen_name not in names]
+            if value is not None and weight:
+                means[name].add(value, weight, watched.leaves)
+    return [mean.result(name, no_mean(name, objectives[name], monitor, names)) for name, mean in means.items()]
+
+
+def value_of(
+    objective: ObjectiveFn | None,
+    module: Any,
+    batch: ValidationBatch,
+    monitor: str,
+    num_loaders: int,
+    needs_graph: bool = True,
+) -> tuple[Tensor | None, float, list[str]]:
+    """What a callable, or None for what ``validation_step`` logs, says of a batch; see :func:`logged_value`."""
+    if objective is None:
+        return logged_value(module, batch, monitor, num_loaders, needs_graph)
+    return _called(objective, module, batch[0], needs_graph)
+
+
+class _Mean:
+    """A weighted mean of values, with its gradient."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self._params = params
+        self._total, self._weights = 0.0, 0.0
+        self._by_param = [summable(torch.zeros_like(param)) for param in params]  # sums in 16 bits stop growing
+        self._by_buffer: dict[str, Tensor] = {}
+
+    def add(self, value: Tensor, weight: float, leaves: dict[str, Tensor]) -> None:
+        found = gradient([value], [*self._params, *leaves.values()], [torch.full_like(value, weight)])
+        found = [summable(grad) for grad in found]
+        torch._foreach_add_(self._by_param, found[: len(self._params)])
+        for name, grad in zip(leaves, found[len(self._params) :], strict=True):
+            self._by_buffer[name] = self._by_buffer[name] + grad if name in self._by_buffer else grad
+        self._total, self._weights = self._total + weight * float(value.detach()), self._weights + weight
+
+    def result(self, name: str, missing: ObjectiveError) -> ObjectiveGradient:
+        if self._weights == 0:
+            raise missing
+        by_param = [grad / self._weights for grad in self._by_param]
+        by_buffer = {buffer: grad / self._weights for buffer, grad in self._by_buffer.items()}
+        value = self._total / self._weights
+        if not math.isfinite(value) or not all(bool(torch.isfinite(grad).all()) for grad in by_param):
+            raise NonFiniteError(
+                f"The objective {name!r} is {value} or its gradient is not finite: nothing can be ranked by it."
+            )
+        return ObjectiveGradient(value, by_param, by_buffer)
+
+
+def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:
+    """The error for a missing validation value, with those that there are."""
+    listed = ", ".join(sorted(names)) if names else "none at all"
+    return ObjectiveError(
+        f"No value named {monitor!r} was logged in validation_step; names seen: {listed}. Log it there with "
+        f"self.log({monitor!r}, loss), give monitor= one of these names, or give objective=."
+    )
+
+
+def no_mean(name: str, objective: ObjectiveFn | None, monitor: str, names: list[str]) -> ObjectiveError:
+    """The error for an objective of which no batch said anything; ``names``: what was logged."""
+    if objective is None:
+        return no_such_value(monitor, names)
+    return ObjectiveError(
+        f"The objective {name!r} has a weight of zero in every validation batch, so it has no mean. "
+        "Is there no such sample in the validation data?"
+    )
+
+
+def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) -> tuple[Tensor, float, list[str]]:
+    with logging_to(module, lambda *_, **__: None):
+        result = objective(module, batch)
+    value, weight = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(value, Tensor) or value.numel() != 1 or (needs_graph and not value.requires_grad):
+        raise ObjectiveError("objective= must return a scalar tensor that can be differentiated, or (scalar, weight).")
+    weight = float(batch_size_of(batch) if weight is None else weight)
+    if not 0 <= weight < math.inf:
+        raise ObjectiveError(f"objective= gave a weight of {weight}; expected a finite one that is not negative.")
+    return value.reshape(()), weight, []

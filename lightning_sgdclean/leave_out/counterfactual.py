@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``counterfactual``: what leaving samples out really does to the objective, beside what was predicted."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_sgdclean.adjoint.objective import ObjectiveFn
+from lightning_sgdclean.base.errors import warn_of
+from lightning_sgdclean.leave_out.groups import Groups, check_drawn, named_groups
+from lightning_sgdclean.leave_out.leave_out import Batched, leave_out
+from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.record import checks
+from lightning_sgdclean.replay.open import OpenedRun
+from lightning_sgdclean.replay.reopened import reopened
+from lightning_sgdclean.replay.sample_order import prove_ids
+from lightning_sgdclean.replay.walk import RetraceOptions
+from lightning_sgdclean.trajectory.records import SampleId, Step, window_in_words
+
+
+@dataclass(frozen=True, eq=False)
+class Counterfactual:
+    """What leaving out each of ``R`` groups of samples really does, beside what was predicted.
+
+    Attributes:
+        names: A name for each group: the id of a single sample, the key in a mapping, else its position.
+        without: The ids of each group.
+        whole: The objective with nobody left out.
+        values: The objective without each group, shape ``(R,)``; NaN or infinite where training diverged without it.
+        differences: ``values - whole``, for ``mode="max"`` with its sign turned: like an influence, **negative
+            means harmful**. Shape ``(R,)``. Runs that did not fit in one pass over the window are each compared with
+            the whole run of their own pass.
+        predicted: The sum of the influences of each group in the ranking of the run directory, shape ``(R,)``; None
+            if there is none, or one of another objective or window.
+        visits: How often samples of each group were drawn in the window, shape ``(R,)``. Where they never were, the
+            difference is exactly zero, and a warning names the first of them.
+        is_batched: Whether the runs were made at once, by ``torch.func.vmap``.
+        is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
+        words: What was run, in words.
+    """
+
+    names: list[Any]
+    without: list[list[SampleId]]
+    whole: float
+    values: NDArray[np.float64]
+    differences: NDArray[np.float64]
+    predicted: NDArray[np.float64] | None
+    visits: NDArray[np.int64]
+    is_batched: bool
+    is_bitwise: bool
+    words: str
+
+
+def counterfactual(
+    run_dir: str | Path,
+    model: Any,
+    *,
+    without: Groups,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: Any = None,
+    monitor: str = "val_loss",
+    mode: Literal["min", "max"] = "min",
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None,
+    limit_val_batches: float | None = None,
+    epochs: int | Literal["all"] = 1,
+    at: Literal["last", "best"] = "last",
+    sample_losses: Callable[[Any, Any], Tensor] | None = None,
+    batched: bool | Literal["auto"] = "auto",
+    on_mismatch: Literal["raise", "warn"] = "raise",
+    tolerance: float | None = None,
+    trainer: Any = None,
+) -> Counterfactual:
+    """Run the recorded window again without some samples, and see what becomes of the objective.
+
+    The batches, their order, the randomness, the schedules and the user's own optimizer are those of the run. A sample
+    that is left out has weight zero in place, from the window's first step on: no other sample moves up, divisors
+    stay as they are, and it still counts in BatchNorm's statistics.
+
+    Args:
+        run_dir: The run directory, with its ``trajectory``.
+        model: The LightningModule, made as for the run.
+        without: What to leave out: ids, each for a run of its own; or lists of ids that are left out together; or a
+            mapping from names to such lists.
+        train_dataloaders: The training data, as ``fit`` got them.
+        val_dataloaders: The data that the objective is the mean over.
+        datamodule: Instead of the two.
+        monitor: As for :class:`SGDInfluence`, and so are the rest.
+        mode: See there.
+        objective: See there; of several, the first.
+        limit_val_batches: As for :func:`retrace`.
+        epochs: As for :class:`SGDInfluence`; the window has to lie in what was kept.
+        at: See there; ``"best"`` needs a run that was recorded with it.
+        sample_losses: See there.
+        batched: Whether to make the runs at once, by ``torch.func.vmap``. ``"auto"`` does it where the module allows it
+            (whether it does is checked against single runs), and where it is faster: where networks are small.
+        on_mismatch: See there.
+        tolerance: See there.
+        trainer: As for :func:`retrace`.
+
+    Returns:
+        The objectives, their differences, and what the ranking of the run directory had predicted.
+
+    Raises:
+        RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
+        ReplayMismatchError: If the window, run again with nobody left out, is not what was recorded.
+        SGDInfluenceError: One of its other subclasses, as from ``fit``.
+        UnsupportedOperationError: If the runs are to be made at once and cannot.
+        TypeError: If ``without`` is something else, a mask of bool, or holds str where the run's ids are integers, or
+            integers where they are str.
+        ValueError: If ``batched`` is.
+    """
+    checks.check_objective(objective)
+    checks.check_choice("at", at, ("last", "best"))
+    names, groups = named_groups(without)
+    if batched not in (True, False, "auto"):
+        raise ValueError(f'batched must be True, False or "auto", got {batched!r}.')
+    options = RetraceOptions(
+        monitor=monitor,
+        mode=mode,
+        objective=objective,
+        epochs=epochs,
+        at=at,
+        sample_losses=sample_losses,
+        on_mismatch=on_mismatch,
+        tolerance=tolerance,
+    )
+    found, complaints = reopened(
+        run_dir,
+        model,
+        options,
+        lambda this: _counterfactual(this, names, groups, batched),
+        train_dataloaders=train_dataloaders,
+        val_dataloaders=val_dataloaders,
+        datamodule=datamodule,
+        limit_val_batches=limit_val_batches,
+        trainer=trainer,
+    )
+    warn_of(complaints)
+    return found
+
+
+def _counterfactual(
+    this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched
+) -> tuple[Counterfactual, list[str]]:
+    steps, walk = this.steps, this.walk
+    drawn = _drawn(steps)
+    unknown = check_drawn(groups, drawn)
+    complaints = [] if walk.split is None else prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
+    found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
+    sign = 1.0 if this.options.mode == "min" else -1.0
+    values = np.array(found.values, dtype=np.float64)
+    last = steps[-1]
+    window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
+    result = Counterfactual(
+        names=names,
+        without=groups,
+        whole=found.whole,
+        values=values,
+        differences=sign * np.array(found.differences, dtype=np.float64),
+        predicted=_predicted(this, groups, found.whole),
+        visits=np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64),
+        is_batched=found.is_batched,
+        is_bitwise=found.is_bitwise,
+        words=f"{len(groups)} runs over {window}, {found.words}",
+    )
+    return result, [*walk.fidelity.complaints[:3], *complaints, *unknown]
+
+
+def _drawn(steps: list[Step]) -> dict[SampleId, int]:
+    """How often each sample was drawn."""
+    drawn: dict[SampleId, int] = {}
+    for micro in (micro for step in steps if step.is_update for micro in step.micro):
+        for name in micro.ids:
+            drawn[name] = drawn.get(name, 0) + 1
+    return drawn
+
+
+def _predicted(this: OpenedRun, groups: list[list[SampleId]], whole: float) -> NDArray[np.float64] | None:
+    """What the ranking in the run directory says, if it is one of this objective, of that value, over this window."""
+    try:
+        summary = json.loads((this.run.folder / "summary.json").read_text(encoding="utf-8"))
+        ranking = Ranking.load(this.run.folder)
+    except (OSError, ValueError):
+        return None
+    objective, window = summary["objective"], summary["window"]
+    if (objective["name"], objective["mode"]) != (next(iter(this.options.objectives)), this.options.mode):
+        return None
+    if not math.isclose(objective["recomputed"], whole, rel_tol=1e-3):
+        return None
+    if (window["first_step"], window["last_step"]) != (this.steps[0].index, this.steps[-1].index):
+        return None
+    predicted = ranking.columns.get("predicted", ranking.influence)  # in a ranking that was reranked
+    influence = dict(zip(ranking.sample_id.tolist(), predicted.tolist(), strict=True))
+    return np.array([sum(influence.get(name, 0.0) for name in group) for group in groups], dtype=np.float64)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running statistics of BatchNorm and InstanceNorm as part of the derivative: moved by training, read by evaluation.
+
+Training moves them by ``b <- (1 - m) b + m * statistic(batch)`` where autograd does not look, and
+evaluation reads them through an operation that has no gradient for them. Both are written out here.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.losses.loss_functions import passed_on
+
+_SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
+
+
+@dataclass
+class BatchStatistic:
+    """One update of one running statistic: which buffer, how far, towards what (with its graph)."""
+
+    name: str
+    momentum: float
+    value: Tensor
+
+
+class RunningStatistics(TorchFunctionMode):
+    """Watches ``batch_norm`` and ``instance_norm``.
+
+    A call that moves the running statistics adds its batch mean and unbiased variance to ``updates``, in
+    order. One that reads them is written out with the statistics as leaves, found in ``leaves``; its value
+    stays that of torch's own kernel, to the last bit.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(buffer): name for name, buffer in module.named_buffers()}
+        self.updates: list[BatchStatistic] = []
+        self.leaves: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on but norms over buffers of the module."""
+        kwargs = kwargs or {}
+        if func not in _SIGNATURES:
+            return passed_on(func, args, kwargs)
+        options = _options(func, args, kwargs)
+        mean_name = self._names.get(id(options["running_mean"]))
+        var_name = self._names.get(id(options["running_var"]))
+        output: Tensor = func(*args, **kwargs)
+        if mean_name is None or var_name is None:
+            return output
+        if options["training"] if func is nn.functional.batch_norm else options["use_input_stats"]:
+            self._note(func, options, mean_name, var_name)
+            return output
+        written = self._written_out(options, mean_name, var_name)
+        return output.detach() + (written - written.detach())
+
+    def _note(self, func: Callable[..., Any], options: dict[str, Any], mean_name: str, var_name: str) -> None:
+        batch = options["input"].to(options["running_mean"].dtype)
+        per_sample = func is nn.functional.instance_norm  # each sample has statistics of its own: their mean counts
+        dims = [dim for dim in range(batch.ndim) if dim != 1 and not (per_sample and dim == 0)]
+        mean, var = batch.mean(dims), batch.var(dims, unbiased=True)
+        if per_sample:
+            mean, var = mean.mean(0), var.mean(0)
+        self.updates.append(BatchStatistic(mean_name, options["momentum"], mean))
+        self.updates.append(BatchStatistic(var_name, options["momentum"], var))
+
+    def _written_out(self, options: dict[str, Any], mean_name: str, var_name: str) -> Tensor:
+        batch = options["input"]
+        shape = [1, -1] + [1] * (batch.ndim - 2)
+        mean = self._leaf(mean_name, options["running_mean"])
+        var = self._leaf(var_name, options["running_var"])
+        output: Tensor = (batch - mean.view(shape)) * torch.rsqrt(var.view(shape) + options["eps"])
+        if options["weight"] is not None:
+            output = output * options["weight"].view(shape)
+        if options["bias"] is not None:
+            output = output + options["bias"].view(shape)
+        return output.to(batch.dtype)
+
+    def _leaf(self, name: str, buffer: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(update.name == name for update in self.updates):
+            raise UnsupportedOperationError(
+                f"A norm layer moves its running statistics ({name!r}) and then reads them in one training_step, which "
+                "is not followed. Evaluate it in one mode, or read under torch.no_grad()."
+            )
+        if name not in self.leaves:
+            self.leaves[name] = buffer.detach().clone().requires_grad_()
+        return self.leaves[name]
+
+
+def _options(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    call = _SIGNATURES[func].bind(*args, **kwargs)
+    call.apply_defaults()
+    return dict(call.arguments)
+
+
+def pull_back_updates(
+    updates: list[BatchStatistic], adjoint: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """Transpose ``b <- (1 - m) b + m * value`` over one batch's updates, last first.
+
+    Args:
+        updates: In the order in which they were made.
+        adjoint: ``nu`` after the batch, by buffer.
+
+    Returns:
+        The updates' values, the cotangent of each (``m * nu``), and ``nu`` before the batch.
+    """
+    before = dict(adjoint)
+    values, cotangents = [], []
+    for update in reversed(updates):
+        nu = before.get(update.name)
+        if nu is None:
+            continue
+        values.append(update.value)
+        cotangents.append((update.momentum * nu).to(update.value.dtype))
+        before[update.name] = (1 - update.momentum) * nu
+    return values, cotangents, before

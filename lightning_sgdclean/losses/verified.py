@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split of the loss over a whole run: proved on one batch, held against all others, proved anew at need."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgdclean.base.errors import LossSplitError
+from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
+from lightning_sgdclean.data.variants import Variant, neighbour_variant, tensor_shapes
+from lightning_sgdclean.losses.advice import advice_for
+from lightning_sgdclean.losses.evaluate import Evaluated, Surroundings, training_loss, untouched_module
+from lightning_sgdclean.losses.precision import as_float32, widened
+from lightning_sgdclean.losses.probe import Probe, calls_of, moved
+from lightning_sgdclean.losses.proof import check_ids, prove_split, rest_depends_on_samples, rest_of
+from lightning_sgdclean.losses.weighting import CallPlan, Plan, Term
+from lightning_sgdclean.trajectory.records import MicroBatch
+
+_RECHECK_EVERY = 8  # batches; those of a new shape, and all where a penalty stands beside the loss, besides
+
+
+class VerifiedSplit:
+    """Who owns which row of the loss, in every batch that is retraced.
+
+    A batch must make the loss calls of a proved one, over rows that the same rules give owners, and the
+    parts must add up to the loss. Beyond that, batches of a new shape and every eighth one have half of their
+    samples replaced, to see that only the rows of those move. What does not fit is proved anew, or refused.
+
+    Args:
+        module: The LightningModule.
+        params: The trained parameters.
+        surroundings: What stands for the Trainer.
+    """
+
+    def __init__(self, module: Any, params: list[nn.Parameter], surroundings: Surroundings) -> None:
+        self._module, self._params, self._surroundings = module, params, surroundings
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._with_rest: set[tuple[Any, ...]] = set()
+        self._of_one: set[tuple[Any, ...]] = set()  # proved on batches of one sample only, which have no order
+        self._latest: Plan | None = None
+        self._shapes: set[tuple[Any, ...]] = set()
+        self._num_batches = 0
+
+    def plan_for(
+        self, evaluate: Callable[[Plan | None], Evaluated], micro: MicroBatch, batch: Any
+    ) -> tuple[Plan, Evaluated]:
+        """Evaluate a batch with its samples' weights where they belong.
+
+        Args:
+            evaluate: The batch's loss, with its graph, under a plan.
+            micro: The batch's record; its random state is used.
+            batch: As ``training_step`` gets it.
+
+        Raises:
+            LossSplitError: If the loss of this batch cannot be split by sample.
+        """
+        with self._advised(batch, len(micro.ids)):
+            if self._is_due(batch) and not self._recheck(micro, batch):
+                self._prove(micro, batch)
+            plan = self._latest
+            assert plan is not None
+            evaluated = evaluate(plan)
+            known = self._known(evaluated, len(micro.ids))
+            if known is not None and known is not plan:
+                self._latest = plan = known
+                evaluated = evaluate(plan)
+            if self._fits(evaluated, plan):
+                return plan, evaluated
+            plan = self._prove(micro, batch)
+            evaluated = evaluate(plan)
+            if not self._fits(evaluated, plan):
+                raise LossSplitError(
+                    f"The loss of batch {micro.batch_idx} of epoch {micro.epoch} does not add up: its samples' parts "
+                    "miss a part of it that was not there when they were proved."
+                )
+            return plan, evaluated
+
+    def prove(self, micro: MicroBatch, batch: Any) -> Plan:
+        """Prove the split on a batch, for the batches like it.
+
+        Returns:
+            Whose the rows of its loss calls are.
+
+        Raises:
+            LossSplitError: As :func:`lightning_sgdclean.losses.proof.prove_split`.
+        """
+        with self._advised(batch, len(micro.ids)):
+            return self._prove(micro, batch)
+
+    def prove_ids(self, micro: MicroBatch, batch: Any, variant: Variant) -> None:
+        """Prove on a batch that rows move with the ids whose samples are replaced before collating.
+
+        Raises:
+            LossSplitError: If they move with others, or the split itself cannot be proved.
+        """
+        with self._advised(batch, len(micro.ids)):
+            if not self._recheck(micro, batch):
+                self._prove(micro, batch)
+            plan = self._latest
+            assert plan is not None
+            with self._probing(micro, variant) as probe:
+                check_ids(probe, plan)
+
+    def _is_due(self, batch: Any) -> bool:
+        shapes = tuple(tensor_shapes(batch))
+        is_new, self._num_batches = shapes not in self._shapes, self._num_batches + 1
+        self._shapes.add(shapes)
+        has_rest = self._latest is not None and _key(self._latest) in self._with_rest
+        return is_new or has_rest or self._num_batches % _RECHECK_EVERY == 0
+
+    def _recheck(self, micro: MicroBatch, batch: Any) -> bool:
+        """Replace half of the samples: do their rows move, and only theirs, and nothing else of the loss?"""
+        num, plan = len(micro.ids), self._latest
+        if plan is None:
+            return False
+        mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
+        with self._probing(micro, neighbour_variant(batch)) as probe:
+            base = probe.ask(plan=plan)
+            plan = self._known(base, num)
+            if plan is None:
+                return False
+            self._latest, base = plan, probe.ask(plan=plan)
+            if not is_planned(base.terms, plan):
+                return False
+            if num == 1:
+                return True
+            mask, other = probe.ask_alike(mask, base, plan)
+            for term, then in zip(other.terms, base.terms, strict=True):
+                inside = torch.zeros(()) if then.owners is None else mask[then.owners.cpu()]
+                if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
+                    return False
+            if not all(call.is_linear for call in plan):
+                return not rest_depends_on_samples(probe, plan, [mask])
+            (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
+            return abs(rest - rest_then) <= slack
+
+    def _known(self, evaluated: Evaluated, num: int) -> Plan | None:
+        """What was proved of batches that make the same loss calls."""
+        key = calls_of(evaluated.terms)
+        return None if num > 1 and key in self._of_one else self._plans.get(key)
+
+    def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
+        if not is_planned(evaluated.terms, plan):
+            return False
+        if _key(plan) in self._with_rest:
+            return True
+        rest, slack = rest_of(evaluated)
+        return abs(rest) <= slack
+
+    def _prove(self, micro: MicroBatch, batch: Any) -> Plan:
+        with self._probing(micro, neighbour_variant(batch)) as probe:
+            probe.check_repeatable()
+            plan = self._keep(prove_split(probe), len(micro.ids))
+            rest, slack = rest_of(probe.ask(plan=plan))
+            # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
+            if abs(rest) > slack or not all(call.is_linear for call in plan):
+                self._with_rest.add(_key(plan))
+            self._latest = plan
+            return plan
+
+    def _keep(self, plan: Plan, num: int) -> Plan:
+        """Join what a batch shows with what those before it did; both must hold."""
+        key = _key(plan)
+        before = self._plans.get(key)
+        if num == 1:
+            self._of_one |= set() if before else {key}
+            return self._plans.setdefault(key, plan)
+        if key in self._of_one and not all(call.layouts for call in plan):
+            raise LossSplitError(
+                "A loss call that depends on no sample, a penalty, it seems, counted as the sample's in a batch of one."
+            )
+        if before is not None and key not in self._of_one:
+            plan = tuple(_joined(now, then) for now, then in zip(plan, before, strict=True))
+        self._of_one.discard(key)
+        self._plans[key] = plan
+        return plan
+
+    @contextmanager
+    def _advised(self, batch: Any, num: int) -> Iterator[None]:
+        try:
+            yield
+        except LossSplitError as error:
+            text = f"{error} {advice_for(self._module, batch, num)}"
+            raise LossSplitError(text) from error
+
+    @contextmanager
+    def _probing(self, micro: MicroBatch, variant: Variant) -> Iterator[Probe]:
+        module, surroundings = self._module, self._surroundings
+        with (
+            untouched_randomness(surroundings.device),
+            untouched_module(module) as restore,
+            surroundings.as_stage("train"),
+            torch.enable_grad(),
+            widened(module, surroundings) as wide,
+        ):
+            shake(self._params)
+            buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+            def evaluate(batch: Any, plan: Plan | None, weights: Tensor) -> Evaluated:
+                with torch.no_grad():
+                    for buffer, content in buffers:
+                        buffer.copy_(content)
+                set_random_state(micro.random, surroundings.device)
+                surroundings.set_clock(micro.epoch, micro.global_step)
+                batch = batch if wide is surroundings else as_float32(batch)
+                evaluated = training_loss(module, batch, micro.batch_idx, weights, wide, samples_apart=True, plan=plan)
+                restore()
+                return evaluated
+
+            tolerance = 1e-11 if self._params[0].dtype is torch.float64 else 1e-5
+            yield Probe(evaluate, variant, len(micro.ids), self._params, tolerance)
+
+
+def _key(plan: Plan) -> tuple[Any, ...]:
+    return tuple(call.call for call in plan)
+
+
+def _joined(now: CallPlan, then: CallPlan) -> CallPlan:
+    layouts = now.layouts & then.layouts
+    if (now.layouts or then.layouts) and not layouts:
+        raise LossSplitError(
+            f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule that was seen."
+        )
+    return replace(now, layouts=layouts, is_linear=now.is_linear and then.is_linear)
+
+
+def is_planned(terms: list[Term], plan: Plan) -> bool:
+    """Whether loss calls are those of a plan, and have the owners that it promises."""
+    if calls_of(terms) != _key(plan):
+        return False
+    pairs: list[tuple[CallPlan, Term]] = list(zip(plan, terms, strict=True))
+    return all(term.owners is not None for call, term in pairs if call.layouts)
+
+
+def shake(params: list[nn.Parameter]) -> None:
+    """Move the parameters a little, so that samples differ even in a network that starts at zero."""
+    with torch.no_grad():
+        source = torch.Generator().manual_seed(0)
+        for param in params:
+            noise = torch.randn(param.shape, generator=source).to(param)
+            param.add_(noise, alpha=0.02 + 0.05 * float(param.detach().float().pow(2).mean().sqrt()))

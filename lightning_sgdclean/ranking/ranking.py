@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result: every sample of the window with its influence, most harmful first, in memory and as a file."""
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from lightning_sgdclean.ranking.columns import Columns, as_columns, same_columns
+from lightning_sgdclean.ranking.exhibits import exhibits
+from lightning_sgdclean.ranking.frames import data_frame
+from lightning_sgdclean.ranking.groups import Groups, effects_by_group, groups_of, labels_if_few
+from lightning_sgdclean.ranking.parquet import SUFFIX, read_parquet, write_parquet
+from lightning_sgdclean.ranking.table import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+SampleId: TypeAlias = int | str
+T_co = TypeVar("T_co", covariant=True)
+
+_INT64 = np.iinfo(np.int64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking:
+    """Training samples ordered by influence, the most harmful one first, ties by sample id.
+
+    The influence of a sample predicts ``F(trained without it) - F(trained with it)`` for the objective
+    ``F``, by default the validation loss: **negative means harmful**. Build one with
+    :meth:`from_influence` or :meth:`load`; the constructor itself neither sorts nor checks.
+
+    Attributes:
+        sample_id: Ids, shape ``(N,)``: int64, or an object array of str.
+        influence: Influences in the objective's unit, float64, ascending, shape ``(N,)``.
+        visits: How often the sample was drawn in the window, int64, shape ``(N,)``.
+        columns: Further columns by name, each ``(N,)``: int64, float64 (NaN: unknown) or an object array of str.
+
+    Example:
+        >>> ranking = Ranking.from_influence([7, 8, 9], [0.5, -0.25, 0.0], [1, 1, 2])
+        >>> ranking
+        Ranking(3 samples: 1 harmful, 1 helpful; worst 8 with -0.25)
+        >>> ranking.harmful(2), ranking.helpful(2)
+        ([8], [7])
+    """
+
+    sample_id: NDArray[Any]
+    influence: NDArray[np.float64]
+    visits: NDArray[np.int64]
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for array in (self.sample_id, self.influence, self.visits, *self.columns.values()):
+            array.setflags(write=False)  # a changed value would no longer stand at its rank
+
+    @classmethod
+    def from_influence(
+        cls,
+        sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor",
+        influence: "Sequence[float] | NDArray[Any] | Tensor",
+        visits: "Sequence[int] | NDArray[Any] | Tensor",
+        columns: Columns | None = None,
+    ) -> "Ranking":
+        """Sort samples by influence.
+
+        Args:
+            sample_id: ``N`` different ids, all integers (bool and NumPy's included) or all str.
+            influence: ``N`` finite influences in the objective's unit; negative means harmful.
+            visits: ``N`` counts of how often each sample was drawn.
+            columns: Further columns by name, each of ``N`` numbers or texts, None or NaN where unknown. Text that
+                looks like numbers throughout becomes numbers, since a CSV has no types.
+
+        Raises:
+            TypeError: If an id is neither an integer nor a str, or a value of a column neither number nor text.
+            ValueError: If an influence is not finite, ids repeat, mix integers and str, exceed 64 bits
+                or cannot be written as UTF-8, a count is not a whole number from 0 on, or lengths differ.
+        """
+        ids = _checked_ids(sample_id)
+        influences = _vector(influence, "influence", "fiub").astype(np.float64)
+        counts = _vector(visits, "visits", "iub").astype(np.int64)
+        if not len(ids) == len(influences) == len(counts):
+            raise ValueError(
+                f"Expected an influence and a number of visits for each sample id, found {len(ids)} ids, "
+                f"{len(influences)} influences and {len(counts)} numbers of visits."
+            )
+        _check_values(ids, influences, counts)
+        others = as_columns(columns, len(ids))
+        keys = list(zip(influences.tolist(), ids, strict=True))
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.intp)
+        id_array = np.array(ids, dtype=object if ids and isinstance(ids[0], str) else np.int64)
+        sorted_columns = {name: column[order] for name, column in others.items()}
+        return cls(id_array[order], influences[order], counts[order], sorted_columns)
+
+    def with_columns(self, columns: Columns) -> "Ranking":
+        """The ranking with further columns, each of ``N`` values in the order of the ranks.
+
+        Raises:
+            TypeError, ValueError: As :meth:`from_influence`.
+        """
+        return replace(self, columns=self.columns | as_columns(columns, len(self)))
+
+    @property
+    def rank(self) -> NDArray[np.int64]:
+        """Ranks ``1..N``; 1 is the most harmful sample."""
+        return np.arange(1, len(self) + 1, dtype=np.int64)
+
+    @property
+    def effect(self) -> list[str]:
+        """The sign in words, ``harmful`` or ``helpful``, and ``none`` where the influence is exactly 0."""
+        return [effect_of(influence) for influence in self.influence.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.influence)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ranking):
+            return NotImplemented
+        pairs = (
+            (self.sample_id, other.sample_id),
+            (self.influence, other.influence),
+            (self.visits, other.visits),
+        )
+        same = all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return same and same_columns(self.columns, other.columns)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        harmful, helpful = int((self.influence < 0).sum()), int((self.influence > 0).sum())
+        text = f"{len(self)} samples: {harmful} harmful, {helpful} helpful"
+        if harmful:
+            text += f"; worst {self.sample_id.tolist()[0]!r:.40} with {self.influence[0]:.4g}"
+        return f"Ranking({text})"
+
+    def harmful(self, n: int) -> list[SampleId]:
+        """Ids of the ``n`` most harmful samples, the worst first; fewer if fewer are harmful.
+
+        Raises:
+            ValueError: If ``n`` is negative.
+        """
+        return cast(list[SampleId], self.sample_id[self._places(n, "harmful")].tolist())
+
+    def helpful(self, n: int) -> list[SampleId]:
+        """Ids of the ``n`` most helpful samples, the best first; fewer if fewer are helpful.
+
+        Raises:
+            ValueError: If ``n`` is negative.
+        """
+        return cast(list[SampleId], self.sample_id[self._places(n, "helpful")].tolist())
+
+    def _places(self, n: int, effect: str) -> list[int]:
+        """Ranks, counted from 0, of the ``n`` most harmful or most helpful samples; fewer if there are fewer."""
+        if effect == "harmful":
+            return list(range(min(_count(n, "n"), int((self.influence < 0).sum()))))
+        count = min(_count(n, "n"), int((self.influence > 0).sum()))
+        best_first = np.argsort(-self.influence, kind="stable")  # stable: ties stay in the order of their ids
+        return cast(list[int], best_first[:count].tolist())
+
+    def keep(self, dataset: Dataset[T_co], drop: int) -> Subset[T_co]:
+        """The dataset without the ``drop`` samples that stand first in the ranking.
+
+        Args:
+            dataset: The dataset in which the sample ids are positions. Its samples that are not in the
+                ranking are kept.
+            drop: How many to leave out, by rank alone: beyond the harmful ones, helpful ones go too.
+
+        Returns:
+            A subset with the remaining positions in ascending order.
+
+        Raises:
+            TypeError: If the ids are str, or the dataset has no length and positions.
+            IndexError: If an id of the ranking is no position in ``dataset``.
+            ValueError: If ``drop`` is negative or more than the ranking holds.
+        """
+        if self.sample_id.dtype == object:
+            raise TypeError("keep() needs sample ids that are positions in the dataset, found str ids.")
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}.")
+        size = len(dataset)
+        outside = self.sample_id[(self.sample_id < 0) | (self.sample_id >= size)]
+        if len(outside):
+            raise IndexError(
+                f"Sample id {outside[0]} is no position in a dataset of {size} samples ({len(outside)} such "
+                "ids). Expected the dataset that the ranked training drew from."
+            )
+        if _count(drop, "drop") > len(self):
+            raise ValueError(f"Cannot drop {drop} samples: the ranking holds {len(self)}.")
+        kept = np.delete(np.arange(size), self.sample_id[:drop])
+        return Subset(dataset, kept.tolist())
+
+    def by(self, groups: Groups) -> dict[Any, float]:
+        """Influence summed over groups of samples (label, source, annotator), most harmful group first.
+
+        Args:
+            groups: The group of each sample id: a mapping (also a pandas Series indexed by sample id), or
+                a sequence, array or tensor ``(M,)`` in which integer ids are positions.
+
+        Returns:
+            Group to sum, ascending by sum (negative means harmful together), ties by the group's name.
+
+        Raises:
+            KeyError: If ``groups`` has no entry for a sample id.
+            TypeError: If ids are str and ``groups`` is not a mapping.
+            ValueError: If a group is NaN, or an array of groups is not one-dimensional.
+        """
+        members = groups_of(self.sample_id.tolist(), groups)
+        return {effect.group: effect.total for effect in effects_by_group(members, self.influence.tolist())}
+
+    def plot(self, unit: str = "the objective", *, groups: Groups | None = None) -> "Figure":
+        """Draw how the influences are spread, what they add up to, and what groups of samples did together.
+
+        Args:
+            unit: Name of the objective, for the axes.
+            groups: As for :meth:`by`. By default the column ``label`` where the ranking has one with few values;
+                without it the third part is left out.
+
+        Returns:
+            A matplotlib figure; save it with ``savefig``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            KeyError, TypeError, ValueError: As :meth:`by`.
+        """
+        from lightning_sgdclean.ranking.figures import plot_influences
+
+        if groups is not None:
+            members: Sequence[Any] | None = groups_of(self.sample_id.tolist(), groups)
+        else:
+            members = labels_if_few(self.columns.get("label"))
+        return plot_influences(self.influence, unit, members)
+
+    def plot_samples(
+        self,
+        dataset: Dataset[Any],
+        n: int = 16,
+        *,
+        effect: Literal["harmful", "helpful"] = "harmful",
+        render: Callable[[Any], Any] | None = None,
+    ) -> "Figure":
+        """Draw the pictures of the most harmful (or most helpful) samples, each with rank, id and influence.
+
+        The columns ``label`` and ``prediction`` are written under the pictures where the ranking has them.
+
+        Args:
+            dataset: The dataset in which the sample ids are positions.
+            n: How many samples; fewer are drawn if fewer are harmful.
+            effect: Which end of the ranking.
+            render: Callable from ``dataset[id]`` to an image: a PIL image, or a tensor or array of grey values or
+                colours. By default the first one in the sample.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no picture in a sample.
+        """
+        from lightning_sgdclean.ranking.sample_figure import plot_samples
+
+        if effect not in ("harmful", "helpful"):
+            raise ValueError(f'effect must be "harmful" or "helpful", got {effect!r}.')
+        return plot_samples(exhibits(self, self._places(n, effect), dataset, render))
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table of the CSV as a pandas DataFrame.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        columns = (self.rank, self.sample_id, self.influence, self.effect, self.visits)
+        return data_frame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
+
+    def save(self, path: "str | os.PathLike[str]") -> Path:
+        r"""Write the ranking as CSV or Parquet, under a temporary name until it is complete.
+
+        The CSV: UTF-8, one header line, ``\n`` line ends; :meth:`load` gives back every influence bit for bit. Text
+        that a spreadsheet could take for a formula is written with a leading apostrophe.
+
+        Args:
+            path: The file, Parquet if it ends in ``.parquet``, else CSV; its folder is made if missing, an older file
+                is replaced.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ImportError: If pyarrow is not installed, which Parquet needs.
+        """
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        table = Table(self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist(), columns)
+        (write_parquet if Path(path).suffix == SUFFIX else write_table)(Path(path), table)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "Ranking":
+        """Read what :meth:`save` wrote.
+
+        Whether ids are integers or str says ``id_type`` in the ``summary.json`` beside the file. Without
+        it they are integers if all of them look like ones (``7``, not ``007``). A Parquet file knows by itself.
+
+        Args:
+            path: The file, Parquet if it ends in ``.parquet``, or a run directory that holds ``influence.csv``.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ImportError: If pyarrow is not installed, which Parquet needs.
+            ValueError: If the file is damaged; the message names file and line.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CSV_NAME
+        return cls.from_influence(*(read_parquet if path.suffix == SUFFIX else read_table)(path))
+
+
+def _count(value: int, name: str) -> int:
+    count = operator.index(value)
+    if count < 0:
+        raise ValueError(f"Expected {name} to be 0 or more, found {count}.")
+    return count
+
+
+def _checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> list[Any]:
+    found = sample_id.tolist() if isinstance(sample_id, Tensor) else list(sample_id)
+    ids = [_plain_id(value) for value in found]
+    texts = sum(isinstance(value, str) for value in ids)
+    if 0 < texts < len(ids):
+        raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
+    return ids
+
+
+def _plain_id(value: object) -> SampleId:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Sample id {value!r} cannot be written as UTF-8.") from error
+        return str(value)
+    if not isinstance(value, int | np.integer | np.bool_):
+        raise TypeError(f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}.")
+    number = int(value)
+    if not _INT64.min <= number <= _INT64.max:
+        raise ValueError(f"Sample id {number} does not fit into 64 bits.")
+    return number
+
+
+def _vector(values: Any, name: str, kinds: str) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"Expected {name} as one row of numbers, found shape {array.shape}.")
+    if array.size and array.dtype.kind not in kinds:
+        raise ValueError(f"Expected {name} as {'whole ' * ('f' not in kinds)}numbers, found {array.dtype}.")
+    return array
+
+
+def _check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArray[np.int64]) -> None:
+    bad = np.flatnonzero(~np.isfinite(influence))
+    if len(bad):
+        raise ValueError(
+            f"Expected finite influences, found {influence[bad[0]]} for sample {ids[bad[0]]!r} "
+            f"({len(bad)} of {len(ids)} samples)."
+        )
+    negative = np.flatnonzero(visits < 0)
+    if len(negative):
+        raise ValueError(f"Sample {ids[negative[0]]!r} has {visits[negative[0]]} visits, expected 0 or more.")
+    seen: set[Any] = set()
+    for sample in ids:
+        if sample in seen:
+            raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
+        seen.add(sample)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loaders of a fit, seen as Lightning prepares them, and the names of the samples they deliver."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sgdclean.base.errors import SampleIdError
+from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.record import checks
+from lightning_sgdclean.trajectory.records import Positions, SampleId
+
+
+class TrainLoaders:
+    """Shadows the strategy's hook that every loader passes, and notes what their samplers draw.
+
+    Args:
+        sample_ids: The user's own names, a callable from a batch.
+        may_keep: Whether batches may be kept, so that they need not be fetched again.
+
+    Attributes:
+        loaders: All of the fit; several if they were made anew on the way.
+        as_delivered: What makes a loader's batch what ``training_step`` gets.
+    """
+
+    def __init__(self, sample_ids: Callable[[Any], Any] | None, may_keep: bool) -> None:
+        self._sample_ids, self._may_keep = sample_ids, may_keep
+        self._noting: NotingSampler | None = None
+        self.loaders: list[Any] = []
+        self._first_used: dict[int, int] = {}  # epoch -> number of the loader that it began with
+        self.as_delivered: Callable[[Any], Any] = lambda batch: batch
+
+    def watch(self, trainer: Any) -> None:
+        """See every training loader from now on: no callback hook lies between its making and its first use."""
+        process = trainer.strategy.process_dataloader
+
+        def process_dataloader(loader: Any) -> Any:
+            if trainer.training:
+                self._see(loader)
+            return process(loader)
+
+        trainer.strategy.process_dataloader = process_dataloader
+
+    def _see(self, loader: Any) -> None:
+        checks.check_train_loader(loader, self._sample_ids is not None, self._may_keep)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            self._noting = note_samples(loader)
+        if not self.loaders or loader is not self.loaders[-1]:
+            self.loaders.append(loader)
+
+    def check(self, trainer: Any) -> None:
+        """Once training starts: was exactly one loader seen?
+
+        Raises:
+            SampleIdError: If none was.
+            UnsupportedTrainingError: If there are several.
+        """
+        if not self.loaders:
+            raise SampleIdError(
+                "The training loader was made before this callback was set up, so its samples were not seen. "
+                "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
+            )
+        self.as_delivered = checks.one_loader(trainer)
+
+    def number(self, epoch: int) -> int:
+        """Which of the loaders delivers now."""
+        latest = len(self.loaders) - 1
+        self._first_used.setdefault(epoch, latest)
+        return latest
+
+    def let_go(self, epoch: int) -> None:
+        """Forget the loaders, and with them their datasets, that only epochs before this one used."""
+        needed = min((number for used, number in self._first_used.items() if used >= epoch), default=None)
+        for number in range(needed or 0):
+            self.loaders[number] = None
+        self._first_used = {used: number for used, number in self._first_used.items() if used >= epoch}
+
+    def unwatch(self, trainer: Any) -> None:
+        """Give strategy and loaders back what they had."""
+        trainer.strategy.__dict__.pop("process_dataloader", None)
+        for loader in self.loaders:
+            if isinstance(loader, DataLoader):
+                stop_noting(loader)
+
+    def next_positions(self, trainer: Any) -> Positions | None:
+        """Dataset positions of the batch that the Trainer goes on with; None where samples have none."""
+        return None if self._noting is None else self._noting.next_positions(_sampler_iterator(trainer))
+
+    def names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
+        """The samples' ids: those that the user gives, else their positions.
+
+        Raises:
+            SampleIdError: If the user's are no ids, or of another number.
+        """
+        positions = positions if isinstance(positions, list | None) else [positions]
+        if self._sample_ids is None:
+            assert positions is not None  # else the loader would have been refused
+            return list(positions)
+        given = self._sample_ids(batch)
+        names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
+        if positions is not None and len(names) != len(positions):
+            raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
+        return names
+
+
+def _sampler_iterator(trainer: Any) -> Any:
+    """The iterator that Lightning's own pass over the loader draws from; others may go through the loader, too."""
+    passes = getattr(trainer.fit_loop._combined_loader, "_iterator", None)
+    first = next(iter(getattr(passes, "iterators", [])), None)
+    return getattr(first, "_sampler_iter", None)
+
+
+def _plain_id(name: Any) -> SampleId:
+    value = name.item() if hasattr(name, "item") else name
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record a run, one optimizer update at a time, from what the hooks hand over."""
+
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.trajectory.constants import Constants
+from lightning_sgdclean.trajectory.live_state import LiveState, trained_parameters
+from lightning_sgdclean.trajectory.parameter_groups import is_plain, noted
+from lightning_sgdclean.trajectory.records import MicroBatch, State, Step
+from lightning_sgdclean.trajectory.writer import TrajectoryWriter
+
+
+def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """All plain options of all parameter groups as they stand now, with the names of the trained parameters."""
+    names = {id(param): name for name, param in params.items()}
+    return [
+        {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
+        | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_fixed(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (type(value) is tuple and all(map(_is_fixed, value)))
+
+
+class Recorder:
+    """Collects micro-batches and writes a step whenever the optimizer has made one."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter) -> None:
+        self._module, self._optimizer, self._writer = module, optimizer, writer
+        self._params = trained_parameters(module, optimizer)
+        self._live = LiveState(module, self._params, optimizer)
+        self._pending: list[MicroBatch] = []
+        self._constants: Constants | None = None
+        self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
+        self._groups: list[dict[str, Any]] = []
+        self.num_steps = self._num_skipped = 0
+        self._last_index = -1
+        self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether batches wait for the optimizer's step."""
+        return bool(self._pending)
+
+    def state(self) -> State:
+        """The live state, not copied."""
+        return self._live.now()
+
+    def skip_batch(self) -> None:
+        """A batch was drawn that will not be trained on."""
+        self._num_skipped += 1
+
+    def begin_batch(self, micro: MicroBatch) -> None:
+        """A batch is about to be trained on."""
+        if self.num_steps == 0 and not self._pending:
+            self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
+            self._constants = Constants(self._module, self._params)
+        self._pending.append(micro)
+
+    def check_constants(self) -> None:
+        """Has nothing but the optimizer moved parameters?
+
+        Raises:
+            UnsupportedTrainingError: If one that is not trained moved since the first batch.
+        """
+        if self._constants is not None:
+            self._constants.check(self._module)
+
+    def note_loss(self, loss: Tensor, scale: float) -> None:
+        """The batch's loss, just before it is differentiated, and what a GradScaler had multiplied it by."""
+        if self._pending:
+            self._pending[-1].loss, self._pending[-1].scale = loss.detach().clone(), scale
+
+    def commit(
+        self, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int, last_index: int | None = None
+    ) -> Step | None:
+        """The optimizer has stepped: write what the step was made of and what it led to.
+
+        Args:
+            ends_epoch: Whether the last of its batches was the epoch's last.
+            clip: See :class:`~lightning_sgdclean.trajectory.records.Step`.
+            divisor: See there.
+            last_index: Number of the step that training ends with, if that is known.
+
+        Returns:
+            The step, or None if ``training_step`` gave no loss for any of its batches.
+
+        Raises:
+            UnsupportedTrainingError: If the optimizer was given other parameters on the way.
+        """
+        if not self._pending:
+            return None
+        index = self._pending[-1].global_step
+        self._check_parameters(index)
+        unused = [name for name, param in self._params.items() if param.grad is None]
+        step = Step(index, 0, ends_epoch, self._hyper_parameters(), clip, divisor, unused, [])
+        return self._write(step, is_last=index == last_index)
+
+    def _hyper_parameters(self) -> list[dict[str, Any]]:
+        """Those of now; the same object as before where no option is another."""
+        now = [value for group in self._optimizer.param_groups for key, value in group.items() if key != "params"]
+        known = self._options
+        if known is None or len(now) != len(known) or not all(map(is_, now, known)):
+            self._groups = hyper_parameters(self._optimizer, self._params)
+            self._options = now if all(map(_is_fixed, now)) else None
+        return self._groups
+
+    def leave(self, index: int, ends_epoch: bool, divisor: int) -> None:
+        """The batches that wait will never make a step: a GradScaler skipped it, or training stops here.
+
+        What they did to running statistics stays, so they are written, as a step without an update.
+        """
+        self._write(Step(index, 0, ends_epoch, [], None, divisor, list(self._params), []))
+
+    def _write(self, step: Step, is_last: bool = False) -> Step | None:
+        step.micro = [micro for micro in self._pending if micro.loss is not None]
+        self._pending = []
+        if not step.micro:
+            return None
+        step.epoch = step.micro[-1].epoch
+        if self.num_steps and step.index <= self._last_index:
+            raise UnsupportedTrainingError(
+                f"Batches were left over before step {step.index}, in the middle of an accumulation: does "
+                "on_train_batch_start return -1 there? Let an epoch end behind a whole accumulation."
+            )
+        self._last_index = step.index
+        self._writer.append(step, self.state, is_last)
+        self.num_steps += 1
+        self.last_epoch = step.epoch, step.ends_epoch
+        return step
+
+    def _check_parameters(self, index: int) -> None:
+        now = [param for group in self._optimizer.param_groups for param in group["params"] if param.requires_grad]
+        known = self._params.values()
+        if len(now) == len(known) and all(map(is_, now, known)):
+            return
+        names = {id(param): name for name, param in self._module.named_parameters()}
+        found = {names.get(id(param), "a tensor outside the module") for param in now}
+        changed = ", ".join(sorted(found ^ set(self._params))[:3]) or "their order"
+        raise UnsupportedTrainingError(
+            f"The parameters that the optimizer trains changed before step {index} (first of all: {changed}), which is "
+            "not followed. Give the optimizer all parameters from the start, those to be trained later with a learning "
+            "rate of zero until then."
+        )

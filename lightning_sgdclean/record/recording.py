@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fit while it is recorded: what the callback's hooks hand over, in the order of a run."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_sgdclean.adjoint.objective import loaders_in
+from lightning_sgdclean.adjoint.rehearsal import Rehearsal
+from lightning_sgdclean.base.errors import (
+    RunDirectoryError,
+    SampleIdError,
+    SGDInfluenceError,
+    SGDInfluenceWarning,
+    warn_of,
+)
+from lightning_sgdclean.base.randomness import RandomStates
+from lightning_sgdclean.data.fingerprints import fingerprints
+from lightning_sgdclean.losses.surroundings import surroundings_of
+from lightning_sgdclean.losses.verified import VerifiedSplit
+from lightning_sgdclean.losses.weighting import Plan as SplitPlan
+from lightning_sgdclean.record import checks
+from lightning_sgdclean.record.best_model import BestModel
+from lightning_sgdclean.record.keeping import BatchKeeper, KeepBatches
+from lightning_sgdclean.record.loaders import TrainLoaders
+from lightning_sgdclean.record.outlook import Outlook
+from lightning_sgdclean.record.recorder import Recorder
+from lightning_sgdclean.record.waiting import Taken, Waiting
+from lightning_sgdclean.replay.walk import RetraceOptions
+from lightning_sgdclean.trajectory.ending import Ending, write_ending
+from lightning_sgdclean.trajectory.joining import Mark
+from lightning_sgdclean.trajectory.live_state import trained_parameters
+from lightning_sgdclean.trajectory.records import MicroBatch, first_epoch_kept
+from lightning_sgdclean.trajectory.store import fit_of
+from lightning_sgdclean.trajectory.writer import TrajectoryWriter
+
+
+@dataclass(frozen=True)
+class RecordingOptions:
+    """The callback's options that matter while training; see there."""
+
+    keep_batches: KeepBatches
+    snapshots: Literal["auto", "every", "sqrt"] | int
+    max_bytes: int | None
+
+
+class Recording:
+    """From the first batch to the last: names, fingerprints, steps and snapshots, on disk.
+
+    An error of ours ends the recording, never the training; it is kept in ``failure``. Only what is refused at the
+    first batch, or by the rehearsal of an early step, ends the training, too.
+
+    Attributes:
+        failure: Why nothing is recorded any more, if so.
+        logged: The monitored value after each validation, by the number of steps made by then.
+        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        best: Where the best model was saved, if that is where the walk is to start.
+        outlook: What the trajectory will take.
+        split: Whose the rows of the first batch's loss calls are, once that is proved.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        loaders: TrainLoaders,
+        folder: Path,
+        options: RecordingOptions,
+        retrace: RetraceOptions,
+        say: Callable[[str], None],
+        joined: dict[str, Any] | None = None,
+    ) -> None:
+        joined = joined or {}  # what the checkpoint said that this fit goes on from, a Mark as a dict
+        self._loaders, self._folder, self._options, self._retrace = loaders, folder, options, retrace
+        self.failure: Exception | None = None
+        self.logged: dict[int, float] = {}
+        self.averaging = checks.check_callbacks(trainer)
+        self.best = (
+            BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if retrace.at == "best" else None
+        )
+        self.split: SplitPlan | None = None
+        optimizer = trainer.optimizers[0]
+        trained = {
+            "precision": str(trainer.precision),
+            "device": trainer.strategy.root_device.type,
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        }
+        self._waiting = Waiting(self._read)
+        self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
+        self.recorder = Recorder(module, optimizer, self.writer)
+        self.outlook = Outlook(folder, options.snapshots, options.max_bytes, retrace, say)
+        self.keeper = BatchKeeper(
+            options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
+        )
+        self.keeper.watch.evidence = joined.get("evidence", "")
+        self._never_breaking_the_training = _Guard(partial(self._stop, trainer))
+        self._random = RandomStates(trainer.strategy.root_device)
+        self._rehearsal: Rehearsal | None = Rehearsal()
+        self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
+
+    def plan_snapshots(self, trainer: Any) -> None:
+        """Say what the trajectory will take.
+
+        Raises:
+            BudgetError: If that is too much.
+        """
+        budget = self.outlook.plan(trainer, self.recorder.state(), self.writer.bytes_written)
+        self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
+        self.writer.keeps_epochs = self._retrace.epochs != "all"
+
+    def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Name the batch's samples; on the first one, prove that the loss splits by sample.
+
+        Raises:
+            SGDInfluenceError: On the first batch, if it cannot be followed.
+        """
+        if self.failure is not None:
+            return
+        self._look_for_best(trainer)
+        self.outlook.batch_begins(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
+            self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
+        is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
+        try:
+            positions = self._loaders.next_positions(trainer)
+            micro = MicroBatch(
+                ids=self._loaders.names(batch, positions),
+                positions=positions,
+                epoch=trainer.current_epoch,
+                batch_idx=batch_idx,
+                random=self._random.now(),
+                loader=self._loaders.number(trainer.current_epoch),
+                global_step=trainer.global_step,
+            )
+            taken = Taken(micro, batch, self.keeper.watch.batch_begins(micro.random))
+            self._waiting.take(taken, may_wait=self._rehearsal is None)
+        except Exception as error:  # theirs, too: sample_ids= is the user's
+            if is_first:
+                raise
+            known = isinstance(error, SGDInfluenceError | OSError)
+            text = f"The samples of a batch could not be named: {type(error).__name__}: {error}"
+            self._stop(trainer, error if known else SampleIdError(text))
+            return
+        self.recorder.begin_batch(micro)
+        if self._rehearsal is not None:
+            self._rehearsal.begin_batch(micro, batch, self.recorder.state())
+        if is_first and self._retrace.sample_losses is None:
+            params = list(trained_parameters(module, trainer.optimizers[0]).values())
+            self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
+
+    def _read(self, taken: list[Taken]) -> None:
+        """Take in what batches hold."""
+        prints = fingerprints([(one.batch, len(one.micro.ids)) for one in taken])
+        for (micro, batch, drew), found in zip(taken, prints, strict=True):
+            micro.digest = found.digest
+            micro.batch = self.keeper.packed(batch, micro.positions, found, micro.epoch, drew)
+            self.writer.hold(0 if micro.batch is None else micro.batch.nbytes)
+
+    def skip_batch(self, trainer: Any) -> None:
+        """A batch that is None never started, but was drawn all the same."""
+        if self.failure is None:
+            self._loaders.next_positions(trainer)
+            self.recorder.skip_batch()
+
+    def note_loss(self, trainer: Any, loss: Tensor) -> None:
+        """The batch's loss, as it is differentiated."""
+        if self.failure is None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self.recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
+
+    def _after_optimizer_step(self, trainer: Any, optimizer: Any, *_: Any) -> None:
+        if self.failure is not None or bool(getattr(optimizer, "found_inf", False)):
+            return  # a fused optimizer is called for a step that the GradScaler skips, too, and does nothing
+        with self._never_breaking_the_training:
+            step = self.recorder.commit(
+                ends_epoch=_is_at_end_of_epoch(trainer),
+                clip=_clipping(trainer),
+                divisor=trainer.accumulate_grad_batches,
+                last_index=trainer.max_steps - 1,
+            )
+            if self._rehearsal is not None:
+                self._rehearsal.commit(step, self.recorder.state())
+
+    def end_batch(self, trainer: Any, module: Any) -> None:
+        """Rehearse a step of the retrace, once.
+
+        Raises:
+            SGDInfluenceError: If it cannot be followed.
+        """
+        self.keeper.watch.batch_ends(self._random.now)
+        if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
+            return
+        rehearsal, self._rehearsal = self._rehearsal, None
+        self.recorder.check_constants()
+        complaints = rehearsal.run(
+            module,
+            trainer.optimizers[0],
+            surroundings_of(trainer, module),
+            self._retrace,
+            checks.gradient_hooks(trainer, module),
+            forward=self.writer.interval != 1,
+        )
+        warn_of(complaints)
+
+    def note_validation(self, trainer: Any) -> None:
+        """Keep what was logged, to hold the recomputed objective against."""
+        self.keeper.watch.is_interrupted()
+        self.outlook.is_interrupted()
+        value = trainer.callback_metrics.get(self._retrace.monitor)
+        if not trainer.sanity_checking and value is not None:
+            self.logged[trainer.global_step] = float(value)
+
+    def end_epoch(self, trainer: Any) -> None:
+        """Let go of epochs that no window reaches any more."""
+        self.keeper.watch.is_interrupted()
+        self.outlook.is_interrupted()
+        if self.failure is not None:
+            return
+        self._look_for_best(trainer)
+        if self.recorder.has_pending:
+            ends_epoch = _is_at_end_of_epoch(trainer)
+            self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
+        epochs = self._retrace.epochs
+        windows = [(first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), epochs), math.inf)]
+        if self.best is not None and self.best.epoch is not None and self.best.step is not None:
+            windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
+        with self._never_breaking_the_training:
+            self.writer.keep_only(*windows)
+        self._loaders.let_go(min(epoch for epoch, _ in windows))
+
+    def flush(self, trainer: Any) -> None:
+        """Write what is held in memory."""
+        if self.failure is None:
+            with self._never_breaking_the_training:
+                self.writer.flush()
+
+    def close(self, trainer: Any, is_complete: bool) -> None:
+        """Leave a whole trajectory, and the optimizer without our hook.
+
+        Args:
+            trainer: The Trainer.
+            is_complete: Whether the fit came to its end.
+        """
+        self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
+        if self.failure is None:
+            with self._never_breaking_the_training:
+                self.writer.close()
+                ending = self.ending(trainer, is_complete)
+                self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
+        self._hook.remove()
+
+    def ending(self, trainer: Any, is_complete: bool = True) -> Ending:
+        """What is known when the fit is over."""
+        num_val_batches = _limits_of_validation(trainer)
+        best = None if self.best is None else self.best.step
+        return Ending(self._retrace.monitor, self.logged, best, num_val_batches, is_complete)
+
+    def mark(self) -> Mark | None:
+        """What a checkpoint written now is to say of the trajectory."""
+        with self._never_breaking_the_training:
+            self._waiting.read_all()  # which may show that the data are random
+        if self.failure is not None:
+            return None
+        folder, best = str(self._folder.resolve()), self.best
+        if best is not None:  # the checkpoint may be that of the best model itself
+            best.look(self.writer.next_index, self.recorder.last_epoch)
+        known, is_between_steps = None if best is None else best.known, not self.recorder.has_pending
+        step, evidence = self.writer.next_index, self.keeper.watch.evidence
+        fit = fit_of(self.writer.fits, step - 1)
+        return Mark(self.writer.run, step, folder, is_between_steps, fit, known, evidence)
+
+    def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
+        with self._never_breaking_the_training:
+            self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
+        if self._rehearsal is not None:
+            self._rehearsal.leave()
+
+    def _look_for_best(self, trainer: Any) -> None:
+        if self.best is not None:
+            self.best.look(trainer.global_step, self.recorder.last_epoch)
+
+    def _stop(self, trainer: Any, error: Exception) -> None:
+        if not isinstance(error, SGDInfluenceError):
+            cause, error = error, RunDirectoryError(f"The trajectory could not be written any more: {error}")
+            error.__cause__ = cause
+        self.failure = error
+        warnings.warn(
+            f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
+            SGDInfluenceWarning,
+            stacklevel=2,
+        )
+
+
+class _Guard:
+    """Whatever goes wrong within is handed on and goes no further: a lack of memory or disk, a fault of ours."""
+
+    def __init__(self, stop: Callable[[Exception], None]) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._stop(error)
+        return True
+
+
+def _limits_of_validation(trainer: Any) -> list[float] | None:
+    """How many batches of each validation loader counted, infinity where all did; None where there was no loader."""
+    if trainer.val_dataloaders is None:
+        return None
+    lengths = [_length_of(loader) for loader in loaders_in(trainer.val_dataloaders)]
+    return [
+        number if number < length else math.inf
+        for number, length in zip(trainer.num_val_batches, lengths, strict=False)
+    ]
+
+
+def _length_of(loader: Any) -> float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a stream
+        return math.inf
+
+
+def _clipping(trainer: Any) -> tuple[str, float] | None:
+    if not trainer.gradient_clip_val:
+        return None
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    return str(getattr(algorithm, "value", algorithm)), float(trainer.gradient_clip_val)
+
+
+def _is_at_end_of_epoch(trainer: Any) -> bool:
+    loop = trainer.fit_loop.epoch_loop
+    return bool(loop.batch_progress.is_last_batch) or loop.batch_idx + 1 >= trainer.num_training_batches

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of a finished run seen with its final weights: label, prediction, loss, and where each comes from."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sgdclean.adjoint.backward import load_state
+from lightning_sgdclean.base.randomness import set_random_state
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.datasets import source_of
+from lightning_sgdclean.data.fetching import fetch_batch
+from lightning_sgdclean.losses.evaluate import Evaluated, eagerly, logging_to, plain_training_loss
+from lightning_sgdclean.losses.readings import Number, plain_numbers
+from lightning_sgdclean.losses.watched import WatchedLosses
+from lightning_sgdclean.losses.weighting import Plan, unit_weights
+from lightning_sgdclean.replay.open import OpenedRun
+from lightning_sgdclean.trajectory.records import MicroBatch, SampleId, Step
+
+SAMPLE_COLUMNS = ("label", "prediction", "loss", "source")
+
+Visit = tuple[Step, int, int]  # step, number of the micro-batch in it, row
+
+_WHY_EMPTY = (
+    "labels and predictions are read where a loss of torch has one class or value a sample, losses where the training "
+    "loss is linear in what torch's losses give."
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A sample at the run's end point; None wherever something cannot be known.
+
+    Attributes:
+        label: Class, or measured value, that the loss held the sample to.
+        prediction: Class of the highest score, or value.
+        loss: What the training loss of this sample alone is.
+    """
+
+    label: Number | None = None
+    prediction: Number | None = None
+    loss: float | None = None
+
+
+@dataclass
+class Inspection:
+    """What was found out about samples.
+
+    Attributes:
+        seen: By sample id.
+        sources: By sample id, where known; see :func:`lightning_sgdclean.data.datasets.source_of`.
+        complaints: Why samples could not be evaluated.
+    """
+
+    seen: dict[SampleId, Seen] = field(default_factory=dict)
+    sources: dict[SampleId, str] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+
+def inspect_samples(this: OpenedRun, ids: Iterable[SampleId]) -> Inspection:
+    """Evaluate samples with the weights of the end point, the module in evaluation mode.
+
+    Each is taken as it was last trained on in the window: fetched again, or as its batch was kept. The loss is
+    that of ``training_step``, seen call by call, so any module will do. Samples that were never drawn are left out.
+
+    Args:
+        this: The run, opened; module and random states are its own to put back.
+        ids: Whatever ids are of interest.
+
+    Returns:
+        What is known of each, in the order of ``ids``. Whatever the user's code raises is a complaint, not an error.
+    """
+    visits = _last_visits(this.steps, list(dict.fromkeys(ids)))
+    found = Inspection(seen={name: Seen() for name in visits}, sources=_sources(this, visits))
+    problems: dict[str, int] = {}
+    for batch in _batches(this, visits):
+        try:
+            found.seen |= _evaluated(this, batch)
+        except Exception as error:  # theirs, of any kind, or a loss that cannot be split in evaluation mode
+            text = f"{type(error).__name__}: {error}"
+            problems[text] = problems.get(text, 0) + len(batch.rows)
+    found.complaints = [
+        f"Label, prediction and loss of {number} samples are not known: {text}" for text, number in problems.items()
+    ]
+    return found
+
+
+def sample_columns(
+    this: OpenedRun, ids: list[SampleId], names: Sequence[str]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """Columns of the ranking about the samples themselves.
+
+    Args:
+        this: The run, opened.
+        ids: Samples that were drawn in the window.
+        names: Any of :data:`SAMPLE_COLUMNS`; others are passed over.
+
+    Returns:
+        Values by column in the order of ``ids``, None where unknown, and why columns have gaps.
+    """
+    wanted = [name for name in names if name in SAMPLE_COLUMNS]
+    if wanted in ([], ["source"]):
+        sources = _sources(this, _last_visits(this.steps, ids)) if wanted else {}
+        return {name: [sources.get(sample) for sample in ids] for name in wanted}, []
+    found = inspect_samples(this, ids)
+    columns = {name: [getattr(found.seen[i], name) for i in ids] for name in wanted if name != "source"}
+    empty = [name for name, values in columns.items() if all(value is None for value in values)]
+    if empty and not found.complaints:
+        found.complaints.append(f"No sample has a {' or a '.join(empty)}: {_WHY_EMPTY}")
+    columns |= {"source": [found.sources.get(i) for i in ids]} if "source" in wanted else {}
+    return {name: columns[name] for name in wanted}, found.complaints
+
+
+def _last_visits(steps: list[Step], wanted: list[SampleId]) -> dict[SampleId, Visit]:
+    among, found = set(wanted), dict[SampleId, Visit]()
+    for step in reversed(steps):
+        for number, micro in reversed(list(enumerate(step.micro))):
+            for row, name in enumerate(micro.ids):
+                if name in among and name not in found:
+                    found[name] = step, number, row
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _sources(this: OpenedRun, visits: dict[SampleId, Visit]) -> dict[SampleId, str]:
+    found: dict[SampleId, str] = {}
+    for name, (step, number, _) in visits.items():
+        micro = step.micro[number]
+        if _are_positions(micro) and isinstance(name, int):
+            source = source_of(this.loader_of(micro).dataset, name)
+            found |= {name: source} if source is not None else {}
+    return found
+
+
+def _are_positions(micro: MicroBatch) -> bool:
+    """Whether the ids are where the samples stand in the dataset, so that any of them can be fetched."""
+    return isinstance(micro.positions, list) and micro.positions == micro.ids
+
+
+@dataclass
+class _Batch:
+    """Samples to be evaluated together: rows of interest, by sample id, of a batch that is made when needed."""
+
+    step: Step
+    number: int
+    micro: MicroBatch
+    rows: dict[SampleId, int]
+    make: Callable[[], Any]
+
+
+def _batches(this: OpenedRun, visits: dict[SampleId, Visit]) -> Iterator[_Batch]:
+    """Samples that can be fetched in batches as large as those of training, the others in the batches they were in."""
+    whole: dict[tuple[int, int], _Batch] = {}
+    loose: dict[int, list[SampleId]] = {}
+    for name, (step, number, row) in visits.items():
+        micro = step.micro[number]
+        loader = this.loader_of(micro)
+        if _is_of(this, micro, loader):
+            loose.setdefault(id(loader), []).append(name)
+            continue
+        batch = _Batch(step, number, micro, {}, partial(this.walk.batch_of, step, number))
+        whole.setdefault((step.index, number), batch).rows[name] = row
+    for names in loose.values():
+        yield from _regrouped(this, names, visits[names[0]])
+    yield from whole.values()
+
+
+def _is_of(this: OpenedRun, micro: MicroBatch, loader: Any) -> bool:
+    """Whether the batch's samples can be fetched again from this loader, in any company."""
+    return micro.batch is None and _are_positions(micro) and this.loader_of(micro) is loader
+
+
+def _regrouped(this: OpenedRun, names: list[SampleId], visit: Visit) -> Iterator[_Batch]:
+    """Batches of these samples, as large as the largest that they may have come from; the last is filled up."""
+    loader = this.loader_of(visit[0].micro[visit[1]])
+    places = ((step, number) for step in this.steps for number, micro in enumerate(step.micro))
+    step, number = max(
+        (place for place in places if _is_of(this, place[0].micro[place[1]], loader)),
+        key=lambda place: len(place[0].micro[place[1]].ids),
+    )
+    micro, size = step.micro[number], len(step.micro[number].ids)
+    for start in range(0, len(names), size):
+        chosen = names[start : start + size]
+        others = [name for name in micro.ids if name not in chosen]
+        filled = [*chosen, *others, *micro.ids][:size]
+        yield _Batch(
+            step,
+            number,
+            replace(micro, ids=filled, positions=filled),
+            {name: row for row, name in enumerate(chosen)},
+            partial(_fetched, this, loader, filled),
+        )
+
+
+def _fetched(this: OpenedRun, loader: Any, positions: list[SampleId]) -> Any:
+    return this.prepare(fetch_batch(loader, positions))
+
+
+def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
+    """Label, prediction and loss of a batch's rows of interest."""
+    walk, last, num = this.walk, this.steps[-1], len(batch.micro.ids)
+    micro = replace(batch.micro, random=walk.random_of(batch.step, batch.number))
+    set_random_state(micro.random, this.surroundings.device)
+    content = batch.make()
+    watched: list[WatchedLosses] = []
+
+    def begin(plan: Plan | None) -> WatchedLosses:
+        load_state(walk.module, walk.params, this.end)
+        walk.module.eval()
+        set_random_state(micro.random, this.surroundings.device)
+        this.surroundings.set_clock(last.epoch, last.index)
+        watched[:] = [WatchedLosses(unit_weights(num, list(walk.params.values())), plan)]
+        return watched[0]
+
+    def evaluate(plan: Plan | None) -> Evaluated:
+        with eagerly(), begin(plan) as calls:
+            loss = plain_training_loss(walk.module, cloned(content), micro.batch_idx, this.surroundings)
+        walk.restore_attributes()
+        return Evaluated(loss, [], calls.terms)
+
+    with this.surroundings.as_stage("train"), torch.enable_grad():
+        if walk.split is not None:
+            _, evaluated = walk.split.plan_for(evaluate, micro, content)
+            losses = watched[0].own_losses(evaluated.loss)
+        else:
+            losses = plain_numbers(_split_by_user(this, begin(None), content))
+    labels, predictions = watched[0].labels_and_predictions()
+    return {name: Seen(labels[row], predictions[row], losses[row]) for name, row in batch.rows.items()}
+
+
+def _split_by_user(this: OpenedRun, calls: WatchedLosses, content: Any) -> Tensor:
+    """The samples' losses as ``sample_losses=`` gives them, which say whose row is whose."""
+    walk, context = this.walk, this.surroundings.train_context
+    assert walk.sample_losses is not None
+    with eagerly(), logging_to(walk.module, lambda *_, **__: None), context(), calls:
+        losses = walk.sample_losses(walk.module, cloned(content)).detach()
+    walk.restore_attributes()
+    calls.own(losses)
+    return losses

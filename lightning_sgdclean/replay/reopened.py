@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a recorded run on another day, in another process: a quiet Trainer takes the place of the user's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.adjoint.objective import loaders_in
+from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError
+from lightning_sgdclean.base.lightning import CALLBACK_BASES, quiet_trainer
+from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.packing import Classes, classes_of
+from lightning_sgdclean.losses.surroundings import surroundings_of
+from lightning_sgdclean.record import checks
+from lightning_sgdclean.record.recorder import hyper_parameters
+from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
+from lightning_sgdclean.replay.walk import RetraceOptions
+from lightning_sgdclean.trajectory.ending import Ending, read_ending
+from lightning_sgdclean.trajectory.live_state import trained_parameters
+from lightning_sgdclean.trajectory.store import Trajectory
+
+T = TypeVar("T")
+
+
+def reopened(
+    run_dir: str | Path,
+    model: Any,
+    options: RetraceOptions,
+    use: Callable[[OpenedRun], T],
+    *,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: Any = None,
+    limit_val_batches: float | None = None,
+    trainer: Any = None,
+) -> T:
+    """What ``use`` makes of the run, opened without the Trainer that recorded it.
+
+    Args:
+        run_dir: The run directory.
+        model: The LightningModule, made as for the run.
+        options: What is asked of the run.
+        use: What to do with it.
+        train_dataloaders: The training data, as ``fit`` got them.
+        val_dataloaders: The validation data.
+        datamodule: Instead of the two.
+        limit_val_batches: How many validation batches of each loader count, or which share (a float); None: as many as
+            the fit took.
+        trainer: What to open it under; by default a quiet Trainer with the precision and the kind of device that the
+            run had. It takes no step.
+
+    Raises:
+        ObjectiveError: If there is nothing to validate on.
+        RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
+        SGDInfluenceError: One of its other subclasses, as from ``fit``.
+    """
+    trajectory = Trajectory(Path(run_dir) / "trajectory")
+    if not trajectory.steps:
+        raise RunDirectoryError(
+            f"{run_dir} holds no step: its training made none, or was killed before the first ones were written."
+        )
+    if datamodule is None and val_dataloaders is None:
+        raise ObjectiveError("There is nothing to validate on. Give val_dataloaders= or a datamodule=.")
+    at_end = _AtEnd(Path(run_dir), trajectory, options, use, val_dataloaders, limit_val_batches)
+    trainer = quiet_trainer(model, trajectory.trained) if trainer is None else trainer
+    with _lent(trainer, at_end), untouched_randomness(trainer.strategy.root_device):
+        trainer.fit(model, train_dataloaders, datamodule=datamodule)
+    return at_end.results[0]
+
+
+@contextmanager
+def _lent(trainer: Any, callback: Any) -> Iterator[None]:
+    """A Trainer whose ``fit`` takes no step, validates nothing, and calls ``callback`` and progress bars only."""
+    bar = trainer.progress_bar_callback
+    borrowed = trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs
+    trainer.callbacks, trainer.loggers = [callback] if bar is None else [bar, callback], []
+    trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs = 0, 0
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs = borrowed
+
+
+class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
+    """Opens the run where a fit has come to its end, which one without epochs does at once."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        trajectory: Trajectory,
+        options: RetraceOptions,
+        use: Callable[[OpenedRun], T],
+        val_dataloaders: Any,
+        limit: float | None,
+    ) -> None:
+        super().__init__()
+        self._run_dir, self._trajectory, self._options, self._use = run_dir, trajectory, options, use
+        self._val_dataloaders, self._limit = val_dataloaders, limit
+        self.results: list[T] = []
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Open, and use."""
+        checks.check_optimizers(trainer)
+        optimizer = trainer.optimizers[0]
+        check_model(self._trajectory, pl_module, optimizer)
+        as_delivered, loaders = checks.one_loader(trainer), self._val_dataloaders
+        (loader,) = trainer.fit_loop._combined_loader.flattened
+        loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
+        recorded = self._trajectory
+        ending = read_ending(recorded.folder, recorded.run, recorded.ending) or Ending(self._options.monitor)
+        run = RecordedRun(
+            self._run_dir,
+            [loader] * (1 + max(micro.loader for step in self._trajectory.steps for micro in step.micro)),
+            optimizer,
+            ending,
+            loaders,
+            batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
+            is_of_fit=False,
+            hooks=checks.gradient_hooks(trainer, pl_module),
+            averaging=[],
+            classes=self._classes(trainer, pl_module, loader),
+            as_delivered=as_delivered,
+        )
+        with opened(trainer, pl_module, run, self._options) as this:
+            self.results.append(self._use(this))
+
+    def _classes(self, trainer: Any, module: Any, loader: Any) -> Classes:
+        """What kept batches may be made of: what a batch of the loader is made of, as training_step would get it."""
+        if all(micro.batch is None for step in self._trajectory.steps for micro in step.micro):
+            return {}
+        batch = next((batch for batch in loader if batch is not None), None)
+        return classes_of(surroundings_of(trainer, module).prepare(checks.one_loader(trainer)(batch), 0))
+
+
+def batch_limits(limit: float | None, loaders: list[Any], recorded: list[float] | None) -> list[float] | None:
+    """How many batches of each loader count; None: all.
+
+    Args:
+        limit: A number of batches, or as a float a share of them; None: as ``recorded``.
+        loaders: The validation loaders.
+        recorded: How many the fit took of each of its own.
+
+    Raises:
+        ValueError: If ``limit`` is neither, or a share of a loader without a length.
+    """
+    if limit is None:
+        return recorded if recorded is not None and len(recorded) == len(loaders) else None
+    if isinstance(limit, int) and limit >= 1:
+        return [limit] * len(loaders)
+    if limit == 1.0:
+        return None
+    if not 0 < limit < 1 or not all(hasattr(loader, "__len__") for loader in loaders):
+        raise ValueError(
+            f"limit_val_batches must be a positive int, or a share of loaders with a length, got {limit!r}."
+        )
+    return [max(1, int(limit * len(loader))) for loader in loaders]
+
+
+def check_model(trajectory: Trajectory, module: nn.Module, optimizer: Optimizer) -> None:
+    """Is the model, with its optimizer, one that the trajectory could be of?
+
+    Raises:
+        RunDirectoryError: Naming the first difference.
+    """
+    found, wanted = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", trajectory.trained["optimizer"]
+    if found != wanted:
+        raise RunDirectoryError(
+            f"The run was trained by {wanted}, but configure_optimizers of this model gives {found}."
+        )
+    params = trained_parameters(module, optimizer)
+    live = {name: list(param.shape) for name, param in params.items()}
+    recorded = trajectory.shapes("param")
+    other = sorted({*live} ^ {*recorded}) or [name for name in live if live[name] != recorded[name]]
+    if other:
+        raise RunDirectoryError(
+            f"The run was of another model: the trained parameter {other[0]!r} has shape "
+            f"{recorded.get(other[0], 'none')} in the trajectory and {live.get(other[0], 'none')} in this model."
+        )
+    groups = next((step.groups for step in reversed(trajectory.steps) if step.is_update), [])
+    if [group["params"] for group in groups] != [group["params"] for group in hyper_parameters(optimizer, params)]:
+        raise RunDirectoryError("The optimizer of this model has its parameters in other groups than the run's had.")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a walk over recorded steps needs besides their record: module, data, engine, the optimizer's rule."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.adjoint.curvature import Engine, engine_named
+from lightning_sgdclean.adjoint.objective import ObjectiveFn, ObjectiveGradient
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.adjoint.updates import Update
+from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.losses.evaluate import SampleLosses, Surroundings
+from lightning_sgdclean.losses.precision import in_float32, in_half, is_low, summable
+from lightning_sgdclean.losses.verified import VerifiedSplit
+from lightning_sgdclean.replay.fidelity import Fidelity
+from lightning_sgdclean.trajectory.live_state import trained_parameters
+from lightning_sgdclean.trajectory.records import SampleId, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetraceOptions:
+    """The callback's options that matter to a retrace; see there."""
+
+    monitor: str = "val_loss"
+    mode: str = "min"
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None
+    val_dataloaders: Any = None
+    epochs: int | str = 1
+    at: str = "last"
+    curvature: str = "exact"
+    finite_radius: float = 0.01
+    sample_losses: SampleLosses | None = None
+    on_mismatch: str = "raise"
+    tolerance: float | None = None
+    retrace_precision: str = "auto"
+    verify: int = 0
+    rerank: int = 0
+    columns: tuple[str, ...] = ()
+
+    @property
+    def objectives(self) -> dict[str, ObjectiveFn | None]:
+        """What the samples are ranked by, first, and what else their influence on is wanted; None: what is logged."""
+        if self.objective is None:
+            return {self.monitor: None}
+        if isinstance(self.objective, dict):
+            return dict(self.objective)
+        return {getattr(self.objective, "__name__", "objective"): self.objective}
+
+
+@dataclass
+class Walk:
+    """Everything that :func:`lightning_sgdclean.adjoint.backward.retrace_steps` needs besides the trajectory.
+
+    Attributes:
+        module: The LightningModule, whose parameters and buffers the walk overwrites.
+        params: Those that the optimizer moves, by name.
+        surroundings: What stands for the Trainer.
+        batch_of: Content of micro-batch ``i`` of a step, as ``training_step`` got it.
+        random_of: Random state before micro-batch ``i`` of a step.
+        restore_attributes: Undoes what a ``training_step`` did to the module's plain attributes.
+        engine: Scores and Hessian's product.
+        update: The optimizer's rule.
+        fidelity: What the replay is held against.
+        sample_losses: The user's own split of the loss.
+        split: The split that was found, where the user gives none.
+        widens: Whether derivatives of a run in 16 bits are taken in float32.
+        labels_of: Gives labels that the samples could have had, ``(B,)``, where the influence of that is wanted.
+    """
+
+    module: Any
+    params: dict[str, nn.Parameter]
+    surroundings: Surroundings
+    batch_of: Callable[[Step, int], Any]
+    random_of: Callable[[Step, int], RandomState]
+    restore_attributes: Callable[[], None]
+    engine: Engine
+    update: Update
+    fidelity: Fidelity
+    sample_losses: SampleLosses | None = None
+    split: VerifiedSplit | None = None
+    widens: bool = False
+    labels_of: Callable[[list[SampleId]], Tensor] | None = None
+
+    def pulling(self) -> AbstractContextManager[Surroundings]:
+        """Context to take derivatives in, and what stands for the Trainer there."""
+        return in_float32(self.module, self.surroundings) if self.widens else nullcontext(self.surroundings)
+
+
+def walk_of(
+    module: Any,
+    optimizer: Optimizer,
+    surroundings: Surroundings,
+    options: RetraceOptions,
+    hooks: list[str],
+    *,
+    batch_of: Callable[[Step, int], Any],
+    random_of: Callable[[Step, int], RandomState],
+    restore_attributes: Callable[[], None],
+) -> Walk:
+    """Put a walk together from the callback's options; ``hooks`` are those that could edit gradients."""
+    params = trained_parameters(module, optimizer)
+    is_double = next(iter(params.values())).dtype is torch.float64
+    tolerance = (1e-12 if is_double else 1e-5) if options.tolerance is None else options.tolerance
+    return Walk(
+        module=module,
+        params=params,
+        surroundings=surroundings,
+        batch_of=batch_of,
+        random_of=random_of,
+        restore_attributes=restore_attributes,
+        engine=engine_named(options.curvature, options.finite_radius),
+        update=update_of(optimizer),
+        fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
+        sample_losses=options.sample_losses,
+        split=None if options.sample_losses else VerifiedSplit(module, list(params.values()), surroundings),
+        widens=_widens(options.retrace_precision, surroundings, module),
+    )
+
+
+def _widens(wanted: str, surroundings: Surroundings, module: nn.Module) -> bool:
+    if not is_low(surroundings, module):
+        return False
+    return wanted == "float32" or (wanted == "auto" and in_half(surroundings))
+
+
+@dataclass
+class Adjoint:
+    """Derivatives of the objective by what a step leaves behind: ``lambda``, ``mu`` and ``nu``.
+
+    They are sums over many steps, so they are kept in float32 even where the parameters are not.
+    """
+
+    params: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    buffers: dict[str, Tensor]
+
+
+def adjoint_of(start: ObjectiveGradient, walk: Walk, sign: float = 1.0) -> Adjoint:
+    """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
+    params = {name: sign * summable(tensor) for name, tensor in zip(walk.params, start.params, strict=True)}
+    return Adjoint(params, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory on disk, read back: a manifest (JSON), and the segments that it names."""
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.base.files import checksum_of, read_sealed
+from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.data.packing import PackedBatch
+from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of, nbytes_of, unflatten
+from lightning_sgdclean.trajectory.records import State, Step
+from lightning_sgdclean.trajectory.segments import Segment
+from lightning_sgdclean.trajectory.series import in_full
+
+FORMAT = 5
+
+
+class Trajectory:
+    """A recorded run, read back. Steps are light and held in memory; states are read when asked for.
+
+    Where steps between two windows were let go, it is read as far as one follows on the other: the stretch of steps
+    that leads to the one window or to the other.
+
+    Args:
+        folder: Where it lies.
+        end: Number of the step that the wanted stretch leads to; by default the one after the last.
+
+    Attributes:
+        folder: Where it lies.
+        run: What tells the run from others.
+        trained: The ``precision``, ``device`` and ``optimizer`` of the run.
+        steps: In order; their positions in this list are those that states are asked for by.
+        kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
+            state ``len(steps)`` after the last.
+        fits: Pairs of a step number and the name of the fit that recorded the steps from there on.
+        ending: Checksum of how the fit ended; None where it was killed. See ``ending.py``.
+        begins_epoch: Whether what was kept begins with the first step of an epoch.
+        joints: Steps after which a fit went on from a checkpoint.
+
+    Raises:
+        RunDirectoryError: If the folder holds no trajectory, one of another format, or one of which a bit has
+            changed, or if what leads to ``end`` was let go.
+    """
+
+    def __init__(self, folder: Path, end: int | None = None) -> None:
+        self.folder = folder
+        manifest = _manifest(folder)
+        self.run: str = manifest["run"]
+        self.trained: dict[str, str] = manifest["trained"]
+        self.ending: str | None = manifest["ending"]
+        self._layouts: list[Layout] = manifest["layouts"]
+        self._open: tuple[str, Segment] | None = None
+        self._files: list[str] = []  # of each step
+        self._states: dict[int, tuple[str, int, int]] = {}  # file, index, layout of each state kept
+        self.steps: list[Step] = []
+        for segment in manifest["segments"]:
+            _check_segment(folder, segment)
+        stretch = _stretch(folder, manifest, end)
+        self.begins_epoch = all(segment["begins_epoch"] for segment in stretch[:1])
+        for segment in stretch:
+            self._read_steps(segment)
+        self.kept = sorted(self._states)
+        self.fits: list[tuple[int, str]] = [(first, fit) for first, fit in manifest["fits"]]
+        self.joints = {first - 1 for first, _ in self.fits[1:] if self.position(first) > 0}
+
+    def _read_steps(self, segment: dict[str, Any]) -> None:
+        steps = self._segment(segment["file"]).steps()
+        self._files += [segment["file"]] * len(steps)
+        self.steps += steps
+        for index, layout in in_full(segment["states"]):
+            self._states[self.position(index)] = segment["file"], index, layout
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the largest state."""
+        return max(map(nbytes_of, self._layouts), default=0)
+
+    def shapes(self, kind: str) -> dict[str, list[int]]:
+        """Shapes of the states' entries of a kind, by name."""
+        return {name: shape for layout in self._layouts for row, name, _, _, shape in layout if row == kind}
+
+    def position(self, index: int) -> int:
+        """Where in ``steps`` the step ``index`` stands, or would stand."""
+        return bisect_left(self.steps, index, key=lambda step: step.index)
+
+    def random(self, step: Step, micro: int) -> RandomState:
+        """Random state before micro-batch ``micro`` of a step."""
+        return self._segment(self._files[self.position(step.index)]).random(step.index, micro)
+
+    def batch(self, step: Step, micro: int) -> PackedBatch | None:
+        """Micro-batch ``micro`` of a step, if it was kept."""
+        return self._segment(self._files[self.position(step.index)]).batch(step.index, micro)
+
+    def state(self, index: int) -> State:
+        """The state before step ``index`` (after the last step, for the end point).
+
+        Raises:
+            RunDirectoryError: If it is none of those that were kept.
+        """
+        position = self.position(index)
+        if position not in self._states:
+            raise RunDirectoryError(f"{self.folder} keeps no state before step {index}.")
+        file, number, layout = self._states[position]
+        held = self._segment(file).state(number, dtypes_of(self._layouts[layout]))
+        return unflatten(self._layouts[layout], held)
+
+    def _segment(self, file: str) -> Segment:
+        if self._open is None or self._open[0] != file:
+            self._open = file, Segment(self.folder / file)
+        return self._open[1]
+
+
+def fit_of(fits: Iterable[tuple[int, str]], index: int) -> str:
+    """Name of the fit that recorded step ``index``; empty where none did."""
+    return next((fit for first, fit in reversed([*fits]) if first <= index), "")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{folder} holds no readable trajectory: {error}") from error
+    written_as = found.get("format") if isinstance(found, dict) else None
+    if written_as != FORMAT:
+        remedy = "Retrace it with the version that recorded it."
+        if isinstance(written_as, int) and written_as > FORMAT:
+            remedy = "It was recorded by a newer version; install that one."
+        raise RunDirectoryError(
+            f"{folder} is a trajectory of format {written_as!r}; this version reads format {FORMAT}. {remedy}"
+        )
+    return read_sealed(folder / "manifest.json")
+
+
+def _stretch(folder: Path, manifest: dict[str, Any], end: int | None) -> list[dict[str, Any]]:
+    """Segments each of which goes on where the one before ended, up to the step ``end``, or the last ones."""
+    stretches: list[list[dict[str, Any]]] = [[]]
+    for segment in manifest["segments"]:
+        before = stretches[-1][-1]["last"] if stretches[-1] else math.inf
+        if any(before < gap <= segment["first"] for gap in manifest["gaps"]):
+            stretches.append([])
+        stretches[-1].append(segment)
+    if end is None:
+        return stretches[-1]
+    found = [number for number, stretch in enumerate(stretches) if stretch and stretch[0]["first"] < end]
+    stretch = stretches[max(found, default=0)]
+    if found and stretch is not stretches[-1] and stretch[-1]["last"] + 1 < end:
+        raise RunDirectoryError(
+            f"{folder} keeps no steps from {stretch[-1]['last'] + 1} on that lead to step {end}: they were let go "
+            'while the run went on. Use at="last".'
+        )
+    return stretch
+
+
+def _check_segment(folder: Path, segment: dict[str, Any]) -> None:
+    path = folder / segment["file"]
+    if not path.exists():
+        raise RunDirectoryError(f"{path} is missing, though the manifest names it.")
+    size = path.stat().st_size
+    if size != segment["bytes"]:
+        raise RunDirectoryError(f"{path} is cut short or grown: it has {size} bytes instead of {segment['bytes']}.")
+    if checksum_of(path) != segment["checksum"]:
+        raise RunDirectoryError(
+            f"{path} is damaged, or belongs to another place or run: its content is not what was written there. "
+            "A trajectory cannot be repaired; restore it from a copy, or train again."
+        )
