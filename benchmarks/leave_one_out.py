@@ -27,8 +27,8 @@ from baselines import influence_functions
 from lightning_sgdclean import SGDInfluence, counterfactual, retrace
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.base.files import write_json
+from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.ranking.agreement import kendall_tau, spearman, top_k_jaccard
-from lightning_sgdclean.report.closing import versions
 from papers_tasks import NUM, SETTINGS, PapersModel, penalty_of, samples
 from silent import silent_trainer
 from training import quiet

@@ -16,7 +16,7 @@ from scipy.stats import trim_mean
 from torch.utils.data import DataLoader
 
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.trajectory.background import Background
+from lightning_sgdclean.trajectory.writer import Background
 from silent import silent_trainer
 
 BLOCK = 32  # recorded steps

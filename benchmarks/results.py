@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from lightning_sgdclean.base.files import write_json
+from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.ranking.agreement import mislabel_auroc, precision_at_k
-from lightning_sgdclean.report.closing import versions
 from methods import METHODS, trained
 from results_page import markdown
 from tasks import TASKS

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_sgdclean.leave_out.counterfactual import Counterfactual, counterfactual
     from lightning_sgdclean.ranking.compare import compare
     from lightning_sgdclean.ranking.ranking import Ranking
-    from lightning_sgdclean.report.building import write_report
+    from lightning_sgdclean.report.page import write_report
     from lightning_sgdclean.retracing import retrace
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _HOMES = {
     "counterfactual": "leave_out.counterfactual",
     "register_update": "adjoint.optimizers",
     "retrace": "retracing",
-    "write_report": "report.building",
+    "write_report": "report.page",
 }
 
 

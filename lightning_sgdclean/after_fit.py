@@ -11,20 +11,19 @@ import torch
 from lightning_sgdclean.adjoint.backward import retrace_steps
 from lightning_sgdclean.adjoint.bookmark import Bookmark, key_of
 from lightning_sgdclean.adjoint.influences import Influences
-from lightning_sgdclean.adjoint.noise import float32_agreement
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient
+from lightning_sgdclean.adjoint.rehearsal import float32_agreement
 from lightning_sgdclean.base.errors import ReplayMismatchError
+from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.leave_out.trust import put_to_the_test
-from lightning_sgdclean.losses.precision import is_low
-from lightning_sgdclean.losses.surroundings import shown_bar
+from lightning_sgdclean.losses.evaluate import is_low
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.replay.inspection import sample_columns
+from lightning_sgdclean.replay.inspection import predicted_labels, sample_columns
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
-from lightning_sgdclean.replay.relabel import predicted_labels
 from lightning_sgdclean.replay.sample_order import prove_ids
 from lightning_sgdclean.replay.walk import Adjoint, RetraceOptions, Walk, adjoint_of
-from lightning_sgdclean.report import closing as report
 from lightning_sgdclean.report.progress import retrace_bar, runs_bar
+from lightning_sgdclean.report.words import replay_in_words
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
 
 
@@ -178,7 +177,7 @@ def _about(
             "num_without_update": sum(not step.is_update for step in steps),
         },
         "replay": {
-            "words": report.replay_in_words(fidelity),
+            "words": replay_in_words(fidelity),
             "loss_error": fidelity.loss,
             "update_error": fidelity.update,
             "batches": fidelity.num_batches,

@@ -16,21 +16,30 @@ from tqdm.auto import tqdm
 from lightning_sgdclean.adjoint.objective import logs_value
 from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
-from lightning_sgdclean.base.files import write_json
-from lightning_sgdclean.base.lightning import CALLBACK_BASES
-from lightning_sgdclean.base.run_directory import check_free, fresh_directory
+from lightning_sgdclean.base.files import check_free, fresh_directory, write_json
+from lightning_sgdclean.base.lightning import CALLBACK_BASES, check_optimizers, gradient_hooks, shown_bar
+from lightning_sgdclean.base.options import (
+    check_choice,
+    check_columns,
+    check_count,
+    check_formats,
+    check_objective,
+    check_render,
+    loaders_given,
+)
+from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.losses.surroundings import shown_bar, surroundings_of
-from lightning_sgdclean.ranking.exhibits import Exhibit, worst_pictures
+from lightning_sgdclean.losses.evaluate import surroundings_of
+from lightning_sgdclean.ranking.figures import Exhibit, worst_pictures
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.record import checks
 from lightning_sgdclean.record.loaders import TrainLoaders
 from lightning_sgdclean.record.recording import Recording, RecordingOptions
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun
 from lightning_sgdclean.replay.walk import RetraceOptions
-from lightning_sgdclean.report import closing as report
-from lightning_sgdclean.report.of_run import PageOfRun
+from lightning_sgdclean.report.page import PageOfRun
 from lightning_sgdclean.report.publish import publish
+from lightning_sgdclean.report.words import closing_text
 from lightning_sgdclean.retracing import call_of
 from lightning_sgdclean.trajectory.joining import join, without_mark
 
@@ -142,11 +151,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
-        checks.check_choice("mode", mode, ("min", "max"))
-        checks.check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
-        checks.check_choice("at", at, ("last", "best"))
-        checks.check_choice("curvature", curvature, ("exact", "finite", "none"))
-        checks.check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
+        check_choice("mode", mode, ("min", "max"))
+        check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
+        check_choice("at", at, ("last", "best"))
+        check_choice("curvature", curvature, ("exact", "finite", "none"))
+        check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
         if keep_batches not in (True, False, "auto"):
             raise ValueError(f'keep_batches must be True, False or "auto", got {keep_batches!r}.')
         if epochs != "all" and not (type(epochs) is int and epochs >= 1):
@@ -157,14 +166,14 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             raise ValueError(f"max_bytes must be positive, got {max_bytes!r}.")
         if finite_radius <= 0:
             raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
-        checks.check_objective(objective)
-        checks.check_columns(columns)
-        checks.check_count("verify", verify)
-        checks.check_count("rerank", rerank)
-        checks.check_formats(formats)
-        checks.check_render(render)
+        check_objective(objective)
+        check_columns(columns)
+        check_count("verify", verify)
+        check_count("rerank", rerank)
+        check_formats(formats)
+        check_render(render)
         self.monitor, self.mode, self.objective = monitor, mode, objective
-        self.val_dataloaders = checks.loaders_given(val_dataloaders)
+        self.val_dataloaders = loaders_given(val_dataloaders)
         self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
         self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
         self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
@@ -211,7 +220,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         log_dir = trainer.log_dir or trainer.default_root_dir  # on every rank: it broadcasts
         if self._loaders is None:
             return
-        checks.check_optimizers(trainer)
+        check_optimizers(trainer)
         checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
         self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
         joined = self._mark if self.run_dir else {}
@@ -335,7 +344,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             trainer.val_dataloaders,
             trainer.num_val_batches,
             is_of_fit=True,
-            hooks=checks.gradient_hooks(trainer, pl_module),
+            hooks=gradient_hooks(trainer, pl_module),
             averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
@@ -349,7 +358,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             page.look(this, ranking)
 
         try:
-            self._recording.recorder.check_constants()
+            self._recording.recorder.check_frozen()
             complaints = rank_run(trainer, pl_module, run, self._options(), ready)
         except (Exception, KeyboardInterrupt) as error:
             self._tell_how_to_go_on(error)
@@ -377,7 +386,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         optimizer = trainer.optimizers[0]
         self.summary = {
             "format": 1,
-            "versions": report.versions(),
+            "versions": versions(),
             "id_type": "int" if ranking.sample_id.dtype != object else "str",
             "num_samples": len(ranking),
             "num_harmful": int((ranking.influence < 0).sum()),
@@ -413,7 +422,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if not self.keep_trajectory:
             shutil.rmtree(self.run_dir / "trajectory")
         if shown_bar(trainer) is not None:
-            tqdm.write(report.closing_text(self.ranking, self.summary, self.run_dir))
+            tqdm.write(closing_text(self.ranking, self.summary, self.run_dir))
         warn_of(complaints)
 
     def _pictures(self, ranking: Ranking) -> list[Exhibit]:

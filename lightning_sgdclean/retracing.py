@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_sgdclean.after_fit import rank_opened
 from lightning_sgdclean.base.errors import warn_of
-from lightning_sgdclean.losses.surroundings import shown_bar
+from lightning_sgdclean.base.lightning import shown_bar
+from lightning_sgdclean.base.options import check_choice, check_columns, check_count, check_objective
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.record import checks
 from lightning_sgdclean.replay.reopened import reopened
 from lightning_sgdclean.replay.walk import RetraceOptions
 
@@ -79,11 +79,11 @@ def retrace(
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
-    checks.check_objective(objective)
-    checks.check_choice("at", at, ("last", "best"))
-    checks.check_columns(columns)
-    checks.check_count("verify", verify)
-    checks.check_count("rerank", rerank)
+    check_objective(objective)
+    check_choice("at", at, ("last", "best"))
+    check_columns(columns)
+    check_count("verify", verify)
+    check_count("rerank", rerank)
     options = RetraceOptions(
         monitor=monitor,
         mode=mode,

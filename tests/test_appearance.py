@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.report.appearance import appearances_of, parts_of
+from lightning_sgdclean.report.appearance import MAX_SIDE, appearances_of, parts_of, thumbnail_of
 from lightning_sgdclean.report.samples import fetch_shown
-from lightning_sgdclean.report.thumbnails import MAX_SIDE, thumbnail_of
 
 PIL = pytest.importorskip("PIL.Image")
 RANDOM = np.random.default_rng(0)

@@ -147,12 +147,12 @@ def test_nothing_is_fetched_from_the_dataset_while_training_lasts(options):
     def count(callback):
         train, at_end = Counted(), []
 
-        class Ending(pl.Callback):
+        class FitEnd(pl.Callback):
             def on_train_end(self, *_):
                 at_end.append(list(train.fetched))
 
         torch.manual_seed(4)
-        quiet_trainer([callback, Ending()] if callback else [Ending()]).fit(Plain(), *loaders(train))
+        quiet_trainer([callback, FitEnd()] if callback else [FitEnd()]).fit(Plain(), *loaders(train))
         return at_end
 
     assert count(SGDInfluence("val_loss", **options)) == count(None)

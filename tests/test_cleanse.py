@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, Training, cleanse, compare
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.cleansing.gains import Measured, judge
-from lightning_sgdclean.cleansing.plan import Question
-from lightning_sgdclean.cleansing.result import Cleansing
-from lightning_sgdclean.cleansing.trial_store import TrialStore
-from lightning_sgdclean.data.overlap import share_samples
+from lightning_sgdclean.cleansing.plan import Measured, Question
+from lightning_sgdclean.cleansing.result import Cleansing, judge
+from lightning_sgdclean.cleansing.trials import TrialStore
+from lightning_sgdclean.data.fetching import share_samples
 
 WRONG = 60
 

@@ -27,8 +27,8 @@ from cases import quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.cleansing.cleansed import Cleansed
-from lightning_sgdclean.data.dropping import without_samples
 from lightning_sgdclean.data.relabelling import RelabelledDataset, with_label
+from lightning_sgdclean.data.samplers import without_samples
 
 SIZE, DROP = 23, (0, 4, 5, 17, 22)
 KEPT = [position for position in range(SIZE) if position not in DROP]

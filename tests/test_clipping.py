@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightning_sgdclean.adjoint.clipping import clip, clip_transpose
+from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 
 
 @pytest.mark.parametrize("how", [("norm", 0.5), ("norm", 50.0), ("value", 0.3)])

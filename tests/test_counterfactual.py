@@ -17,7 +17,7 @@ from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, objective
 from datasets import Augmented
 from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.leave_out import one_by_one
+from lightning_sgdclean.leave_out import runs
 from reference import one_hot, ranked
 from test_augmentation import Hooked
 
@@ -263,7 +263,7 @@ def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
     callback = ranked(case)
     together = again(callback, case, without=IDS)
     for slots in (0, 2):
-        monkeypatch.setattr(one_by_one, "slots_for", lambda *_, slots=slots: slots)
+        monkeypatch.setattr(runs, "slots_for", lambda *_, slots=slots: slots)
         assert np.array_equal(again(callback, case, without=IDS).values, together.values)
 
 
@@ -289,7 +289,7 @@ def test_each_pass_over_the_window_is_compared_with_its_own_whole_run(monkeypatc
     case = CASES[3]
     callback = ranked(case)
     expected = again(callback, case, without=IDS).differences
-    monkeypatch.setattr(one_by_one, "slots_for", lambda *_: 1)
+    monkeypatch.setattr(runs, "slots_for", lambda *_: 1)
     val = DataLoader(Drifting(), batch_size=len(VAL))
     found = again(callback, case, without=IDS, objective=drifting, val_dataloaders=val, batched=False)
     assert np.ptp(found.values) > 1

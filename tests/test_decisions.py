@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_sgdclean import Ranking
 from lightning_sgdclean.cleansing.decisions import DECISION_COLUMNS, apply_decisions, read_decisions
 from lightning_sgdclean.data.labels import converted_label, place_of_label
-from lightning_sgdclean.ranking.identity import run_id
+from lightning_sgdclean.ranking.ranking import run_id
 
 RANKING = Ranking.from_influence(range(6), [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0], [1] * 6)
 HEADER = ",".join(DECISION_COLUMNS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_sgdclean.cleansing.gains import Measured, estimate, judge
+from lightning_sgdclean.cleansing.plan import Measured
+from lightning_sgdclean.cleansing.result import estimate, judge
 
 COUNTS = (10, 20)
 

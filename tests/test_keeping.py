@@ -9,11 +9,12 @@ import torch
 
 from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.base.randomness import RandomStates
+from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.data.fingerprints import fingerprint
-from lightning_sgdclean.record.keeping import BatchKeeper, Plan, RandomnessWatch, in_bytes
+from lightning_sgdclean.record.keeping import BatchKeeper, KeepPlan, RandomnessWatch
 
 STATES = RandomStates(torch.device("cpu"))
-PLENTY = Plan(num_batches=10, first_epoch=0, free=1e9)
+PLENTY = KeepPlan(num_batches=10, first_epoch=0, free=1e9)
 
 
 def prints(batch):
@@ -97,7 +98,7 @@ def test_what_is_declared_is_announced_once_before_it_is_kept():
 
 
 def test_without_an_end_in_sight_one_batch_must_fit():
-    endless = Plan(num_batches=float("inf"), first_epoch=float("inf"), free=100)
+    endless = KeepPlan(num_batches=float("inf"), first_epoch=float("inf"), free=100)
     keep, said = keeper(True, endless)
     assert keep.packed([torch.zeros(4, 5)], [0, 1, 2, 3], prints(torch.zeros(4)), 0, None) is not None
     assert said[0].endswith("80 B a batch, for as long as training lasts, of 100 B that may be taken.")
@@ -115,7 +116,7 @@ def test_a_stream_is_kept_whatever_it_is_made_of_or_refused():
 
 def test_epochs_of_the_window_that_are_gone_are_named_and_others_are_not():
     for first_epoch, lost in ((0, "epochs 0, 1"), (1, "epoch 1"), (2, "")):
-        keep, _ = keeper(plan=Plan(10, first_epoch, 1e9))
+        keep, _ = keeper(plan=KeepPlan(10, first_epoch, 1e9))
         ids, same = list(range(300)), torch.zeros(300)
         keep.watch.look([], prints(torch.zeros(1)), 0, None)  # the first batch, kept on suspicion
         for epoch in (0, 1):

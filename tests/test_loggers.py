@@ -20,11 +20,10 @@ from cases import Plain, quiet_trainer
 from cases import loaders as batches
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean import report as package
-from lightning_sgdclean.ranking.exhibits import worst_pictures
+from lightning_sgdclean.ranking.figures import worst_pictures
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.report.markdown import worst_table
+from lightning_sgdclean.report.destinations import numbers_of, worst_table
 from lightning_sgdclean.report.publish import publish
-from lightning_sgdclean.report.results import numbers_of
 
 RANKING = Ranking.from_influence(range(40), [0.01 * (i - 20) for i in range(40)], [1] * 40)
 SUMMARY = {

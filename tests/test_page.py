@@ -12,14 +12,22 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_sgdclean import Ranking
-from lightning_sgdclean.data.classes import class_names_of, listed_labels, names_by_label
-from lightning_sgdclean.ranking.identity import run_id
+from lightning_sgdclean.data.datasets import class_names_of, listed_labels, names_by_label
+from lightning_sgdclean.ranking.ranking import run_id
 from lightning_sgdclean.report import content
 from lightning_sgdclean.report.appearance import Appearance
-from lightning_sgdclean.report.content import embedded, page_data
+from lightning_sgdclean.report.content import (
+    coded,
+    concentration,
+    embedded,
+    groups_of_sources,
+    histogram,
+    page_data,
+    running_sum,
+    tally,
+)
 from lightning_sgdclean.report.page import write_page
 from lightning_sgdclean.report.samples import Shown, ids_to_show
-from lightning_sgdclean.report.tallies import coded, concentration, groups_of_sources, histogram, running_sum, tally
 from lightning_sgdclean.report.words import trust_lines
 
 RANDOM = np.random.default_rng(0)

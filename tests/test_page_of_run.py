@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from cases import TRAIN, VAL, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence, apply_decisions, write_report
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.ranking.identity import run_id
-from lightning_sgdclean.report.run_samples import row_of
+from lightning_sgdclean.ranking.ranking import run_id
+from lightning_sgdclean.report.samples import row_of
 
 
 class Rows(Dataset):

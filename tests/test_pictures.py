@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sgdclean.data.pictures import picture_of
+from lightning_sgdclean.data.datasets import picture_of
 
 GREY = np.arange(30, dtype=np.uint8).reshape(5, 6)
 COLOUR = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)

@@ -23,11 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.data.pictures import picture_of
-from lightning_sgdclean.ranking.exhibits import worst_pictures
-from lightning_sgdclean.report.comet import parts_for_comet
+from lightning_sgdclean.data.datasets import picture_of
+from lightning_sgdclean.ranking.figures import worst_pictures
+from lightning_sgdclean.report.destinations import Results, numbers_of, parts_for_comet
 from lightning_sgdclean.report.publish import publish
-from lightning_sgdclean.report.results import Results, numbers_of
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from cases import TRAIN, VAL, Case, Plain, adam, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.trajectory.joining import Mark, cut_off, join
+from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off, join
 from lightning_sgdclean.trajectory.store import Trajectory
 
 
@@ -146,7 +146,7 @@ def test_checkpoint_stays_small_and_loads_with_weights_only(tmp_path):
 
 def mark_at(step, run_dir):
     trajectory = Trajectory(run_dir / "trajectory")
-    return Mark(trajectory.run, step, str(run_dir), True, trajectory.fits[0][1])
+    return CheckpointMark(trajectory.run, step, str(run_dir), True, trajectory.fits[0][1])
 
 
 def test_finished_run_is_left_alone_and_what_goes_on_gets_its_own_directory(tmp_path):

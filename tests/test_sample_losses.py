@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cases import Case, Plain, fit
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.losses.advice import advice_for
+from lightning_sgdclean.losses.verified import advice_for
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 SMOOTHING = 0.1

@@ -104,7 +104,7 @@ THREADS = """
 import os, sys, torch
 from pathlib import Path
 from test_segments import micro, step
-from lightning_sgdclean.trajectory.background import Background
+from lightning_sgdclean.trajectory.writer import Background
 from lightning_sgdclean.trajectory.segments import write_segment
 
 torch.set_num_threads(2)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lightning_sgdclean.trajectory.series import in_full, in_short
+from lightning_sgdclean.trajectory.segments import in_full, in_short
 
 CASES = {
     "none": ([], []),

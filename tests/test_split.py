@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from cases import TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.data.variants import of_one_shape, with_neighbours
-from lightning_sgdclean.losses.ownership import Layout, codes_of, consistent_layouts, owners_by, replacement_masks
+from lightning_sgdclean.data.batches import of_one_shape, with_neighbours
+from lightning_sgdclean.losses.loss_functions import OwnerRule, codes_of, consistent_rules, owners_by, replacement_masks
 from reference import assert_influence_is_the_derivative
 
 
@@ -29,28 +29,28 @@ def test_what_moves_with_several_samples_is_never_taken_for_another_samples(num)
 @pytest.mark.parametrize(
     ("layout", "shape", "owners"),
     [
-        (Layout(0, outer=1), (4,), [0, 1, 2, 3]),
-        (Layout(0, outer=1), (8,), [0, 0, 1, 1, 2, 2, 3, 3]),
-        (Layout(0, inner=1), (8,), [0, 1, 2, 3, 0, 1, 2, 3]),
-        (Layout(1, outer=1), (3, 4), [0, 1, 2, 3]),
-        (Layout(0, outer=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
-        (Layout(0, inner=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
+        (OwnerRule(0, outer=1), (4,), [0, 1, 2, 3]),
+        (OwnerRule(0, outer=1), (8,), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (OwnerRule(0, inner=1), (8,), [0, 1, 2, 3, 0, 1, 2, 3]),
+        (OwnerRule(1, outer=1), (3, 4), [0, 1, 2, 3]),
+        (OwnerRule(0, outer=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
+        (OwnerRule(0, inner=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
     ],
 )
 def test_rule_of_the_owners_is_found_and_holds_for_other_lengths(layout, shape, owners):
     codes = codes_of(replacement_masks(4))
     view = [-1 if dim == layout.dim else 1 for dim in range(len(shape))]
     seen = codes[torch.tensor(owners)].view(view).expand(shape).clone()
-    found = consistent_layouts(seen, codes)
+    found = consistent_rules(seen, codes)
     assert layout in found
     assert owners_by(found, shape, 4).flatten().tolist() == owners
     seen.view(-1)[0] = 0  # a row that did not move, as in padding, speaks for no one
-    assert layout in consistent_layouts(seen, codes)
+    assert layout in consistent_rules(seen, codes)
 
 
 def test_rules_that_part_ways_on_another_length_give_no_owner():
     codes = codes_of(replacement_masks(3))
-    found = consistent_layouts(codes.clone(), codes)
+    found = consistent_rules(codes.clone(), codes)
     assert owners_by(found, (3,), 3).tolist() == [0, 1, 2]
     assert owners_by(found, (6,), 3) is None
     assert owners_by(found, (5,), 3) is None

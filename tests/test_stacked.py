@@ -10,9 +10,9 @@ from torch.nn import functional as F
 import test_losses
 from cases import CASES, NUM_CLASSES, Case, Plain, adam
 from lightning_sgdclean import register_update
+from lightning_sgdclean.adjoint.optimizers import clipped
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.leave_out import stacked
-from lightning_sgdclean.leave_out.rows import clipped
 from reference import ranked
 from test_counterfactual import ByHand, again, by_hand, without
 

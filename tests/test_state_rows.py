@@ -3,8 +3,8 @@
 
 import torch
 
-from lightning_sgdclean.trajectory import state_rows
-from lightning_sgdclean.trajectory.state_rows import StateRows, stretches
+from lightning_sgdclean.trajectory import flat_state as state_rows
+from lightning_sgdclean.trajectory.flat_state import StateRows, stretches
 
 
 def taken(rows, num, length=3):

@@ -11,7 +11,7 @@ import torch
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.data.packing import pack_batch, unpack_batch
 from lightning_sgdclean.trajectory.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
-from lightning_sgdclean.trajectory.joining import Mark, cut_off
+from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off
 from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept, window_in_words
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
@@ -152,7 +152,7 @@ def test_a_fit_that_goes_on_from_a_step_that_was_let_go_begins_a_stretch_of_its_
     writer.begin(state(0.0, False))
     in_epochs(writer, range(10), [(1, 4), (4, math.inf)])
     writer.flush()
-    cut_off(tmp_path, Mark(writer.run, step, str(tmp_path), True, writer.fit))
+    cut_off(tmp_path, CheckpointMark(writer.run, step, str(tmp_path), True, writer.fit))
     assert [s.index for s in Trajectory(tmp_path).steps] == kept
     writer = TrajectoryWriter(tmp_path)
     writer.begin(state(float(step), True))

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.leave_out.trust import stratified
-from lightning_sgdclean.leave_out.trust_words import doubts, in_words
-from lightning_sgdclean.report import closing as report
+from lightning_sgdclean.leave_out.trust import doubts, in_words, stratified
+from lightning_sgdclean.report import words as report
 from lightning_sgdclean.report.words import TrustLine, trust_lines
 from reference import leave_one_out, ranked
 from test_counterfactual import again, weights_without, without

@@ -11,7 +11,7 @@ from cases import TRAIN, Case, Plain, fit
 from datasets import KEPT
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.record.waiting import _MOST, Taken, Waiting
+from lightning_sgdclean.record.keeping import _MOST, FingerprintQueue, Taken
 from lightning_sgdclean.trajectory.records import MicroBatch
 from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_influence_is_the_derivative, influences
@@ -23,13 +23,13 @@ EPOCHS = 9
 def soon(monkeypatch):
     """The lengths of what is read at once, where data are soon known not to be random."""
     monkeypatch.setattr("lightning_sgdclean.record.keeping._ENOUGH", 10)
-    lengths, read_all = [], Waiting.read_all
+    lengths, read_all = [], FingerprintQueue.read_all
 
     def counting(self):
         lengths.append(len(self._waiting))
         read_all(self)
 
-    monkeypatch.setattr(Waiting, "read_all", counting)
+    monkeypatch.setattr(FingerprintQueue, "read_all", counting)
     return lengths
 
 
@@ -56,7 +56,7 @@ def test_what_waited_has_the_fingerprints_that_it_would_have_had_at_once(soon):
     assert max(soon) > 1
     soon.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sgdclean.record.waiting._MOST_BYTES", 0)
+        patch.setattr("lightning_sgdclean.record.keeping._MOST_BYTES", 0)
         at_once, _ = trained()
     assert max(soon) == 1
     assert all(map(torch.equal, digests(waiting), digests(at_once)))
@@ -174,7 +174,7 @@ def micro(number):
 
 def waiting():
     read = []
-    return Waiting(lambda taken: read.extend((one.micro.batch_idx, one.batch) for one in taken)), read
+    return FingerprintQueue(lambda taken: read.extend((one.micro.batch_idx, one.batch) for one in taken)), read
 
 
 def test_batches_are_read_in_order_so_many_at_once():
@@ -214,7 +214,7 @@ def test_an_error_of_one_that_waited_reaches_who_brings_the_next():
     def fail(taken):
         raise OSError("no")
 
-    line = Waiting(fail)
+    line = FingerprintQueue(fail)
     line.take(Taken(micro(0), torch.ones(1)), may_wait=True)
     with pytest.raises(OSError, match="no"):
         line.take(Taken(micro(1), "text"), may_wait=True)

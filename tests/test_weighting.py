@@ -53,7 +53,7 @@ def test_value_stays_and_the_parts_add_up_to_it(name):
     assert weighted.item() == plain.item()
     parts = torch.autograd.grad(weighted, weights)[0]
     assert parts.sum().item() == pytest.approx(plain.item(), rel=1e-12)
-    assert all(term.owners is not None for term in mode.terms)
+    assert all(term.owners is not None for term in mode.calls)
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")

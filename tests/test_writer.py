@@ -19,10 +19,9 @@ import torch
 from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.trajectory.background import Background
-from lightning_sgdclean.trajectory.state_rows import StateRows
+from lightning_sgdclean.trajectory.flat_state import StateRows
 from lightning_sgdclean.trajectory.store import Trajectory
-from lightning_sgdclean.trajectory.writer import TrajectoryWriter
+from lightning_sgdclean.trajectory.writer import Background, TrajectoryWriter
 from reference import influences
 from test_store import state, step
 
@@ -127,7 +126,7 @@ def test_full_disk_costs_the_recording_only(tmp_path):
 def test_buffers_are_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_sgdclean.trajectory.writer._SEGMENT_STEPS", 4)
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
-    monkeypatch.setattr("lightning_sgdclean.trajectory.state_rows._PIECE_ROWS", 2)
+    monkeypatch.setattr("lightning_sgdclean.trajectory.flat_state._PIECE_ROWS", 2)
     free, give_back = [], StateRows.give_back
 
     def counting(self, flat):

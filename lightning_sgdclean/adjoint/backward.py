@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.bookmark import Bookmark, Progress
-from lightning_sgdclean.adjoint.clipping import clip, clip_transpose
-from lightning_sgdclean.adjoint.curvature import Linearised, gradient
+from lightning_sgdclean.adjoint.bookmark import Bookmark, Carried
+from lightning_sgdclean.adjoint.curvature import Linearised
 from lightning_sgdclean.adjoint.influences import Influences
 from lightning_sgdclean.adjoint.micro_step import MicroStep, open_all
+from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
 from lightning_sgdclean.base.errors import NonFiniteError
-from lightning_sgdclean.losses.buffers import check_moved_buffers
-from lightning_sgdclean.losses.precision import summable
-from lightning_sgdclean.losses.running_statistics import pull_back_updates
+from lightning_sgdclean.data.batches import summable
+from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
 from lightning_sgdclean.replay.fidelity import Changes
-from lightning_sgdclean.replay.walk import Adjoint, Walk
+from lightning_sgdclean.replay.walk import Adjoint, Walk, load_state
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
@@ -58,7 +58,7 @@ def retrace_steps(
         NonFiniteError: If an influence is not finite.
     """
     found = Influences.none_yet(steps, len(adjoints))
-    carried = Progress(adjoints, found, walk.fidelity)
+    carried = Carried(adjoints, found, walk.fidelity)
     done = 0 if bookmark is None else bookmark.restore(carried)
     for _ in range(done):
         progress(found)
@@ -209,27 +209,3 @@ def _on(tensor: Tensor, walk: Walk) -> Tensor:
 def _entries(state: State, name: str, walk: Walk) -> dict[str, Tensor]:
     entries = state.optimizer.get(name, {})
     return {key: value if key == "step" else _on(value, walk) for key, value in entries.items()}
-
-
-@torch.no_grad()
-def load_state(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> None:
-    """Copy recorded parameters and buffers into the live module."""
-    for name, param in params.items():
-        param.copy_(state.params[name])
-    for name, buffer in module.named_buffers():
-        buffer.copy_(state.buffers[name])
-
-
-def check_finite(steps: list[Step]) -> None:
-    """Refuse a run that diverged, before anything is computed from it.
-
-    Raises:
-        NonFiniteError: If a recorded loss is not finite; names the first such step.
-    """
-    for step in steps:
-        for micro in step.micro if step.is_update else ():
-            if micro.loss is not None and not math.isfinite(float(micro.loss)):
-                raise NonFiniteError(
-                    f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss)}: "
-                    "samples cannot be ranked by a run that diverged. Lower the learning rate or clip the gradients."
-                )

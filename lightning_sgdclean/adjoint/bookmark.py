@@ -20,9 +20,9 @@ from torch import Tensor
 from lightning_sgdclean.adjoint.influences import Influences
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.replay.walk import Adjoint
-from lightning_sgdclean.report.closing import versions
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
 from lightning_sgdclean.trajectory.records import State
 
@@ -32,7 +32,7 @@ _COUNTERS = ("loss", "update", "num_bitwise", "num_batches", "segments_bitwise",
 
 
 @dataclass
-class Progress:
+class Carried:
     """What a walk carries from step to step; restored in place.
 
     Attributes:
@@ -60,7 +60,7 @@ class Bookmark:
         self._last, self._took = time.monotonic(), 0.0
         self._number = 0
 
-    def restore(self, progress: Progress) -> int:
+    def restore(self, carried: Carried) -> int:
         """Put back what was written last; how many steps had been gone over then, 0 where nothing can be used."""
         try:
             content = read_sealed(self._folder / f"{self._name}.json")
@@ -71,32 +71,32 @@ class Bookmark:
         except (RunDirectoryError, OSError, KeyError):
             return 0  # a walk from the start is right, too
         self._number = content["number"]
-        for row, adjoint in enumerate(progress.adjoints):
+        for row, adjoint in enumerate(carried.adjoints):
             flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
             _put_back(adjoint, unflatten(content["layouts"][row], flat))
         for name in ("values", "visits", "relabelled"):
-            setattr(progress.found, name, tensors[name])
-        progress.found.by_epoch = dict(zip(progress.found.by_epoch, tensors["by_epoch"], strict=True))
+            setattr(carried.found, name, tensors[name])
+        carried.found.by_epoch = dict(zip(carried.found.by_epoch, tensors["by_epoch"], strict=True))
         for name, value in content["fidelity"].items():
-            setattr(progress.fidelity, name, value)
+            setattr(carried.fidelity, name, value)
         done: int = content["done"]
         return done
 
-    def pass_by(self, done: int, progress: Progress) -> None:
+    def pass_by(self, done: int, carried: Carried) -> None:
         """``done`` steps have been gone over: write that down, if it is time to."""
         now = time.monotonic()
         if now - self._last < max(_SECONDS, self._took / _SHARE):
             return
         with suppress(OSError, SafetensorError):  # the latter where the disk is full
-            self._write(done, progress)
+            self._write(done, carried)
         self._last = time.monotonic()
         self._took = self._last - now
 
-    def _write(self, done: int, progress: Progress) -> None:
+    def _write(self, done: int, carried: Carried) -> None:
         """Tensors under a new name first; once the JSON names them, the old ones go."""
-        states = [flatten(State(one.params, one.buffers, one.optimizer)) for one in progress.adjoints]
+        states = [flatten(State(one.params, one.buffers, one.optimizer)) for one in carried.adjoints]
         tensors = {f"{row}/{dtype}": tensor for row, (_, flat) in enumerate(states) for dtype, tensor in flat.items()}
-        found = progress.found
+        found = carried.found
         tensors |= {"values": found.values, "visits": found.visits, "relabelled": found.relabelled}
         tensors["by_epoch"] = torch.stack([*found.by_epoch.values()])
         old, self._number = self._number, self._number + 1
@@ -112,7 +112,7 @@ class Bookmark:
             "checksum_of_file": checksum,
             "layouts": [layout for layout, _ in states],
             "dtypes": [list(flat) for _, flat in states],
-            "fidelity": {name: getattr(progress.fidelity, name) for name in _COUNTERS},
+            "fidelity": {name: getattr(carried.fidelity, name) for name in _COUNTERS},
         }
         write_sealed(self._folder / f"{self._name}.json", content)
         self._tensors(old).unlink(missing_ok=True)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGD, Adam and AdamW with transposes written out: cheap, and defined where autograd's would be NaN.
-
-All are elementwise. The learning rate may be zero, the state absent (the first step) and the second moment zero.
-"""
+"""The steps of torch's optimizers, those of SGD and Adam with their transposes written out."""
 
 import math
 from typing import Any
@@ -123,3 +120,147 @@ def _scales(state: Entries, group: Group) -> tuple[Any, float]:
     beta1, beta2 = group["betas"]
     number = float(next_step(state))
     return _rate(group) / (1 - beta1**number), math.sqrt(1 - beta2**number)
+
+
+class Adadelta(Update):
+    """M. D. Zeiler, arXiv:1212.5701."""
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        rho, eps = group["rho"], group["eps"]
+        d = uphill(grad, group) + group["weight_decay"] * param
+        zero = torch.zeros_like(param)
+        square, moved = state.get("square_avg", zero), state.get("acc_delta", zero)
+        square = rho * square + (1 - rho) * d * d
+        delta = root(moved + eps) / root(square + eps) * d
+        moved = rho * moved + (1 - rho) * delta * delta
+        return param - group["lr"] * delta, {"square_avg": square, "acc_delta": moved, "step": next_step(state)}
+
+
+class Adagrad(Update):
+    """J. Duchi, E. Hazan, Y. Singer, JMLR 12, 2011."""
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        step = next_step(state)
+        d = uphill(grad, group) + group["weight_decay"] * param
+        total = state["sum"] if "sum" in state else torch.full_like(param, group["initial_accumulator_value"])
+        total = total + d * d
+        rate = group["lr"] / (1 + (float(step) - 1) * group["lr_decay"])
+        return param - rate * d / (root(total) + group["eps"]), {"sum": total, "step": step}
+
+
+class Adamax(Update):
+    """D. P. Kingma, J. Ba, ICLR 2015, section 7.1."""
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        beta1, beta2 = group["betas"]
+        step, zero = next_step(state), torch.zeros_like(param)
+        d = uphill(grad, group) + group["weight_decay"] * param
+        first = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d
+        largest = torch.maximum(beta2 * state.get("exp_inf", zero), d.abs() + group["eps"])
+        rate = group["lr"] / (1 - beta1 ** float(step))
+        return param - rate * first / largest, {"exp_avg": first, "exp_inf": largest, "step": step}
+
+
+class ASGD(Update):
+    """B. T. Polyak, A. B. Juditsky, SIAM J. Control Optim. 30(4), 1992. The average ``ax`` is kept, and not used."""
+
+    constants = frozenset({"step", "eta", "mu"})
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        step, lr, lambd = next_step(state), group["lr"], group["lambd"]
+        one = torch.tensor(1.0)
+        eta, mu = state.get("eta", one * float(lr)), state.get("mu", one)
+        d = uphill(grad, group) + group["weight_decay"] * param
+        param = param * (1 - lambd * float(eta)) - float(eta) * d
+        mean = state.get("ax", torch.zeros_like(param))
+        mean = mean + float(mu) * (param - mean) if float(mu) != 1 else param
+        return param, {
+            "ax": mean,
+            "eta": torch.as_tensor(lr / (1 + lambd * lr * float(step)) ** group["alpha"], dtype=eta.dtype),
+            "mu": torch.tensor(1 / max(1, float(step) - group["t0"]), dtype=mu.dtype),
+            "step": step,
+        }
+
+
+class NAdam(Update):
+    """T. Dozat, ICLR workshop, 2016."""
+
+    constants = frozenset({"step", "mu_product"})
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        step, lr, beta1 = next_step(state), group["lr"], group["betas"][0]
+        number, decay = float(step), group["momentum_decay"]
+        d, kept, first, second = decayed_moments(param, grad, state, group)
+        mu = beta1 * (1 - 0.5 * 0.96 ** (number * decay))
+        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((number + 1) * decay))
+        product = state.get("mu_product", torch.tensor(1.0)) * mu
+        so_far = float(product)
+        direction = lr * (1 - mu) / (1 - so_far) * d + lr * mu_next / (1 - so_far * mu_next) * first
+        moved = kept - direction / (root(second / (1 - group["betas"][1] ** number)) + group["eps"])
+        return moved, {"exp_avg": first, "exp_avg_sq": second, "mu_product": product, "step": step}
+
+
+class RAdam(Update):
+    """L. Liu and others, ICLR 2020."""
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        beta1, beta2 = group["betas"]
+        step = next_step(state)
+        number = float(step)
+        _, kept, first, second = decayed_moments(param, grad, state, group)
+        direction = first / (1 - beta1**number)
+        correction = 1 - beta2**number
+        longest = 2 / (1 - beta2) - 1
+        length = longest - 2 * number * beta2**number / correction
+        if length > 5:  # enough gradients for their variance to mean something
+            square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            direction = direction * square**0.5 * correction**0.5 / (root(second) + group["eps"])
+        return kept - group["lr"] * direction, {"exp_avg": first, "exp_avg_sq": second, "step": step}
+
+
+class RMSprop(Update):
+    """T. Tieleman, G. Hinton, Coursera lecture 6.5, 2012; centred: A. Graves, arXiv:1308.0850."""
+
+    def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
+        """See the base class."""
+        alpha, momentum, zero = group["alpha"], group["momentum"], torch.zeros_like(param)
+        d = uphill(grad, group) + group["weight_decay"] * param
+        square = alpha * state.get("square_avg", zero) + (1 - alpha) * d * d
+        after = {**state, "square_avg": square, "step": next_step(state)}
+        if group["centered"]:
+            after["grad_avg"] = alpha * state.get("grad_avg", zero) + (1 - alpha) * d
+            square = square - after["grad_avg"] * after["grad_avg"]
+        direction = d / (root(square) + group["eps"])
+        if momentum > 0:
+            direction = momentum * state.get("momentum_buffer", zero) + direction
+            after["momentum_buffer"] = direction
+        return param - group["lr"] * direction, after
+
+
+def decayed_moments(param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient with coupled decay, parameter after decoupled decay, first and second moment."""
+    (beta1, beta2), decay, zero = group["betas"], group["weight_decay"], torch.zeros_like(param)
+    d, kept = uphill(grad, group), param
+    if group["decoupled_weight_decay"]:
+        kept = (1 - group["lr"] * decay) * param
+    else:
+        d = d + decay * param
+    first = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d
+    second = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * d * d
+    return d, kept, first, second
+
+
+def root(square: Tensor) -> Tensor:
+    """Square root whose derivative at zero is zero.
+
+    A second moment is zero where every gradient so far was, and then whatever is divided by its root is zero, too: the
+    derivative through the root is zero times infinity, whose limit for gradients that tend to zero is zero.
+    """
+    is_zero = square == 0
+    return torch.where(is_zero, 0, torch.where(is_zero, 1, square).sqrt())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.losses.evaluate import Evaluated
-from lightning_sgdclean.losses.kernels import refuse_cut_graphs, refusing_by_name, twice_differentiable_kernels
+from lightning_sgdclean.losses.kernels import gradient, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
 
 Problem = Callable[[Tensor], Evaluated]
@@ -54,19 +54,6 @@ class Engine(Protocol):
         self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
     ) -> Linearised:
         """Evaluate a batch; with ``needs_gradient`` also its gradient."""
-
-
-def gradient(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None, **options: bool
-) -> list[Tensor]:
-    """``torch.autograd.grad`` with zeros for what is not reached, and no outputs at all allowed."""
-    pairs = [(o, None if cotangents is None else cotangents[i]) for i, o in enumerate(outputs) if o.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    wanted, given = [output for output, _ in pairs], [cotangent for _, cotangent in pairs]
-    with refusing_by_name():
-        found = torch.autograd.grad(wanted, inputs, given, allow_unused=True, **options)
-    return [torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(found, inputs, strict=True)]
 
 
 class Exact:

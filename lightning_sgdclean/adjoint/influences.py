@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.trajectory.records import MicroBatch, SampleId, Step
+from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
 
 @dataclass

@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.base.randomness import set_random_state
-from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.batches import as_float32, cloned
 from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.losses.evaluate import Evaluated, Surroundings, training_loss
-from lightning_sgdclean.losses.other_labels import OtherLabels
-from lightning_sgdclean.losses.precision import as_float32
 from lightning_sgdclean.losses.running_statistics import BatchStatistic
-from lightning_sgdclean.losses.weighting import Plan, unit_weights
+from lightning_sgdclean.losses.weighting import OtherLabels, SplitPlan, unit_weights
 from lightning_sgdclean.replay.walk import Walk
 from lightning_sgdclean.trajectory.records import Step
 
@@ -29,7 +27,7 @@ class MicroStep:
         self._batch = walk.batch_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
         self._buffers: dict[str, Tensor] | None = None
-        self._plan: Plan | None = None
+        self._plan: SplitPlan | None = None
         self._references: dict[str, dict[int, Tensor]] = {}
         self._labels = None if walk.labels_of is None else walk.labels_of(self.micro.ids)
         self._is_relabelled = True
@@ -69,7 +67,7 @@ class MicroStep:
             evaluated.loss = evaluated.loss * self.micro.scale
         return evaluated
 
-    def _loss(self, surroundings: Surroundings, weights: Tensor, plan: Plan | None) -> Evaluated:
+    def _loss(self, surroundings: Surroundings, weights: Tensor, plan: SplitPlan | None) -> Evaluated:
         walk = self._walk
         is_own = surroundings is walk.surroundings
         live = dict(walk.module.named_buffers())

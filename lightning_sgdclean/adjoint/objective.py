@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective ``F``, as validation computes it, and its gradient: where the walk backwards starts."""
+"""The objective and its gradient, where the walk starts."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.curvature import gradient
 from lightning_sgdclean.base.errors import NonFiniteError, ObjectiveError
 from lightning_sgdclean.base.lightning import batch_size_of
+from lightning_sgdclean.base.options import ObjectiveFn
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.losses.evaluate import Surroundings, eagerly, logging_to, takes_batch_idx, untouched_module
-from lightning_sgdclean.losses.precision import summable
+from lightning_sgdclean.data.batches import cloned, summable
+from lightning_sgdclean.data.fetching import ValidationBatch
+from lightning_sgdclean.losses.evaluate import Surroundings, takes_batch_idx
+from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.module_state import eagerly, logging_to, untouched_module
 from lightning_sgdclean.losses.running_statistics import RunningStatistics
-
-ObjectiveFn = Callable[[Any, Any], Any]
-ValidationBatch = tuple[Any, int, int]  # batch, batch_idx, dataloader_idx
 
 
 @dataclass
@@ -30,23 +28,6 @@ class ObjectiveGradient:
     value: float
     params: list[Tensor]
     buffers: dict[str, Tensor]
-
-
-def loaders_in(loaders: Any) -> list[Any]:
-    """The loaders in one loader, or in a list, tuple or dict of them, in Lightning's order."""
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    if isinstance(loaders, list | tuple):
-        return [found for inner in loaders for found in loaders_in(inner)]
-    return [loaders]
-
-
-def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[ValidationBatch]:
-    """All batches of one loader or several, cut to Lightning's limits."""
-    for number, loader in enumerate(loaders_in(loaders)):
-        limit = limits[number] if limits is not None and number < len(limits) else math.inf
-        for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
-            yield batch, batch_idx, number
 
 
 def logged_value(

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which optimizer classes can be followed, by which update, and why others cannot."""
+"""Which optimizer class has which update, why others have none, and clipping before it."""
+
+import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.closed_forms import SGD, Adam
-from lightning_sgdclean.adjoint.registered import Forward, Function, Proved
-from lightning_sgdclean.adjoint.torch_updates import ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop
-from lightning_sgdclean.adjoint.updates import Update
+from lightning_sgdclean.adjoint.closed_forms import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
+from lightning_sgdclean.adjoint.updates import Forward, Function, Proved, Update
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from lightning_sgdclean.trajectory.parameter_groups import is_plain
+from lightning_sgdclean.trajectory.live_state import is_plain
 
 _UPDATES: dict[type[Optimizer], Update] = {
     torch.optim.SGD: SGD(),
@@ -99,3 +101,58 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 
 def _is_torchs(kind: type) -> bool:
     return getattr(torch.optim, kind.__name__, None) is kind
+
+
+Clip = tuple[str, float] | None
+
+
+def clip(grads: dict[str, Tensor], how: Clip) -> dict[str, Tensor]:
+    """Gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` leaves them."""
+    if how is None or not grads:
+        return grads
+    algorithm, value = how
+    if algorithm == "value":
+        return {name: grad.clamp(-value, value) for name, grad in grads.items()}
+    factor = min(1.0, value / (_norm(grads) + 1e-6))
+    return {name: grad * factor for name, grad in grads.items()}
+
+
+def clip_transpose(grads: dict[str, Tensor], cotangents: dict[str, Tensor], how: Clip) -> dict[str, Tensor]:
+    """Cotangents of the gradients before clipping from those after it."""
+    if how is None or not grads:
+        return cotangents
+    algorithm, value = how
+    if algorithm == "value":
+        return {n: torch.where(grads[n].abs() <= value, c, 0) for n, c in cotangents.items()}
+    norm = _norm(grads)
+    if value / (norm + 1e-6) >= 1:
+        return cotangents
+    factor = value / (norm + 1e-6)
+    dot = sum(float((cotangents[n].double() * grads[n].double()).sum()) for n in grads)
+    pull = -value / (norm + 1e-6) ** 2 / norm * dot
+    return {n: factor * c + pull * grads[n] for n, c in cotangents.items()}
+
+
+def _norm(grads: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads.values()))
+
+
+Gradients = Mapping[str, Tensor | None]
+
+
+def clipped(gradients: Gradients, how: Clip) -> Gradients:
+    """Each run's gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` leaves them.
+
+    Args:
+        gradients: By parameter, each ``(K, ...)``, or None.
+        how: As recorded.
+    """
+    given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if how is None or not given:
+        return gradients
+    algorithm, value = how
+    if algorithm == "value":
+        return dict(gradients) | {name: gradient.clamp(-value, value) for name, gradient in given.items()}
+    norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in given.values()])
+    factor = (value / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    return dict(gradients) | {name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in given.items()}

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that imports Lightning, under whichever of its two names it is installed."""
+"""The one place that imports Lightning, under either of its names, and what a Trainer is asked in several wings."""
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -25,6 +30,7 @@ def _installed() -> list[ModuleType]:
 
 
 _PACKAGES = _installed()
+
 
 # A class that inherits from the Callback of both packages is accepted by both Trainers and both CLIs.
 CALLBACK_BASES: tuple[Any, ...] = tuple(package.Callback for package in _PACKAGES)
@@ -95,3 +101,70 @@ def without_chatter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+LIGHTNING_MODULES = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
+
+
+def check_optimizers(trainer: Any) -> None:
+    """Once the optimizers exist.
+
+    Raises:
+        UnsupportedTrainingError: Not exactly one, or one whose step has no transpose.
+    """
+    optimizers = trainer.optimizers
+    if len(optimizers) != 1:
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+        raise UnsupportedTrainingError(
+            f"configure_optimizers gave {len(optimizers)} optimizers ({names}); exactly one can be followed. "
+            "Put all parameters into groups of one optimizer."
+        )
+    update_of(optimizers[0])
+
+
+_MODULE_HOOKS = (
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+_CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+
+
+def gradient_hooks(trainer: Any, module: Any) -> list[str]:
+    """Hooks of the user's own that could edit gradients, e.g. ``Net.on_before_optimizer_step``."""
+    owners = [(module, _MODULE_HOOKS), *((callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)]
+    return [
+        f"{type(owner).__name__}.{hook}"
+        for owner, hooks in owners
+        for hook in hooks
+        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(LIGHTNING_MODULES)
+    ]
+
+
+def one_loader(trainer: Any) -> Callable[[Any], Any]:
+    """Once the training loaders exist.
+
+    Returns:
+        What makes the loader's batch what ``training_step`` gets: ``{"a": batch}`` for a loader given in a dict.
+
+    Raises:
+        UnsupportedTrainingError: There are several.
+    """
+    combined = trainer.fit_loop._combined_loader
+    num = len(combined.flattened)
+    if num != 1:
+        raise UnsupportedTrainingError(
+            f"There are {num} training loaders; exactly one can be followed, since in a batch of several a row has "
+            "several samples. Give one loader over one dataset whose items are pairs, or over a ConcatDataset."
+        )
+    _, shape = tree_flatten(combined.iterables)
+    return lambda batch: tree_unflatten([batch], shape)
+
+
+def shown_bar(trainer: Any) -> Any:
+    """The Trainer's progress bar, or None where it shows none, so that we show none either."""
+    bar = trainer.progress_bar_callback
+    return None if bar is None or getattr(bar, "is_disabled", False) else bar

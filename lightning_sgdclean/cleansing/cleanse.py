@@ -11,15 +11,12 @@ from typing import Any, Literal
 import torch
 
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.base.options import check_choice
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.cleansing.gains import judge
-from lightning_sgdclean.cleansing.plan import Plan, Question, measured
-from lightning_sgdclean.cleansing.result import Cleansing
+from lightning_sgdclean.cleansing.plan import CleansingPlan, Question, Settings, Trial, measured
+from lightning_sgdclean.cleansing.result import Cleansing, judge
 from lightning_sgdclean.cleansing.training import Build, takes_without
-from lightning_sgdclean.cleansing.trial_runs import Result, TrialRuns
-from lightning_sgdclean.cleansing.trial_store import TrialStore, identity_of
-from lightning_sgdclean.cleansing.trials import Settings, Trial
-from lightning_sgdclean.record.checks import check_choice
+from lightning_sgdclean.cleansing.trials import Result, TrialRuns, TrialStore, identity_of
 
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
@@ -49,7 +46,7 @@ def cleanse(
     For each seed: train on everything and rank; then train again from the same seed without the worst samples, several
     numbers of them, and without as many random ones. How many to remove is chosen on validation data; what that
     gains is measured on test data, which the ranking has not seen. See
-    :func:`lightning_sgdclean.cleansing.gains.judge`.
+    :func:`lightning_sgdclean.cleansing.result.judge`.
 
     Args:
         build: Callable ``(seed)`` that makes a fresh :class:`lightning_sgdclean.Training` each time, after
@@ -89,7 +86,9 @@ def cleanse(
     _check_numbers(chosen, drop, random_draws, processes, level)
     _check_choices(build, mode, on, action)
     settings = Settings(Path(dirpath), influence, on, ckpt_path, action, set_label)
-    plan = Plan(tuple(drop), random_draws, Question(metric, mode, select, select_mode, level, action), settings)
+    plan = CleansingPlan(
+        tuple(drop), random_draws, Question(metric, mode, select, select_mode, level, action), settings
+    )
     say = _narrator(len(chosen) * (1 + len(drop) * (1 + random_draws)), on, metric) if verbose else lambda *_: None
     store = TrialStore(settings.folder, identity_of(build, settings))
     runs = TrialRuns(build, settings, store, plan.followers, say)
@@ -124,7 +123,7 @@ def _check_numbers(
         )
 
 
-def _judged(results: dict[Trial, Result], plan: Plan, seeds: tuple[int, ...]) -> Cleansing:
+def _judged(results: dict[Trial, Result], plan: CleansingPlan, seeds: tuple[int, ...]) -> Cleansing:
     question = plan.question.completed(results[Trial(seeds[0])])
     assert question.select is not None and question.select_mode is not None  # noqa: PT018 - the plan has seen to it
     on = plan.settings.on

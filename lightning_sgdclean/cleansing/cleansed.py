@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.base.lightning import CALLBACK_BASES
-from lightning_sgdclean.data.dropping import DrawnSamples, over_dataset, without_samples
 from lightning_sgdclean.data.relabelling import RelabelledDataset
+from lightning_sgdclean.data.samplers import DrawnSamples, over_dataset, without_samples
 
 
 class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lightning_sgdclean.base.run_directory import check_dataset, read_summary
+from lightning_sgdclean.base.files import check_dataset, read_summary
 from lightning_sgdclean.data.labels import (
     Label,
     Place,
@@ -22,8 +22,7 @@ from lightning_sgdclean.data.labels import (
     with_label,
 )
 from lightning_sgdclean.data.relabelling import RelabelledDataset
-from lightning_sgdclean.ranking.identity import run_id
-from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.ranking.ranking import Ranking, run_id
 from lightning_sgdclean.ranking.table import CSV_NAME, SampleId
 
 DECISIONS_NAME = "decisions.csv"

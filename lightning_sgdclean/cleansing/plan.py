@@ -1,15 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which trainings a cleansing takes, and their results as the arrays that the verdict is made from."""
+"""Which trainings a cleansing takes, and their results as arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lightning_sgdclean.cleansing.gains import Measured
-from lightning_sgdclean.cleansing.trials import Action, Settings, Trial
 from lightning_sgdclean.ranking.ranking import Ranking
+
+Loop = Literal["val", "test"]
+Arm = Literal["none", "worst", "random"]
+Action = Literal["drop", "relabel"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Which training: its seed, and which samples are left out or relabelled.
+
+    Attributes:
+        seed: Of weights, data order and all else.
+        arm: ``"none"`` trains on everything, and ranks; ``"worst"`` changes the most harmful samples, ``"random"`` as
+            many random ones.
+        count: How many samples.
+        draw: Number of the random draw.
+    """
+
+    seed: int
+    arm: Arm = "none"
+    count: int = 0
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique among the trials of a cleansing, and fit for a file."""
+        which = {"none": "", "worst": f"-{self.count}", "random": f"-{self.count}-{self.draw}"}[self.arm]
+        return f"seed{self.seed}-{self.arm}{which}"
+
+    def __str__(self) -> str:
+        changed = {
+            "none": "nothing changed",
+            "worst": f"the {self.count} worst changed",
+            "random": f"{self.count} random ones changed ({self.draw + 1})",
+        }
+        return f"seed {self.seed}, {changed[self.arm]}"
+
+    def ids(self, ranking: Ranking, action: Action) -> list[Any]:
+        """The samples that are changed; random ones depend on seed, number, draw and what can be changed alone."""
+        ids = ranking.sample_id[changeable(ranking, action)]
+        if self.arm == "random":
+            ids = np.sort(ids)
+            draw = np.random.default_rng((self.seed, self.count, self.draw))
+            return sorted(ids[draw.permutation(len(ids))[: self.count]].tolist())
+        return list(ids[: self.count].tolist())
+
+
+def changeable(ranking: Ranking, action: Action) -> NDArray[np.bool_]:
+    """Which samples the action does something to, ``(N,)``: all can be dropped.
+
+    Relabelled are those whose prediction is not their label. Were all drawn from, most random ones would keep their
+    label, as models mostly agree with their data: few changes would be held against many.
+    """
+    if action == "drop":
+        return np.ones(len(ranking), dtype=np.bool_)
+    differs: NDArray[np.bool_] = ranking.columns["prediction"] != ranking.columns["label"]  # also where unknown: NaN
+    return differs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all trials have in common.
+
+    Attributes:
+        folder: Rankings go to ``rankings`` in it.
+        influence: Options of :class:`SGDInfluence`; None where the built Trainer has one, or for the defaults.
+        on: Loop whose metric the verdict is on.
+        ckpt_path: As ``Trainer.test`` takes it: None for the weights after ``fit``, ``"best"`` for the best ones.
+        action: Whether samples are left out, or given the label that the ranked model predicts.
+        set_label: How a sample gets another label, where that is not plain.
+    """
+
+    folder: Path
+    influence: Mapping[str, Any] | None
+    on: Loop
+    ckpt_path: str | None
+    action: Action = "drop"
+    set_label: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """Loops that measure: one chooses how many samples to remove, the other judges."""
+        return ("val",) if self.on == "val" else ("val", "test")
+
+    def ranking_of(self, seed: int) -> Path:
+        """Run directory of that seed's training on everything."""
+        return self.folder / "rankings" / f"seed{seed}"
+
+    def checkpoints_of(self, trial: Trial) -> Path:
+        """Where that training keeps checkpoints until it is measured."""
+        return self.folder / "trials" / f"{trial.name}.checkpoints"
+
+
+Numbers: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric after every training, with ``S`` seeds, ``K`` numbers of samples and ``D`` random draws.
+
+    Attributes:
+        none: Nothing removed, shape ``(S,)``.
+        worst: Without the most harmful samples, shape ``(K, S)``.
+        random: Without as many random ones, shape ``(K, S, D)``.
+        mode: Whether the metric should be low (``"min"``) or high (``"max"``).
+    """
+
+    none: Numbers
+    worst: Numbers
+    random: Numbers
+    mode: Literal["min", "max"]
+
+    @property
+    def sign(self) -> float:
+        """What turns a decrease of the metric into a gain."""
+        return 1.0 if self.mode == "min" else -1.0
+
+    @property
+    def gains(self) -> Numbers:
+        """By how much removing the worst was better than removing nothing, of the same seed, ``(K, S)``."""
+        gains: Numbers = self.sign * (self.none - self.worst)
+        return gains
+
+    @property
+    def gains_over_random(self) -> Numbers:
+        """By how much it was better than removing random ones, on average over their draws, ``(K, S)``."""
+        gains: Numbers = self.sign * (self.random.mean(-1) - self.worst)
+        return gains
+
 
 Mode = Literal["min", "max"]
 
@@ -52,7 +181,7 @@ class Question:
 
 
 @dataclass
-class Plan:
+class CleansingPlan:
     """Unfolds the trials of each seed once its ranking is there, and holds each result against the others.
 
     Attributes:
@@ -132,7 +261,12 @@ class Plan:
 
 
 def measured(
-    results: Mapping[Trial, Mapping[str, Any]], plan: Plan, seeds: tuple[int, ...], loop: str, name: str, mode: Mode
+    results: Mapping[Trial, Mapping[str, Any]],
+    plan: CleansingPlan,
+    seeds: tuple[int, ...],
+    loop: str,
+    name: str,
+    mode: Mode,
 ) -> Measured:
     """One metric of all trainings, NaN where a training gave no number."""
 

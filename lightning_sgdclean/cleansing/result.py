@@ -1,21 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cleansing found: table, figure, verdict in words."""
+"""`Cleansing`: what cleansing gained, its intervals and verdict; table and figure."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
 from lightning_sgdclean.base.files import appearing_whole, write_json
-from lightning_sgdclean.cleansing.gains import Estimate, Measured, Verdict, estimate
-from lightning_sgdclean.cleansing.plan import Question
-from lightning_sgdclean.ranking.frames import data_frame
+from lightning_sgdclean.cleansing.plan import Measured, Numbers, Question
+from lightning_sgdclean.ranking.parquet import data_frame
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.ranking.table import write_rows
+
+Outcome: TypeAlias = Literal["improvement", "no more than random", "no improvement", "harm", "undecided"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its t-interval.
+
+    Attributes:
+        mean: Of one number a seed.
+        low: Lower end of the interval; NaN with a single seed.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether cleansing helped.
+
+    Attributes:
+        outcome: ``"improvement"`` if both intervals are above 0; ``"no more than random"`` if only that of ``gain`` is;
+            ``"harm"`` if that is below 0; ``"undecided"`` if a training gave no number or its data took part in the
+            ranking; else ``"no improvement"``.
+        gain: Over removing nothing, in the metric's unit; positive is better.
+        over_random: Over removing as many random samples.
+        chosen: For each seed the number of samples that the other seeds' validation chose.
+        recommended: The number that the validation of all seeds chooses.
+    """
+
+    outcome: Outcome
+    gain: Estimate
+    over_random: Estimate
+    chosen: tuple[int, ...]
+    recommended: int
+
+
+def estimate(values: Any, level: float = 0.95) -> Estimate:
+    """Mean of independent numbers, one a seed, with Student's t-interval."""
+    numbers = np.asarray(values, dtype=np.float64)
+    mean, count = float(numbers.mean()), len(numbers)
+    if count < 2:
+        return Estimate(mean, float("nan"), float("nan"))
+    half = float(stats.t.ppf((1 + level) / 2, count - 1) * numbers.std(ddof=1) / np.sqrt(count))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def judge(
+    counts: tuple[int, ...], verdict_on: Measured, chosen_on: Measured, level: float = 0.95, biased: bool = False
+) -> Verdict:
+    """Choose how many samples to remove on validation data, and measure on other data what that gains.
+
+    Several numbers are tried, and the best of several is good by luck. So for each seed the number is chosen by the
+    validation metric of the *other* seeds, removing nothing being among the choices; what the seed's own training
+    gains with that number enters one mean with one interval.
+
+    Args:
+        counts: The ``K`` numbers of samples, in the order of the arrays.
+        verdict_on: The metric on the data that ranking has not seen.
+        chosen_on: The metric on validation data.
+        level: Of the intervals.
+        biased: Whether the data of the verdict took part in the ranking, so that nothing can be concluded.
+    """
+    num_seeds = len(verdict_on.none)
+    choices = [_best(chosen_on, np.arange(num_seeds) != seed) for seed in range(num_seeds)]
+    gains = [_at(verdict_on.gains, choice, seed) for seed, choice in enumerate(choices)]
+    over = [_at(verdict_on.gains_over_random, choice, seed) for seed, choice in enumerate(choices)]
+    gain, over_random = estimate(gains, level), estimate(over, level)
+    by_choice = (0, *counts)
+    return Verdict(
+        "undecided" if biased else _outcome(gain, over_random),
+        gain,
+        over_random,
+        tuple(by_choice[choice] for choice in choices),
+        by_choice[_best(chosen_on, np.full(num_seeds, True))],
+    )
+
+
+def _best(measured: Measured, seeds: NDArray[np.bool_]) -> int:
+    """0 for removing nothing, else the row of the best number plus 1; the smaller one of equals."""
+    costs = np.vstack([measured.none, measured.worst])[:, seeds] * measured.sign
+    means = np.where(np.isfinite(costs).all(1), costs.mean(1), np.inf)
+    return int(means.argmin())
+
+
+def _at(gains: Numbers, choice: int, seed: int) -> float:
+    return 0.0 if choice == 0 else float(gains[choice - 1, seed])
+
+
+def _outcome(gain: Estimate, over_random: Estimate) -> Outcome:
+    ends = (gain.low, gain.high, over_random.low)
+    if not np.isfinite(ends).all():
+        return "undecided"
+    if gain.high < 0:
+        return "harm"
+    if gain.low <= 0:
+        return "no improvement"
+    return "improvement" if over_random.low > 0 else "no more than random"
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Two colours of Okabe and Ito that stay apart in every common form of colour blindness.
+_WORST, _RANDOM, _NONE = "#D55E00", "#0072B2", "#505050"
+
+
+def plot_cleansing(metric: Measured, counts: tuple[int, ...], name: str, level: float, done: str) -> "Figure":
+    """Draw the mean over seeds with its interval as a band, for the worst samples and for random ones.
+
+    Built without pyplot, so it needs no display and leaves no global state behind.
+
+    Args:
+        metric: After every training.
+        counts: Numbers of samples.
+        name: Of the metric.
+        level: Of the intervals.
+        done: What was done to the samples, in a word.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot() needs matplotlib: pip install lightning-sgdclean[plot]") from error
+    name = name.replace("$", r"\$")  # a pair of them would start a formula
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    removed = np.array([0, *counts])
+    axes.axhline(metric.none.mean(), color=_NONE, linestyle="--", linewidth=1.2, label="nothing")
+    for values, colour, label in (
+        (metric.random.mean(-1), _RANDOM, "random samples"),
+        (metric.worst, _WORST, "most harmful samples"),
+    ):
+        _draw_band(axes, removed, np.vstack([metric.none, values]), colour, label, level)
+    axes.set_xlabel(f"training samples {done}")
+    axes.set_ylabel(f"{name}: mean of {len(metric.none)} seeds, {level:.0%} interval")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    return figure
+
+
+def _draw_band(axes: "Axes", removed: Numbers, values: Numbers, colour: str, label: str, level: float) -> None:
+    found = [estimate(row, level) for row in values]
+    axes.plot(removed, [one.mean for one in found], "o-", color=colour, linewidth=2, markersize=4, label=label)
+    axes.fill_between(
+        removed, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.15, linewidth=0
+    )
+
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
 
 _COLUMNS = ("arm", "samples", "mean", "low", "high", "gain", "gain_low", "gain_high")
 
@@ -77,8 +240,6 @@ class Cleansing:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        from lightning_sgdclean.cleansing.figure import plot_cleansing
-
         question = self.question
         return plot_cleansing(self.metric, self.counts, question.metric, question.level, _DONE[question.action])
 

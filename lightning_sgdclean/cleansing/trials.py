@@ -1,226 +1,250 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of many trainings of a cleansing: on everything, with a ranking, or with some of the samples changed."""
+"""The trainings of a cleansing on disk, and carried out one after another or in processes."""
 
-import math
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import inspect
+import json
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from lightning_sgdclean.base.lightning import seed_everything
-from lightning_sgdclean.callback import SGDInfluence
-from lightning_sgdclean.cleansing.cleansed import Cleansed
-from lightning_sgdclean.cleansing.own_checkpoints import own_checkpoints
-from lightning_sgdclean.cleansing.training import Build, Loop, Training, takes_without, weights_checksum
-from lightning_sgdclean.data.overlap import share_samples
-from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.base.files import read_sealed, write_sealed
+from lightning_sgdclean.base.lightning import without_chatter
+from lightning_sgdclean.base.resources import versions
+from lightning_sgdclean.cleansing.plan import Settings, Trial
+from lightning_sgdclean.cleansing.training import Build, run_trial
 
-Arm = Literal["none", "worst", "random"]
-Action = Literal["drop", "relabel"]
+FORMAT = 2  # 1 took ids for positions even where they were names
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Which training: its seed, and which samples are left out or relabelled.
+class TrialStore:
+    """A folder with one file a training, and one that says what they are trainings of.
 
-    Attributes:
-        seed: Of weights, data order and all else.
-        arm: ``"none"`` trains on everything, and ranks; ``"worst"`` changes the most harmful samples, ``"random"`` as
-            many random ones.
-        count: How many samples.
-        draw: Number of the random draw.
-    """
-
-    seed: int
-    arm: Arm = "none"
-    count: int = 0
-    draw: int = 0
-
-    @property
-    def name(self) -> str:
-        """Unique among the trials of a cleansing, and fit for a file."""
-        which = {"none": "", "worst": f"-{self.count}", "random": f"-{self.count}-{self.draw}"}[self.arm]
-        return f"seed{self.seed}-{self.arm}{which}"
-
-    def __str__(self) -> str:
-        changed = {
-            "none": "nothing changed",
-            "worst": f"the {self.count} worst changed",
-            "random": f"{self.count} random ones changed ({self.draw + 1})",
-        }
-        return f"seed {self.seed}, {changed[self.arm]}"
-
-    def ids(self, ranking: Ranking, action: Action) -> list[Any]:
-        """The samples that are changed; random ones depend on seed, number, draw and what can be changed alone."""
-        ids = ranking.sample_id[changeable(ranking, action)]
-        if self.arm == "random":
-            ids = np.sort(ids)
-            draw = np.random.default_rng((self.seed, self.count, self.draw))
-            return sorted(ids[draw.permutation(len(ids))[: self.count]].tolist())
-        return list(ids[: self.count].tolist())
-
-
-def changeable(ranking: Ranking, action: Action) -> NDArray[np.bool_]:
-    """Which samples the action does something to, ``(N,)``: all can be dropped.
-
-    Relabelled are those whose prediction is not their label. Were all drawn from, most random ones would keep their
-    label, as models mostly agree with their data: few changes would be held against many.
-    """
-    if action == "drop":
-        return np.ones(len(ranking), dtype=np.bool_)
-    differs: NDArray[np.bool_] = ranking.columns["prediction"] != ranking.columns["label"]  # also where unknown: NaN
-    return differs
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all trials have in common.
-
-    Attributes:
-        folder: Rankings go to ``rankings`` in it.
-        influence: Options of :class:`SGDInfluence`; None where the built Trainer has one, or for the defaults.
-        on: Loop whose metric the verdict is on.
-        ckpt_path: As ``Trainer.test`` takes it: None for the weights after ``fit``, ``"best"`` for the best ones.
-        action: Whether samples are left out, or given the label that the ranked model predicts.
-        set_label: How a sample gets another label, where that is not plain.
-    """
-
-    folder: Path
-    influence: Mapping[str, Any] | None
-    on: Loop
-    ckpt_path: str | None
-    action: Action = "drop"
-    set_label: Callable[[Any, Any], Any] | None = None
-
-    @property
-    def loops(self) -> tuple[Loop, ...]:
-        """Loops that measure: one chooses how many samples to remove, the other judges."""
-        return ("val",) if self.on == "val" else ("val", "test")
-
-    def ranking_of(self, seed: int) -> Path:
-        """Run directory of that seed's training on everything."""
-        return self.folder / "rankings" / f"seed{seed}"
-
-    def checkpoints_of(self, trial: Trial) -> Path:
-        """Where that training keeps checkpoints until it is measured."""
-        return self.folder / "trials" / f"{trial.name}.checkpoints"
-
-
-def run_trial(build: Build, trial: Trial, settings: Settings) -> dict[str, Any]:
-    """Train and measure.
-
-    Returns:
-        What is to be remembered, fit for JSON: ``start`` (checksum of the weights that it began with), ``metrics`` by
-        loop and name, ``changed`` (sample ids), ``seconds``; of a ranked one also ``num_changeable``,
-        ``num_harmful`` (of these), ``num_samples`` (of the dataset; where ids are names, of those ranked),
-        ``monitor`` and ``mode``, ``on_ranking_data``.
+    Args:
+        folder: Made if missing.
+        identity: What must be the same for trainings to belong together, fit for JSON.
 
     Raises:
-        TypeError: If ``build`` returns something else.
-        ValueError: If the training cannot be ranked or measured.
+        RunDirectoryError: If it holds trainings of another identity, or files of others.
     """
-    began = time.perf_counter()
-    seed_everything(trial.seed)
-    ranking = None if trial.arm == "none" else Ranking.load(settings.ranking_of(trial.seed))
-    changed = [] if ranking is None else trial.ids(ranking, settings.action)
-    training = build(trial.seed, without=frozenset(changed)) if takes_without(build) else build(trial.seed)
-    if not isinstance(training, Training):
-        raise TypeError(
-            f"Expected build(seed) to return a lightning_sgdclean.Training, found {type(training).__name__}."
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._trials = folder / "trials"
+        path = folder / "cleansing.json"
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        if path.exists():
+            _check_same(path, read_sealed(path), identity)
+        elif folder.exists():
+            _clear_of_beginnings(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sealed(path, identity)
+        self._trials.mkdir(exist_ok=True)
+
+    def result(self, trial: Trial) -> dict[str, Any] | None:
+        """What is remembered of a training, or None if it was not finished.
+
+        Raises:
+            RunDirectoryError: If the file is damaged.
+        """
+        path = self._path(trial)
+        return read_sealed(path) if path.exists() else None
+
+    def save(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Remember it."""
+        write_sealed(self._path(trial), result)
+
+    def _path(self, trial: Trial) -> Path:
+        return self._trials / f"{trial.name}.json"
+
+
+def _clear_of_beginnings(folder: Path) -> None:
+    """Remove what is left of a cleansing that was killed before it could say what it was of."""
+    found = list(folder.iterdir())
+    halves = [path for path in found if path.match(".cleansing.json.*.tmp")]
+    empty = [path for path in found if path.name == "trials" and path.is_dir() and not any(path.iterdir())]
+    if len(halves) + len(empty) < len(found):
+        raise RunDirectoryError(f"{folder} is not empty and holds no cleansing. Give another dirpath=.")
+    for path in halves:
+        path.unlink()
+
+
+def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        raise RunDirectoryError(
+            f"{path.parent} holds a cleansing with another {name} ({found.get(name)}; now {wanted.get(name)}), whose "
+            "trainings are not comparable. Give another dirpath=, or remove that folder."
         )
-    training.check(settings.loops)
-    start, facts, ranked_on = weights_checksum(training.model), {}, []
-    with own_checkpoints(training.trainer, settings.checkpoints_of(trial)):
-        if ranking is None:
-            influence = _ranked(training, settings, trial.seed)
-            facts = _facts(influence, training, settings, takes_without(build))
-            ranked_on = _ranked_on(influence, training)
-        else:
-            _changed(training, None if takes_without(build) else _change(ranking, changed, settings))
-        metrics = {loop: training.measure(loop, settings.ckpt_path) for loop in settings.loops}
-    facts["on_ranking_data"] = share_samples(ranked_on, getattr(training.trainer, f"{settings.on}_dataloaders"))
-    seconds = round(time.perf_counter() - began, 3)
-    return {"start": start, "metrics": metrics, "changed": changed, "seconds": seconds, **facts}
 
 
-def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
-    """Train on everything, and rank."""
-    own, options = _influences_in(training), settings.influence
-    if len(own) + (options is not None) > 1:
-        besides = " and influence= besides" if options is not None else ""
-        raise ValueError(f"Expected one SGDInfluence, found {len(own)} among the Trainer's callbacks{besides}.")
-    if not own:
-        own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
-        training.trainer.callbacks.insert(0, own[0])
-    own[0].dirpath, own[0].overwrite = settings.ranking_of(seed), True
-    if settings.action == "relabel":
-        own[0].columns = tuple(dict.fromkeys((*own[0].columns, "label", "prediction")))
-    training.fit()
-    return own[0]
+def identity_of(build: Build, settings: Settings) -> dict[str, Any]:
+    """Whatever trainings depend on and can be told: the source of ``build``, options, versions.
 
-
-def _facts(influence: SGDInfluence, training: Training, settings: Settings, names_will_do: bool) -> dict[str, Any]:
-    """What is to be known of a ranking."""
-    ranking = influence.ranking
-    if ranking is None:
-        raise ValueError("The training was not ranked. Do not use fast_dev_run.")
-    named = influence.sample_ids is not None and influence.summary["dataset_size"] is None
-    if named and not names_will_do:
-        raise ValueError(
-            "The ids that sample_ids= gives are names, not positions in the training loader's dataset, so the samples "
-            "cannot be found there. Give build(seed, without), which leaves out the samples with those ids, or rank "
-            "without sample_ids=."
-        )
-    dataset: Any = None if named else getattr(_train_loader(training), "dataset", None)
-    can_change = changeable(ranking, settings.action)
+    What functions that ``build`` calls do cannot be told; a ``build`` with an attribute ``config`` tells by that.
+    """
     return {
-        "num_changeable": int(can_change.sum()),
-        "num_harmful": int((ranking.influence[can_change] < 0).sum()),
-        "num_samples": len(dataset) if hasattr(dataset, "__len__") else len(ranking),
-        "monitor": influence.monitor if influence.objective is None else None,
-        "mode": influence.mode,
+        "build": _described(build) | {"source": _source_checksum(build), "config": getattr(build, "config", None)},
+        "influence": None if settings.influence is None else {k: _plain(v) for k, v in settings.influence.items()},
+        "action": settings.action,
+        "set_label": _plain(settings.set_label),
+        "on": settings.on,
+        "ckpt_path": settings.ckpt_path,
+        "versions": versions(),
     }
 
 
-def _train_loader(training: Training) -> Any:
-    return training.trainer.fit_loop._combined_loader.flattened[0]
+def _described(build: Any) -> dict[str, Any]:
+    if isinstance(build, partial):
+        arguments = [_plain(value) for value in build.args], {k: _plain(v) for k, v in build.keywords.items()}
+        return _described(build.func) | {"arguments": arguments}
+    named = build if hasattr(build, "__qualname__") else type(build)
+    return {"name": f"{named.__module__}.{named.__qualname__}"}
 
 
-def _ranked_on(influence: SGDInfluence, training: Training) -> Any:
-    """The data of the objective; the Trainer forgets them when it measures."""
-    return training.trainer.val_dataloaders if influence.val_dataloaders is None else influence.val_dataloaders
+def _source_checksum(build: Any) -> str | None:
+    build = build.func if isinstance(build, partial) else build
+    try:
+        source = inspect.getsource(build if hasattr(build, "__qualname__") else type(build))
+    except (OSError, TypeError):  # typed into an interpreter
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _change(ranking: Ranking, changed: list[Any], settings: Settings) -> Cleansed:
-    """The callback that leaves the samples out, or gives them the labels that the ranked model predicts."""
-    if settings.action == "drop":
-        return Cleansed(drop=changed)
-    row_of = {sample: row for row, sample in enumerate(ranking.sample_id.tolist())}
-    labels, expected = (
-        {sample: ranking.columns[name][row_of[sample]].item() for sample in changed} for name in ("prediction", "label")
-    )
-    unknown = [sample for sample in changed if math.isnan(labels[sample]) or math.isnan(expected[sample])]
-    if unknown:
-        raise ValueError(
-            f"Label or prediction of {len(unknown)} samples is not known (the first is {unknown[0]}), so that they "
-            'cannot be relabelled. Expected a loss of torch with one class a sample; action="drop" does without.'
+def _plain(value: Any) -> Any:
+    """The value where JSON can hold it, else what kind of thing it is; an address in memory would differ each time."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+Result: TypeAlias = dict[str, Any]
+Followers: TypeAlias = Callable[[Trial, Result], Iterable[Trial]]
+
+
+class TrialRuns:
+    """Carries out trials, and those that follow from the result of each.
+
+    Args:
+        build: Makes a training from a seed.
+        settings: Common to all.
+        store: Where results are looked up and kept.
+        followers: What is to be done after a trial; raises where its result does not do.
+        say: Told of each trial that was carried out, with its result.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        settings: Settings,
+        store: TrialStore,
+        followers: Followers,
+        say: Callable[[Trial, Result], None],
+    ) -> None:
+        self._build, self._settings, self._store = build, settings, store
+        self._followers, self._say = followers, say
+
+    def in_turn(self, trials: Iterable[Trial]) -> dict[Trial, Result]:
+        """One after another in this process, followers first."""
+        results: dict[Trial, Result] = {}
+        waiting = list(trials)
+        while waiting:
+            trial = waiting.pop(0)
+            result = self._store.result(trial)
+            if result is None:
+                with _noting(trial):
+                    result = _carry_out(self._build, trial, self._settings, self._store)
+                self._say(trial, result)
+            results[trial] = result
+            waiting[:0] = self._followers(trial, result)
+        return results
+
+    def in_processes(self, trials: Iterable[Trial], processes: int) -> dict[Trial, Result]:
+        """So many at a time, each in a process of its own that shares this one's threads with the others.
+
+        Raises:
+            ValueError: If ``build`` or the options cannot be sent to another process.
+        """
+        _check_can_be_sent(self._build, self._settings)
+        results: dict[Trial, Result] = {}
+        running: dict[Future[Result], Trial] = {}
+        threads = max(1, torch.get_num_threads() // processes)
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(threads,))
+
+        def begin(trials: Iterable[Trial]) -> None:
+            waiting = list(trials)
+            while waiting:
+                trial = waiting.pop(0)
+                result = self._store.result(trial)
+                if result is None:
+                    job = pool.submit(_carry_out, self._build, trial, self._settings, self._store)
+                    running[job] = trial
+                else:
+                    results[trial] = result
+                    waiting[:0] = self._followers(trial, result)
+
+        try:
+            begin(trials)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    trial = running.pop(future)
+                    with _noting(trial):
+                        results[trial] = future.result()
+                    self._say(trial, results[trial])
+                    begin(self._followers(trial, results[trial]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return results
+
+
+def _carry_out(build: Build, trial: Trial, settings: Settings, store: TrialStore) -> Result:
+    """Keeps its own result, so that it is not lost when another training fails meanwhile."""
+    with without_chatter():
+        result = run_trial(build, trial, settings)
+    store.save(trial, result)
+    return result
+
+
+@contextmanager
+def _noting(trial: Trial) -> Iterator[None]:
+    """Say which training an error comes from."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BrokenProcessPool):
+            error.add_note(
+                "A process ended before its training did. Is there enough memory? And a script that starts processes "
+                'needs its main part behind `if __name__ == "__main__":`.'
+            )
+        error.add_note(
+            f"This was the training with {trial}. Those that were finished are kept: call again with the same dirpath= "
+            "to go on."
         )
-    return Cleansed(labels=labels, set_label=settings.set_label, expected=expected)
+        raise
 
 
-def _changed(training: Training, change: Cleansed | None) -> None:
-    """Train on what the callback makes of the data; without one, ``build`` has seen to it."""
-    callbacks = training.trainer.callbacks
-    for callback in _influences_in(training):
-        callbacks.remove(callback)
-    if change is not None:
-        callbacks.insert(0, change)
-    training.fit()
-
-
-def _influences_in(training: Training) -> list[SGDInfluence]:
-    return [callback for callback in training.trainer.callbacks if isinstance(callback, SGDInfluence)]
+def _check_can_be_sent(*things: Any) -> None:
+    try:
+        pickle.dumps(things)
+    except Exception as error:  # of any type, as the objects' own code likes
+        raise ValueError(
+            f"build and influence= must be picklable to run in processes: {error}. Expected functions and classes of a "
+            "module; with processes=1 anything will do."
+        ) from error

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_sgdclean.base.resources import in_time
 from lightning_sgdclean.cli.terminal import facts, one_line
-from lightning_sgdclean.record.pace import in_time
 
 if TYPE_CHECKING:
     from lightning_sgdclean.cli.dry_run import Findings
@@ -91,7 +91,7 @@ def _split(callback: Any, found: "Findings") -> list[tuple[str, str]]:
     words = []
     for call in found.split:
         name, reduction, _ = call.call
-        whose = "one part a sample" if call.layouts else "no sample's, a penalty"
+        whose = "one part a sample" if call.rules else "no sample's, a penalty"
         bent = "" if call.is_linear else ", not linear in it"
         words.append(f"{name} ({reduction}): {whose}{bent}")
     return [("split", "; ".join(words))]
@@ -123,7 +123,7 @@ def _as_json(callback: Any, found: "Findings") -> dict[str, Any]:
         "refusal": None if found.refusal is None else str(found.refusal),
         "error": None if found.refusal is None else type(found.refusal).__name__,
         "notes": found.notes,
-        "split": None if found.split is None else [[*call.call[:2], bool(call.layouts)] for call in found.split],
+        "split": None if found.split is None else [[*call.call[:2], bool(call.rules)] for call in found.split],
         "first_ids": found.first_ids,
         "dataset_size": found.dataset_size,
         "trajectory_bytes": None if budget is None else budget.nbytes,

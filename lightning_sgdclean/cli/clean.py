@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.resources import pyarrow
 from lightning_sgdclean.cli.look import whole_number
-from lightning_sgdclean.cli.runs import RUN_HELP, FinishedRun, read_run
-from lightning_sgdclean.ranking.parquet import SUFFIX, pyarrow
+from lightning_sgdclean.cli.terminal import RUN_HELP, FinishedRun, read_run
+from lightning_sgdclean.ranking.parquet import SUFFIX
 from lightning_sgdclean.ranking.table import SampleId, write_rows
 
 NAME = "clean"

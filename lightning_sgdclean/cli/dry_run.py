@@ -10,10 +10,10 @@ from typing import Any
 
 from lightning_sgdclean.base.errors import SGDInfluenceError, SGDInfluenceWarning
 from lightning_sgdclean.base.lightning import CALLBACK_BASES, silent_logger
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.callback import SGDInfluence
-from lightning_sgdclean.losses.weighting import Plan
+from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.record.budget import Budget
-from lightning_sgdclean.trajectory.records import SampleId
 from lightning_sgdclean.trajectory.store import Trajectory
 
 NUM_STEPS = 3  # the first is rehearsed after the second
@@ -45,7 +45,7 @@ class Findings:
 
     refusal: SGDInfluenceError | None = None
     notes: list[str] = field(default_factory=list)
-    split: Plan | None = None
+    split: SplitPlan | None = None
     first_ids: list[SampleId] = field(default_factory=list)
     dataset_size: int | None = None
     budget: Budget | None = None
@@ -84,7 +84,7 @@ def dry_run(trainer: Any, module: Any, datamodule: Any, callback: SGDInfluence, 
     recording = callback._recording
     if recording is not None:
         found.budget, found.split = recording.outlook.budget, recording.split
-        found.first_ids = _first_ids(callback)
+        found.first_ids = _ids_of_first_batch(callback)
     return found
 
 
@@ -96,7 +96,7 @@ def _redirect(trainer: Any, callback: SGDInfluence, folder: Path) -> None:
         checkpoint.dirpath = str(folder / f"checkpoints-{number}")
 
 
-def _first_ids(callback: SGDInfluence) -> list[SampleId]:
+def _ids_of_first_batch(callback: SGDInfluence) -> list[SampleId]:
     if callback.run_dir is None or not (callback.run_dir / "trajectory" / "manifest.json").is_file():
         return []
     steps = Trajectory(callback.run_dir / "trajectory").steps

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_sgdclean.base.files import without_nan
-from lightning_sgdclean.cli.runs import RUN_HELP, FinishedRun, read_run
-from lightning_sgdclean.cli.terminal import facts, table
+from lightning_sgdclean.cli.terminal import RUN_HELP, FinishedRun, facts, read_run, table
 
 NAME = "show"
 HELP = "show the worst samples of a run"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean.base.run_directory import read_summary
+from lightning_sgdclean.base.files import read_summary
 from lightning_sgdclean.cli.check import add_classes
 
 NAME = "report"
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write."""
     if not arguments.run_dir.is_dir():
         raise FileNotFoundError(f"There is no run directory at {arguments.run_dir}.")
-    from lightning_sgdclean.report.building import write_report
-    from lightning_sgdclean.report.page import PAGE_NAME
+    from lightning_sgdclean.report.page import PAGE_NAME, write_report
 
     dataset = _dataset(arguments)
     if dataset is not None:

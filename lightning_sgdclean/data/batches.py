@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch is made of, whatever its nesting, and copies of it."""
+"""What a batch is made of, whatever its nesting: copies of it, its rows, and variants with samples replaced."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
@@ -58,3 +60,104 @@ def cloned(batch: Any) -> Any:
 def _cloned(tensor: Tensor) -> Tensor:
     copied = tensor.detach().clone()
     return copied.requires_grad_() if tensor.requires_grad else copied
+
+
+Variant = Callable[[Tensor], Any]  # mask (B,) of bool -> the batch with the marked samples replaced
+
+
+def with_neighbours(batch: Any, replaced: Tensor, above: tuple[int, ...] = ()) -> Any:
+    """The batch with each marked sample's row overwritten by that of the sample before it.
+
+    Args:
+        batch: Nested mappings, lists, tuples and objects. Tensors with a first or else second dimension of
+            length ``B``, and lists of ``B`` entries that are no batches themselves, have a row a sample.
+        replaced: ``(B,)`` of bool.
+        above: The objects that hold ``batch``.
+    """
+    num = len(replaced)
+    if isinstance(batch, Tensor):
+        return _with_neighbours(batch, replaced)
+    if id(batch) in above:
+        return batch  # a circle
+    inside = (*above, id(batch))
+    if isinstance(batch, list | tuple):
+        if is_entry_each(batch, num):
+            items = [batch[i - 1] if replaced[i] else batch[i] for i in range(num)]
+        else:
+            items = [with_neighbours(item, replaced, inside) for item in batch]
+        if hasattr(batch, "_fields"):
+            return type(batch)(*items)
+        return tuple(items) if isinstance(batch, tuple) else items
+    if isinstance(batch, MutableMapping):
+        changed = copy.copy(batch)
+        changed.update({key: with_neighbours(value, replaced, inside) for key, value in batch.items()})
+        return changed
+    if callable(batch) or not (attributes := attributes_of(batch)):
+        return batch
+    changed = copy.copy(batch)
+    for name, value in attributes.items():
+        object.__setattr__(changed, name, with_neighbours(value, replaced, inside))  # also of a frozen dataclass
+    return changed
+
+
+def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
+    dim = next((dim for dim in range(min(2, batch.ndim)) if batch.shape[dim] == len(replaced)), None)
+    if dim is None or batch.layout is not torch.strided:
+        return batch.clone()
+    shape = [-1 if d == dim else 1 for d in range(batch.ndim)]
+    return torch.where(replaced.to(batch.device).view(shape), batch.roll(1, dim), batch)
+
+
+def tensor_shapes(batch: Any) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in a batch, in order."""
+    return [tuple(leaf.shape) for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
+
+
+def neighbour_variant(batch: Any) -> Variant:
+    """:func:`with_neighbours` of a batch that ``training_step`` may write to."""
+    return lambda replaced: with_neighbours(cloned(batch), replaced)
+
+
+def of_one_shape(variant: Variant, num: int) -> Variant:
+    """A variant that never replaces a sample without which the batch has other shapes, as the longest of a padded one.
+
+    A shorter batch could not be compared with this one, entry by entry.
+    """
+    wanted = tensor_shapes(variant(torch.zeros(num, dtype=torch.bool)))
+
+    def shaped(replaced: Tensor) -> Any:
+        replaced = replaced.clone()
+        batch = variant(replaced)
+        for sample in replaced.nonzero().flatten().tolist():
+            if tensor_shapes(batch) == wanted:
+                break
+            replaced[sample] = False
+            batch = variant(replaced)
+        return batch
+
+    return shaped
+
+
+def is_entry_each(items: list[Any] | tuple[Any, ...], num: int) -> bool:
+    """Whether a sequence has one entry a sample; not so two tensors ``(x, y)`` of two samples, with rows themselves."""
+    kinds = {(type(item), item.ndim, item.dtype) if isinstance(item, Tensor) else type(item) for item in items}
+    return len(items) == num > 0 and len(kinds) == 1 and not all(_is_by_row(item, num) for item in items)
+
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def as_float32(batch: Any) -> Any:
+    """The batch with its 16-bit tensors widened."""
+    return apply_to_collection(batch, Tensor, summable)
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.float() if tensor.dtype in SIXTEEN_BITS else tensor
+
+
+def _is_by_row(item: Any, num: int) -> bool:
+    if isinstance(item, Tensor):
+        return item.layout is torch.strided and not item.is_nested and item.ndim > 0 and item.shape[0] == num > 0
+    return isinstance(item, list | tuple) and len(item) == num > 0

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples asked of the user's dataset once more, after training, as the loader asks for them."""
+"""Samples fetched from the dataset once more, and what loaders deliver."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_sgdclean.base.errors import ReplayMismatchError
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fingerprints import batch_digest
-from lightning_sgdclean.trajectory.records import SampleId
 
 
 def fetch_batch(loader: "DataLoader[Any]", positions: "list[SampleId] | SampleId") -> Any:
@@ -119,3 +121,50 @@ def fetched_variants(
         return prepare(collate_items(loader, [cloned(items[position]) for position in chosen]))
 
     return variant
+
+
+def share_samples(one: Any, other: Any) -> bool:
+    """Whether loaders, single or nested, go over a common dataset, and over a common position where both are subsets.
+
+    Two datasets that hold the same data in other objects are taken for different ones.
+    """
+    pairs = ((first, second) for first in _datasets(one) for second in _datasets(other))
+    return any(first[0] is second[0] and _meet(first[1], second[1]) for first, second in pairs)
+
+
+def _datasets(loaders: Any) -> list[tuple[Any, set[int] | None]]:
+    return [_innermost(loader.dataset) for loader in loaders_in(loaders) if hasattr(loader, "dataset")]
+
+
+def _innermost(dataset: Any) -> tuple[Any, set[int] | None]:
+    """The dataset behind subsets, and which of its positions they hold; None for all."""
+    positions: list[int] | None = None
+    while isinstance(dataset, Subset):
+        indices = [int(index) for index in dataset.indices]
+        positions = indices if positions is None else [indices[position] for position in positions]
+        dataset = dataset.dataset
+    return dataset, None if positions is None else set(positions)
+
+
+def _meet(one: set[int] | None, other: set[int] | None) -> bool:
+    return one is None or other is None or not one.isdisjoint(other)
+
+
+ValidationBatch = tuple[Any, int, int]  # batch, batch_idx, dataloader_idx
+
+
+def loaders_in(loaders: Any) -> list[Any]:
+    """The loaders in one loader, or in a list, tuple or dict of them, in Lightning's order."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [found for inner in loaders for found in loaders_in(inner)]
+    return [loaders]
+
+
+def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[ValidationBatch]:
+    """All batches of one loader or several, cut to Lightning's limits."""
+    for number, loader in enumerate(loaders_in(loaders)):
+        limit = limits[number] if limits is not None and number < len(limits) else math.inf
+        for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
+            yield batch, batch_idx, number

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.data.batches import attributes_of
+from lightning_sgdclean.data.batches import _is_by_row, attributes_of, is_entry_each
 
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -185,18 +185,6 @@ class Fingerprint:
             self._share(len(items))
             for item in items:
                 self.add(item, above)
-
-
-def _is_by_row(item: Any, num: int) -> bool:
-    if isinstance(item, Tensor):
-        return item.layout is torch.strided and not item.is_nested and item.ndim > 0 and item.shape[0] == num > 0
-    return isinstance(item, list | tuple) and len(item) == num > 0
-
-
-def is_entry_each(items: list[Any] | tuple[Any, ...], num: int) -> bool:
-    """Whether a sequence has one entry a sample; not so two tensors ``(x, y)`` of two samples, with rows themselves."""
-    kinds = {(type(item), item.ndim, item.dtype) if isinstance(item, Tensor) else type(item) for item in items}
-    return len(items) == num > 0 and len(kinds) == 1 and not all(_is_by_row(item, num) for item in items)
 
 
 def _whole(item: Any, above: tuple[int, ...]) -> tuple[int, int]:

@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples made up each batch: a proxy around the loader's sampler notes what it hands out."""
+"""Training loaders that note which samples they draw, or never draw some of them."""
 
+import copy
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from lightning_sgdclean.base.errors import SampleIdError
-from lightning_sgdclean.trajectory.records import Positions
+from lightning_sgdclean.base.errors import SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.base.options import SampleId
+
+Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching
 
 
 class _NotingIterator:
@@ -136,3 +149,189 @@ def stop_noting(loader: "DataLoader[Any]") -> None:
     sampler = getattr(loader, name)
     if isinstance(sampler, NotingSampler):
         object.__setattr__(loader, name, sampler.inner)
+
+
+_WAY_OUT = "Leave the samples out yourself, where the loader is made."
+
+
+class DrawnSamples:
+    """The outermost sampler of a changed loader: passes on what is drawn, and sees to it that nothing dropped is.
+
+    Attributes:
+        num_draws: Positions or batches drawn so far.
+    """
+
+    def __init__(self, inner: Any, dropped: frozenset[int]) -> None:
+        self._inner, self._dropped = inner, dropped
+        self.num_draws = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._checked(iter(self._inner))  # now: a sampler may draw random numbers as it is asked to begin
+
+    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for drawn in iterator:
+            self.num_draws += 1
+            if not self._dropped.isdisjoint(_positions(drawn)):
+                raise UnsupportedTrainingError(
+                    f"{type(self._inner).__name__} draws samples that are to be left out. {_WAY_OUT}"
+                )
+            yield drawn
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def without_samples(loader: "DataLoader[Any]", dropped: Iterable[int]) -> "DataLoader[Any]":
+    """A copy of the loader that draws as it does, as if its dataset ended without those samples.
+
+    The dataset stays whole, so positions keep their meaning. Shuffled or not, with replacement or with weights, in
+    batches of the same size: whatever torch's samplers do is done with the samples that remain. A weighted sampler
+    draws as many as before, if so many remain. Own samplers are followed if they draw each sample once.
+
+    Args:
+        loader: Over a dataset with positions.
+        dropped: Positions in its dataset.
+
+    Raises:
+        UnsupportedTrainingError: If the loader's own way to draw cannot be followed, or it would draw nothing.
+        IndexError: If there is no such position.
+    """
+    out = frozenset(int(position) for position in dropped)
+    size = _size_of(loader)
+    beyond = [position for position in out if not 0 <= position < size]
+    if beyond:
+        raise IndexError(f"Sample id {beyond[0]} is no position in the training loader's dataset of {size} samples.")
+    kept = [position for position in range(size) if position not in out]
+    fresh = _copied(loader)
+    if loader.batch_sampler is None:
+        sampler = DrawnSamples(_fewer(loader.sampler, kept, out, size), out)
+        fresh.__dict__.update(sampler=sampler)
+    else:
+        batches = _fewer_batches(loader.batch_sampler, kept, out, size)
+        fresh.__dict__.update(sampler=batches.sampler, batch_sampler=DrawnSamples(batches, out))
+    if not kept or not len(fresh):
+        raise UnsupportedTrainingError(f"Without {len(out)} of {size} samples the training loader has no batch left.")
+    return fresh
+
+
+def over_dataset(loader: "DataLoader[Any]", dataset: "Dataset[Any]") -> "DataLoader[Any]":
+    """A copy of the loader that draws the same positions from another dataset of the same size."""
+    fresh = _copied(loader)
+    fresh.__dict__.update(dataset=dataset)
+    return fresh
+
+
+def _positions(drawn: Any) -> list[Any]:
+    """What a sampler drew, one position or a batch of them, as plain numbers."""
+    is_batch = isinstance(drawn, Iterable) and getattr(drawn, "ndim", 1) != 0
+    return [operator.index(item) if hasattr(item, "__index__") else item for item in (drawn if is_batch else [drawn])]
+
+
+def _size_of(loader: Any) -> int:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        found = type(getattr(loader, "dataset", loader)).__name__
+        raise UnsupportedTrainingError(f"The training data are a {found}, whose samples have no positions. {_WAY_OUT}")
+    return len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _copied(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+    # Not made anew from its arguments: a subclass may take others, and DataLoader forbids assignment only.
+    fresh = copy.copy(loader)
+    fresh.__dict__.update(_iterator=None)  # persistent workers hold the other loader's dataset
+    return fresh
+
+
+def _fewer_batches(batches: Any, kept: list[int], out: frozenset[int], size: int) -> Any:
+    if type(batches) is BatchSampler:
+        sampler = _fewer(batches.sampler, kept, out, size)
+        return BatchSampler(sampler, batches.batch_size, batches.drop_last)
+    if not hasattr(batches, "sampler"):
+        raise UnsupportedTrainingError(
+            f"The batch sampler is a {type(batches).__name__} without an attribute sampler to be replaced. {_WAY_OUT}"
+        )
+    fresh = copy.copy(batches)
+    fresh.sampler = _fewer(batches.sampler, kept, out, size)
+    return fresh
+
+
+def _fewer(sampler: Any, kept: list[int], out: frozenset[int], size: int) -> Any:
+    """The sampler over the positions that are kept, in their order."""
+    kind = type(sampler)
+    if kind is SequentialSampler:
+        return kept
+    if kind is RandomSampler:
+        fewer = RandomSampler(kept, sampler.replacement, sampler._num_samples, sampler.generator)
+        return _Positions(fewer, kept)
+    if kind is SubsetRandomSampler:
+        return SubsetRandomSampler([i for i in sampler.indices if _positions(i)[0] not in out], sampler.generator)
+    if kind is WeightedRandomSampler:
+        return _weighted(sampler, out)
+    if kind is BatchSampler:  # of a loader that does not batch by itself
+        return _fewer_batches(sampler, kept, out, size)
+    if isinstance(sampler, Sequence):
+        return [i for i in sampler if _positions(i)[0] not in out]
+    if hasattr(sampler, "__len__") and len(sampler) == size:
+        return _Filtered(sampler, out)
+    raise UnsupportedTrainingError(
+        f"The sampler is a {kind.__name__} that does not draw each of the {size} samples once. {_WAY_OUT}"
+    )
+
+
+def _weighted(sampler: WeightedRandomSampler, out: frozenset[int]) -> WeightedRandomSampler:
+    weights = sampler.weights.clone()
+    weights[torch.tensor(sorted(out), dtype=torch.long)] = 0.0
+    possible = int((weights > 0).sum())
+    if not possible:
+        raise UnsupportedTrainingError("No sample that remains has a positive weight in the WeightedRandomSampler.")
+    number = sampler.num_samples if sampler.replacement else min(sampler.num_samples, possible)
+    fresh = WeightedRandomSampler([1.0], number, sampler.replacement, sampler.generator)
+    fresh.weights = weights  # as they are: the constructor takes a list of floats
+    return fresh
+
+
+class _Positions:
+    """A sampler over places in a list, as one over the positions that stand there."""
+
+    def __init__(self, inner: Any, positions: list[int]) -> None:
+        self._inner, self._positions = inner, positions
+
+    def __iter__(self) -> Iterator[int]:
+        return (self._positions[place] for place in self._inner)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class _Filtered:
+    """A sampler of the user's own, which draws each sample once, without some of them."""
+
+    def __init__(self, inner: Any, out: frozenset[int]) -> None:
+        self._inner, self._out = inner, out
+
+    def __iter__(self) -> Iterator[int]:
+        return self._rest(iter(self._inner))
+
+    def _rest(self, iterator: Iterator[int]) -> Iterator[int]:
+        num = 0
+        for position in iterator:
+            if _positions(position)[0] not in self._out:
+                num += 1
+                yield position
+        if num != len(self):
+            raise UnsupportedTrainingError(
+                f"{type(self._inner).__name__} drew {num} of the samples that remain, expected each of the {len(self)} "
+                f"once. {_WAY_OUT}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._inner) - len(self._out)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._inner, name)

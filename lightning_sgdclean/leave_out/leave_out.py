@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Go over a recorded window again without some of its samples: real runs, in step with the one that happened.
-
-A sample that is left out has weight zero in place: divisors, randomness, schedules and every other sample's place
-stay as they were, and so does its share in BatchNorm's statistics. Until one of its samples is drawn, a run is that
-which happened, so it joins there.
-"""
+"""Really leave samples out of a recorded window: runs beside the one that happened."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
-from lightning_sgdclean.leave_out.one_by_one import OneByOne, Weights
-from lightning_sgdclean.leave_out.stacked import NotStackedError, Stacked
+from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.leave_out.runs import SequentialRuns, Weights
+from lightning_sgdclean.leave_out.stacked import NotVmappedError, VmappedRuns
 from lightning_sgdclean.losses.weighting import unit_weights
 from lightning_sgdclean.replay.batch import BatchAgain
 from lightning_sgdclean.replay.forward import Borrowed, borrowed, live_state, load_all, take_step
 from lightning_sgdclean.replay.open import OpenedRun
 from lightning_sgdclean.replay.states import compare
 from lightning_sgdclean.replay.walk import Walk
-from lightning_sgdclean.trajectory.records import SampleId, Step
+from lightning_sgdclean.trajectory.records import Step
 
 Batched = bool | Literal["auto"]
 Progress = Callable[[int, int], None]  # steps of all runs done, of how many
@@ -113,19 +109,19 @@ def _all_runs(
     """The passes over the window, and why the runs were not made at once."""
     reason: str | None = ""
     if batched is not False:
-        reason = Stacked.why_not(this, len(runs), is_wanted=batched is True)
+        reason = VmappedRuns.why_not(this, len(runs), is_wanted=batched is True)
         if reason is None:
             try:
-                return _in_passes(this, runs, Stacked, progress), None
-            except NotStackedError as error:
+                return _in_passes(this, runs, VmappedRuns, progress), None
+            except NotVmappedError as error:
                 reason = str(error)
         if batched is True:
             raise UnsupportedOperationError(f'The runs cannot be made at once: {reason}. Use batched="auto".')
-    return _in_passes(this, runs, OneByOne, progress), reason
+    return _in_passes(this, runs, SequentialRuns, progress), reason
 
 
 def _in_passes(
-    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], progress: Progress
+    this: OpenedRun, runs: list[_Run], kind: type[SequentialRuns] | type[VmappedRuns], progress: Progress
 ) -> list[_Pass]:
     """Go over the window as often as it takes, each time with as many runs as fit in memory."""
     at_once, num_steps = kind.at_once(this), len(this.steps)
@@ -158,7 +154,7 @@ def _first_drawn(steps: list[Step]) -> dict[SampleId, int]:
 
 
 def _pass_over(
-    this: OpenedRun, runs: list[_Run], kind: type[OneByOne] | type[Stacked], made: Callable[[int], None]
+    this: OpenedRun, runs: list[_Run], kind: type[SequentialRuns] | type[VmappedRuns], made: Callable[[int], None]
 ) -> _Pass:
     """Run the window with nobody left out and, beside it, each run from the step on where it differs."""
     walk, steps = this.walk, this.steps

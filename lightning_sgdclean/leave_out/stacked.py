@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many runs at once: their states lie side by side, and the module is called for all of them by torch.func.vmap.
-
-Whether the module's code means the same then is not taken on trust: time and again one run's gradient is computed by
-itself, too, and where the two differ, all runs are made one by one.
-"""
+"""Many runs at once by `torch.func.vmap`, their states side by side, checked against single ones."""
 
 import math
 import warnings
@@ -14,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lightning_sgdclean.adjoint.objective_values import objective_values
-from lightning_sgdclean.adjoint.optimizers import is_elementwise
+from lightning_sgdclean.adjoint.optimizers import Gradients, is_elementwise
 from lightning_sgdclean.base.resources import slots_for
-from lightning_sgdclean.leave_out.one_by_one import Weights, copied, losses_of
-from lightning_sgdclean.leave_out.rows import Gradients, Rows
-from lightning_sgdclean.losses.precision import is_low
+from lightning_sgdclean.leave_out.runs import BatchedStates, Weights, copied, losses_of, objective_values
+from lightning_sgdclean.losses.evaluate import is_low
 from lightning_sgdclean.replay.batch import BatchAgain
 from lightning_sgdclean.replay.forward import Borrowed, accumulate, live_state, load_all
 from lightning_sgdclean.replay.open import OpenedRun
@@ -31,17 +25,17 @@ _MOST = 128  # runs: more at once are no faster
 _LARGE = 1 << 20  # bytes: on a CPU, runs that compute more in a step are as fast one by one
 
 
-class NotStackedError(Exception):
+class NotVmappedError(Exception):
     """The runs have to be made one by one; says why."""
 
 
-class Stacked:
+class VmappedRuns:
     """Runs side by side; the first is that which happened, so that the others differ from it by their samples alone."""
 
     def __init__(self, this: OpenedRun, optimizer: Borrowed) -> None:
         self._this, self._walk, self._optimizer = this, this.walk, optimizer
         self._bound = _Bound(this.walk.module)
-        self._rows: Rows | None = None  # made when the first run joins
+        self._rows: BatchedStates | None = None  # made when the first run joins
         self._num_steps, self._every = 0, max(1, len(this.steps) // _NUM_CHECKS)
         is_double = next(iter(this.walk.params.values())).dtype is torch.float64
         self._tolerance = 1e-9 if is_double else 1e-4
@@ -76,20 +70,20 @@ class Stacked:
         return max(1, min(_MOST, slots_for(2 * bytes_of_a_run(this), this.surroundings.device)))
 
     def join(self, seeds: list[int | None]) -> None:
-        """See :class:`lightning_sgdclean.leave_out.one_by_one.Runs`."""
+        """See :class:`lightning_sgdclean.leave_out.runs.Runs`."""
         if seeds:
             self._some_rows().append(seeds)
 
-    def _some_rows(self) -> Rows:
+    def _some_rows(self) -> BatchedStates:
         if self._rows is None:
-            self._rows = Rows(self._walk, self._optimizer)
+            self._rows = BatchedStates(self._walk, self._optimizer)
         return self._rows
 
     def step(self, step: Step, batches: list[BatchAgain], weights: list[Weights]) -> None:
-        """See :class:`lightning_sgdclean.leave_out.one_by_one.Runs`.
+        """See :class:`lightning_sgdclean.leave_out.runs.Runs`.
 
         Raises:
-            NotStackedError: If the module cannot be called for all of them, or means something else then.
+            NotVmappedError: If the module cannot be called for all of them, or means something else then.
         """
         rows = self._some_rows()
         looked_at = self._looked_at(weights) if step.is_update else None
@@ -162,15 +156,15 @@ class Stacked:
         moved = {name: buffer.detach().clone() for name, buffer in walk.module.named_buffers()}
         load_all(walk, optimizer, happened)
         if off_by(alone, gradients) > self._tolerance:
-            raise NotStackedError("side by side, runs of this module have other gradients than one by one")
+            raise NotVmappedError("side by side, runs of this module have other gradients than one by one")
         if any(off_by({name: moved[name]}, {name: buffers[name]}) > self._tolerance for name in moved):
-            raise NotStackedError("side by side, runs of this module move its buffers otherwise than one by one")
+            raise NotVmappedError("side by side, runs of this module move its buffers otherwise than one by one")
 
     def values(self) -> list[float]:
-        """See :class:`lightning_sgdclean.leave_out.one_by_one.Runs`.
+        """See :class:`lightning_sgdclean.leave_out.runs.Runs`.
 
         Raises:
-            NotStackedError: If the validation cannot be called for all of them, or means something else then.
+            NotVmappedError: If the validation cannot be called for all of them, or means something else then.
         """
         rows = self._some_rows()
         with _or_one_by_one(self._this):
@@ -180,7 +174,7 @@ class Stacked:
             (alone,) = objective_values(self._this, lambda value: value()[None])
             both_diverged = math.isnan(alone) and math.isnan(values[number])
             if not both_diverged and not math.isclose(alone, values[number], rel_tol=self._tolerance):
-                raise NotStackedError("side by side, runs of this module have other objectives than one by one")
+                raise NotVmappedError("side by side, runs of this module have other objectives than one by one")
         return values
 
 
@@ -232,4 +226,4 @@ def _or_one_by_one(this: OpenedRun) -> Iterator[None]:
         this.restore()
         text = str(error).partition("\n")[0]
         reason = f"called for all of them at once, the module fails ({type(error).__name__}: {text})"
-        raise NotStackedError(reason) from error
+        raise NotVmappedError(reason) from error

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the user's own ``training_step`` again, outside the training loop, and leave no trace of it."""
+"""The user's own `training_step` evaluated again, outside the training loop, under what stands for the Trainer."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.losses.apart import SamplesApart
-from lightning_sgdclean.losses.lookups import RefusedLookups
-from lightning_sgdclean.losses.module_state import Attributes
-from lightning_sgdclean.losses.other_labels import LabelledWeights, OtherLabels
-from lightning_sgdclean.losses.running_statistics import BatchStatistic, RunningStatistics
-from lightning_sgdclean.losses.weighting import Plan, SampleWeights, Term
-
-SampleLosses = Callable[[Any, Any], Tensor]
+from lightning_sgdclean.base.lightning import silent_logger
+from lightning_sgdclean.base.options import SampleLosses
+from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32
+from lightning_sgdclean.losses.kernels import RefusedLookups
+from lightning_sgdclean.losses.module_state import _ignore, eagerly, logging_to
+from lightning_sgdclean.losses.running_statistics import BatchStatistic, IndependentSamples, RunningStatistics
+from lightning_sgdclean.losses.weighting import LabelledWeights, LossCall, OtherLabels, SampleWeights, SplitPlan
 
 
 @dataclass(frozen=True)
@@ -44,54 +43,6 @@ class Surroundings:
     as_stage: Callable[[str], AbstractContextManager[Any]]
 
 
-@contextmanager
-def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Leave the module as it was found: parameters, buffers, modes, metric states, its lists.
-
-    Yields:
-        A callable that restores all but parameters and buffers already now, so that a module that
-        collects its losses in a list does not collect those of every replayed step.
-    """
-    attributes = Attributes(module)
-    owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    tensors = [*module.parameters(), *(buffer for *_, buffer in owners if buffer is not None)]
-    contents = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield attributes.restore
-    finally:
-        attributes.restore()
-        for part, name, buffer in owners:
-            part._buffers[name] = buffer
-        with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
-                tensor.copy_(content)
-
-
-@contextmanager
-def logging_to(module: Any, receive: Callable[..., None]) -> Iterator[None]:
-    """Within the block ``self.log`` and ``self.log_dict`` of the module go to ``receive(name, value, **options)``."""
-
-    def log_dict(dictionary: Any, *args: Any, **options: Any) -> None:
-        for name, value in dictionary.items():
-            receive(name, value, *args, **options)
-
-    module.__dict__.update(log=receive, log_dict=log_dict)
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            module.__dict__.pop(name, None)
-
-
-def eagerly() -> AbstractContextManager[Any]:
-    """Run compiled parts of the module as they were written: what was compiled without our watchers passes by them."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Log nowhere."""
-
-
 def takes_batch_idx(step: Callable[..., Any]) -> bool:
     """Whether ``training_step`` or ``validation_step`` wants a ``batch_idx``, as Lightning decides it."""
     parameters = inspect.signature(step).parameters
@@ -104,7 +55,7 @@ class Evaluated:
 
     loss: Tensor
     updates: list[BatchStatistic]
-    terms: list[Term]
+    calls: list[LossCall]
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -116,7 +67,7 @@ def training_loss(
     surroundings: Surroundings,
     sample_losses: SampleLosses | None = None,
     samples_apart: bool = False,
-    plan: Plan | None = None,
+    plan: SplitPlan | None = None,
     references: dict[int, Tensor] | None = None,
     others: OtherLabels | None = None,
 ) -> Evaluated:
@@ -137,7 +88,7 @@ def training_loss(
     Raises:
         LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
     """
-    norms = SamplesApart() if samples_apart else RunningStatistics(module)
+    norms = IndependentSamples() if samples_apart else RunningStatistics(module)
     weighing = SampleWeights(weights, plan, references)
     if others is not None:
         weighing = LabelledWeights(weights, plan, references, others)
@@ -147,7 +98,7 @@ def training_loss(
         else:
             with weighing:
                 loss = _loss_of_step(module, batch, batch_idx)
-    return Evaluated(loss, norms.updates, weighing.terms, norms.leaves)
+    return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
 
 
 def weighted_training_loss(
@@ -157,8 +108,8 @@ def weighted_training_loss(
     weights: Tensor,
     surroundings: Surroundings,
     sample_losses: SampleLosses | None,
-    plan: Plan | None,
-) -> tuple[Tensor, list[Term]]:
+    plan: SplitPlan | None,
+) -> tuple[Tensor, list[LossCall]]:
     """The loss with samples' weights in it, to be trained on: first derivatives by the parameters, any kernel.
 
     Args:
@@ -178,7 +129,7 @@ def weighted_training_loss(
         if sample_losses is not None:
             return _mean_of(sample_losses(module, batch), weights), []
         with weighing:
-            return _loss_of_step(module, batch, batch_idx), weighing.terms
+            return _loss_of_step(module, batch, batch_idx), weighing.calls
 
 
 def plain_training_loss(module: Any, batch: Any, batch_idx: int, surroundings: Surroundings) -> Tensor:
@@ -207,3 +158,91 @@ def _mean_of(losses: Tensor, weights: Tensor) -> Tensor:
             f"expected ({len(weights)},), one loss a sample, whose mean is the training loss."
         )
     return (losses * weights).sum() / len(weights)
+
+
+def surroundings_of(trainer: Any, module: Any) -> Surroundings:
+    """What ``module`` saw around its steps under this Trainer."""
+    epochs = trainer.fit_loop.epoch_progress.current
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+
+    def prepare(batch: Any, dataloader_idx: int) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+    def set_clock(epoch: int, global_step: int) -> None:
+        epochs.completed, steps.completed = epoch, global_step
+
+    @contextmanager
+    def as_stage(stage: str) -> Iterator[None]:
+        loggers, found, clock = trainer.loggers, trainer.state.stage, (epochs.completed, steps.completed)
+        trainer.loggers = [silent_logger(trainer)] if loggers else []
+        setattr(trainer, "training" if stage == "train" else "validating", True)
+        try:
+            yield
+        finally:
+            trainer.loggers, trainer.state.stage = loggers, found
+            set_clock(*clock)
+
+    return Surroundings(
+        device=trainer.strategy.root_device,
+        prepare=prepare,
+        train_context=trainer.precision_plugin.train_step_context,
+        val_context=trainer.precision_plugin.val_step_context,
+        set_clock=set_clock,
+        precision=str(trainer.precision),
+        as_stage=as_stage,
+    )
+
+
+def is_low(surroundings: Surroundings, module: nn.Module) -> bool:
+    """Whether the run computes in 16 bits, by autocast or by its parameters."""
+    return surroundings.precision.startswith(("16", "bf16")) or any(
+        param.dtype in SIXTEEN_BITS for param in module.parameters()
+    )
+
+
+def in_half(surroundings: Surroundings) -> bool:
+    """Whether that is float16, whose derivatives overflow as well."""
+    return surroundings.precision.startswith("16")
+
+
+def widened(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
+    """:func:`in_float32` for a run in 16 bits; any other keeps its surroundings."""
+    return in_float32(module, surroundings) if is_low(surroundings, module) else nullcontext(surroundings)
+
+
+@contextmanager
+def in_float32(module: nn.Module, surroundings: Surroundings) -> Iterator[Surroundings]:
+    """Within the block the module's parameters and buffers are float32, and nothing is cast down.
+
+    Yields:
+        Surroundings to evaluate the module in.
+    """
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in SIXTEEN_BITS]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield replace(
+            surroundings,
+            prepare=lambda batch, number: as_float32(surroundings.prepare(batch, number)),
+            train_context=_uncast,
+            val_context=_uncast,
+            precision="32-true",
+        )
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def _uncast() -> Iterator[None]:
+    """No autocast on any device, and new tensors in float32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)

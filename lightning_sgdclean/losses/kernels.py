@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of torch's that can be differentiated twice, and what to say of operations that have none."""
+"""Kernels that can be differentiated twice, and the refusal by name where there are none."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.losses.loss_functions import passed_on
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _NO_SECOND = re.compile(r"derivative for|double backward|twice|not implemented", re.IGNORECASE)
@@ -114,3 +116,51 @@ def _refuse_cut(name: str, found: tuple[Tensor | None, ...], given: tuple[Tensor
                 f"The torch.autograd.Function {name.removesuffix('Backward')!r} cannot be differentiated twice: its "
                 f"backward is once_differentiable, or leaves autograd's sight. {_FINITE}"
             )
+
+
+_SIGNATURES = {look: inspect.signature(look) for look in (nn.functional.embedding, nn.functional.embedding_bag)}
+_REASONS = {
+    "max_norm": "rescales its weights within forward, outside of the optimizer's step",
+    "scale_grad_by_freq": "has a gradient that is not the derivative of the loss",
+    "sparse": "has sparse gradients, which cannot be differentiated again",
+}
+
+
+class RefusedLookups(TorchFunctionMode):
+    """Refuses ``embedding`` and ``embedding_bag`` with options that cannot be followed, by the weight's name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(param): name for name, param in module.named_parameters()}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on but such look-ups.
+
+        Raises:
+            UnsupportedOperationError: For these.
+        """
+        kwargs = kwargs or {}
+        if func in _SIGNATURES:
+            options = _SIGNATURES[func].bind(*args, **kwargs).arguments
+            for option, reason in _REASONS.items():
+                if options.get(option):
+                    raise UnsupportedOperationError(
+                        f"The {func.__name__} of {self._names.get(id(options['weight']), 'a tensor')!r} with "
+                        f"{option}={options[option]} {reason}. Use it without {option}."
+                    )
+        return passed_on(func, args, kwargs)
+
+
+def gradient(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None, **options: bool
+) -> list[Tensor]:
+    """``torch.autograd.grad`` with zeros for what is not reached, and no outputs at all allowed."""
+    pairs = [(o, None if cotangents is None else cotangents[i]) for i, o in enumerate(outputs) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    wanted, given = [output for output, _ in pairs], [cotangent for _, cotangent in pairs]
+    with refusing_by_name():
+        found = torch.autograd.grad(wanted, inputs, given, allow_unused=True, **options)
+    return [torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(found, inputs, strict=True)]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module keeps in plain attributes: counters, lists, metric states, objects of its own. Noted, and put back."""
+"""What a module keeps besides its parameters, noted and put back."""
 
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -96,3 +97,51 @@ def _is_own_object(value: Any) -> bool:
         and not isinstance(value, type | nn.Module | Dataset | DataLoader | torch.Generator)
         and type(value).__module__.partition(".")[0] not in _NOT_THE_USERS
     )
+
+
+@contextmanager
+def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave the module as it was found: parameters, buffers, modes, metric states, its lists.
+
+    Yields:
+        A callable that restores all but parameters and buffers already now, so that a module that
+        collects its losses in a list does not collect those of every replayed step.
+    """
+    attributes = Attributes(module)
+    owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    tensors = [*module.parameters(), *(buffer for *_, buffer in owners if buffer is not None)]
+    contents = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield attributes.restore
+    finally:
+        attributes.restore()
+        for part, name, buffer in owners:
+            part._buffers[name] = buffer
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+
+
+@contextmanager
+def logging_to(module: Any, receive: Callable[..., None]) -> Iterator[None]:
+    """Within the block ``self.log`` and ``self.log_dict`` of the module go to ``receive(name, value, **options)``."""
+
+    def log_dict(dictionary: Any, *args: Any, **options: Any) -> None:
+        for name, value in dictionary.items():
+            receive(name, value, *args, **options)
+
+    module.__dict__.update(log=receive, log_dict=log_dict)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            module.__dict__.pop(name, None)
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run compiled parts of the module as they were written: what was compiled without our watchers passes by them."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Log nowhere."""

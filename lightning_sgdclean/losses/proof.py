@@ -1,33 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove on one batch that the loss splits by sample, and which sample owns which row of it.
-
-Sums cannot tell swapped rows apart, so samples are replaced by others, group by group: a row that moves
-with exactly the groups of one sample is that sample's. Then all rows are cut off from the gradient;
-what is left of it must not depend on the samples.
-"""
+"""Prove on a batch which part of the loss belongs to which sample."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.adjoint.curvature import gradient
-from lightning_sgdclean.base.errors import LossSplitError
+from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError
+from lightning_sgdclean.data.batches import Variant
 from lightning_sgdclean.losses.evaluate import Evaluated
-from lightning_sgdclean.losses.ownership import (
-    Layout,
-    candidate_layouts,
+from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.loss_functions import (
+    OwnerRule,
+    candidate_rules,
     codes_of,
-    consistent_layouts,
+    consistent_rules,
     owners_by,
     replacement_masks,
 )
-from lightning_sgdclean.losses.probe import Probe, moved, without_graph
-from lightning_sgdclean.losses.weighting import CallPlan, Plan, Term
+from lightning_sgdclean.losses.weighting import LossCall, RowOwners, SplitPlan
 
 
-def prove_split(probe: Probe) -> Plan:
+class Probe:
+    """A training loss at parameters where samples do differ.
+
+    Args:
+        evaluate: ``(batch, plan, weights)`` -> the loss with its graph; deterministic, no sample feeling another.
+        variant: Mask ``(B,)`` -> the batch with the marked samples replaced.
+        num: ``B``.
+        params: The trained parameters.
+        tolerance: Relative difference that counts as none.
+
+    Attributes:
+        fixed: Samples that are never replaced, ``(B,)``: those without which the losses have other shapes, as
+            the longest of a batch that ``training_step`` cuts to its longest. Found while asking.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Any, SplitPlan | None, Tensor], Evaluated],
+        variant: Variant,
+        num: int,
+        params: list[Any],
+        tolerance: float,
+    ) -> None:
+        self._evaluate, self._variant = evaluate, variant
+        self.num, self.params, self.tolerance = num, params, tolerance
+        self.fixed = torch.zeros(num, dtype=torch.bool)
+
+    def ask(self, replaced: Tensor | None = None, plan: SplitPlan | None = None, weight: float = 1.0) -> Evaluated:
+        """Evaluate with these samples replaced and all weights alike.
+
+        Raises:
+            LossSplitError: If ``training_step`` cannot do with such a batch.
+        """
+        mask = torch.zeros(self.num, dtype=torch.bool) if replaced is None else replaced
+        dtype = torch.float64 if self.params[0].dtype is torch.float64 else torch.float32
+        weights = torch.full((self.num,), weight, dtype=dtype, device=self.params[0].device, requires_grad=True)
+        try:
+            return self._evaluate(self._variant(mask), plan, weights)
+        except LossSplitError:
+            raise
+        except Exception as error:  # theirs: of any kind
+            if not bool(mask.any()):
+                raise
+            raise LossSplitError(
+                f"training_step failed on a batch in which some samples were replaced by others, which was to show "
+                f"the owner of each row of the loss: {type(error).__name__}: {error}."
+            ) from error
+
+    def check_repeatable(self) -> None:
+        """The same batch, from the same random state: the same loss?
+
+        Raises:
+            ReplayMismatchError: If not, since then no step can be run again.
+        """
+        first, second = (float(self.ask().loss.detach()) for _ in range(2))
+        if math.isfinite(first) and not math.isclose(first, second, rel_tol=10 * self.tolerance):
+            raise ReplayMismatchError(
+                f"The training loss of a batch, computed twice from one random state, is {first!r} and {second!r}. "
+                "Likely causes: randomness that is not torch's, NumPy's or Python's, such as a torch.Generator of the "
+                "module's own, or state that training_step keeps outside the module. Use the global generators, or "
+                "keep the state in attributes of the module."
+            )
+
+    def ask_alike(self, replaced: Tensor, base: Evaluated, plan: SplitPlan | None = None) -> tuple[Tensor, Evaluated]:
+        """Evaluate with as many of these samples replaced as leave the losses' shapes what they are in ``base``.
+
+        Returns:
+            Which were replaced, and what came of it.
+
+        Raises:
+            LossSplitError: If the shapes are others whichever sample is replaced.
+        """
+        mask = replaced & ~self.fixed
+        found = self._alike(mask, base, plan)
+        for sample in [] if found is not None else mask.nonzero().flatten().tolist():
+            alone = torch.zeros_like(mask)
+            alone[sample] = True
+            if self._alike(alone, base, plan) is None:
+                self.fixed[sample], mask[sample] = True, False
+        found = found or self._alike(mask, base, plan)
+        for sample in [] if found is not None else mask.nonzero().flatten().tolist():  # several longest, all replaced
+            self.fixed[sample], mask[sample] = True, False
+            found = self._alike(mask, base, plan)
+            if found is not None:
+                break
+        if found is None or bool(self.fixed.all()):
+            raise LossSplitError(self._why_unlike(replaced, base, plan))
+        return mask, found
+
+    def _alike(self, mask: Tensor, base: Evaluated, plan: SplitPlan | None) -> Evaluated | None:
+        try:
+            found = self.ask(mask, plan)
+        except LossSplitError:
+            return None
+        return found if _shapes(found) == _shapes(base) else None
+
+    def _why_unlike(self, replaced: Tensor, base: Evaluated, plan: SplitPlan | None) -> str:
+        other = self.ask(replaced, plan)
+        pairs = zip(base.calls, other.calls, strict=False)
+        unlike = next(((one, two) for one, two in pairs if one.rows.shape != two.rows.shape), None)
+        what = f"{len(base.calls)} loss calls on the batch, {len(other.calls)} with samples replaced by others."
+        if unlike is not None:
+            what = (
+                f"{unlike[0]}, and {tuple(unlike[1].rows.shape)} with some of them replaced by others. Rows picked "
+                "by a mask cannot be followed; ignore_index, or a weight of zero, can."
+            )
+        return f"Which losses are computed depends on the samples: {what}"
+
+
+def _shapes(evaluated: Evaluated) -> list[tuple[Any, ...]]:
+    return [(term.call, term.rows.shape) for term in evaluated.calls]
+
+
+def without_graph(evaluated: Evaluated) -> Evaluated:
+    """The same, for comparison only; its graph can go."""
+    calls = [replace(term, entering=term.entering.detach()) for term in evaluated.calls]
+    return Evaluated(evaluated.loss.detach(), [], calls)
+
+
+def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:
+    """Which entries differ by more than rounding, on the CPU."""
+    scale = float(before.nan_to_num(0, 0, 0).abs().max()) if before.numel() else 0.0
+    same = torch.isclose(rows, before, rtol=0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
+    return (~same).cpu()
+
+
+def prove_split(probe: Probe) -> SplitPlan:
     """Find the owner of every row of every loss call, and prove that nothing else depends on the samples.
 
     Raises:
@@ -37,15 +160,13 @@ def prove_split(probe: Probe) -> Plan:
     """
     base = without_graph(probe.ask())
     if probe.num == 1:  # there is no other sample to tell a penalty by
-        layouts = [frozenset([Layout(0, outer=1)])] * len(base.terms)
+        rules = [frozenset([OwnerRule(0, outer=1)])] * len(base.calls)
     else:
-        layouts = [
-            _layouts_of(term, seen, probe.num) for term, seen in zip(base.terms, _seen(probe, base), strict=True)
-        ]
-    plan = tuple(CallPlan(term.call, found) for term, found in zip(base.terms, layouts, strict=True))
+        rules = [_rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
+    plan = tuple(RowOwners(term.call, found) for term, found in zip(base.calls, rules, strict=True))
     plan = _with_linearity(probe.ask(), plan)
     _prove_rest(probe, plan)
-    if not any(call.layouts for call in plan):
+    if not any(call.rules for call in plan):
         raise LossSplitError(
             "No part of the training loss was found to depend on a sample: nothing moved when samples were replaced "
             "by others of the batch, in tensors whose first or second dimension it is and in lists of as many entries. "
@@ -58,16 +179,16 @@ def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
     fixed = None
     while fixed is None or not torch.equal(fixed, probe.fixed):  # what is fixed must be so in all groups
         fixed = probe.fixed.clone()
-        found = [torch.zeros(term.rows.shape, dtype=torch.long) for term in base.terms]
+        found = [torch.zeros(term.rows.shape, dtype=torch.long) for term in base.calls]
         for number, mask in enumerate(replacement_masks(probe.num)):
             _, other = probe.ask_alike(mask, base)
-            for bits, term, then in zip(found, other.terms, base.terms, strict=True):
+            for bits, term, then in zip(found, other.calls, base.calls, strict=True):
                 bits.bitwise_or_(moved(term.rows, then.rows, probe.tolerance).long() << number)
             del other  # its graph is as large as a training step's; one at a time
     return found
 
 
-def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
+def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
     if not bool(seen.any()):
         return frozenset()
     masks = replacement_masks(num)
@@ -81,14 +202,14 @@ def _layouts_of(term: Term, seen: Tensor, num: int) -> frozenset[Any]:
             f"{term}, and rows mix samples, as mixup or in-batch negatives do. A row can only count as the loss of one "
             f"sample. If you mean it to, say which:"
         )
-    layouts = consistent_layouts(seen, codes)
-    if not layouts:
+    rules = consistent_rules(seen, codes)
+    if not rules:
         raise LossSplitError(_no_rule(term, seen, codes, num))
-    return layouts
+    return rules
 
 
-def _no_rule(term: Term, seen: Tensor, codes: Tensor, num: int) -> str:
-    if not candidate_layouts(seen.shape, num):
+def _no_rule(term: LossCall, seen: Tensor, codes: Tensor, num: int) -> str:
+    if not candidate_rules(seen.shape, num):
         return f"{term}, which is no multiple of {num}: the rows' owners cannot be told on other batches."
     index = tuple(int(i) for i in (seen != 0).nonzero()[0])
     owner = int((codes == seen[index]).nonzero()[0])
@@ -98,7 +219,7 @@ def _no_rule(term: Term, seen: Tensor, codes: Tensor, num: int) -> str:
     )
 
 
-def check_ids(probe: Probe, plan: Plan) -> None:
+def check_ids(probe: Probe, plan: SplitPlan) -> None:
     """Check that each sample's rows move with the sample that was drawn in its place, and with no other.
 
     Args:
@@ -114,7 +235,7 @@ def check_ids(probe: Probe, plan: Plan) -> None:
             mask, other = probe.ask_alike(group, base, plan)
         else:
             mask, other = group, probe.ask(group, plan)  # sums need not be of rows of one shape
-        for term, then in zip(other.terms, base.terms, strict=probe.num > 1):
+        for term, then in zip(other.calls, base.calls, strict=probe.num > 1):
             moving = moved(term.sums(term.rows), then.sums(then.rows), probe.tolerance)
             if bool((moving & ~mask).any()):
                 wrong = int((moving & ~mask).nonzero()[0])
@@ -132,39 +253,39 @@ def check_ids(probe: Probe, plan: Plan) -> None:
 
 def rest_of(evaluated: Evaluated) -> tuple[float, float]:
     """What of a loss is left beside its samples' parts, and how much of it may be rounding."""
-    terms = [term for term in evaluated.terms if term.owners is not None and term.entering.requires_grad]
-    pulls = gradient([evaluated.loss], [term.entering for term in terms], retain_graph=True) if terms else []
-    products = [(pull * term.entering.detach()).double() for pull, term in zip(pulls, terms, strict=True)]
+    calls = [term for term in evaluated.calls if term.owners is not None and term.entering.requires_grad]
+    pulls = gradient([evaluated.loss], [term.entering for term in calls], retain_graph=True) if calls else []
+    products = [(pull * term.entering.detach()).double() for pull, term in zip(pulls, calls, strict=True)]
     loss = float(evaluated.loss.detach())
     size = abs(loss) + sum(float(product.abs().sum()) for product in products)
     dtype = evaluated.loss.dtype if evaluated.loss.dtype.is_floating_point else torch.float32
     return loss - sum(float(product.sum()) for product in products), 1e3 * torch.finfo(dtype).eps * size
 
 
-def _with_linearity(base: Evaluated, plan: Plan) -> Plan:
+def _with_linearity(base: Evaluated, plan: SplitPlan) -> SplitPlan:
     """Note which calls the loss is not linear in; their rows must not meet those of other samples."""
-    entering = [term.entering for term in base.terms]
+    entering = [term.entering for term in base.calls]
     pulls = _pulls(base.loss, entering)
     source = torch.Generator().manual_seed(0)
     anywhere = [torch.rand(rows.shape, generator=source).to(rows) for rows in entering]
     bent = [bool((found != 0).any()) for found in _interactions(pulls, entering, anywhere)]
     if not any(bent):
         return plan
-    owners = [owners_by(call.layouts, term.rows.shape, term.num) for call, term in zip(plan, base.terms, strict=True)]
-    for mask in replacement_masks(base.terms[0].num):
+    owners = [owners_by(call.rules, term.rows.shape, term.num) for call, term in zip(plan, base.calls, strict=True)]
+    for mask in replacement_masks(base.calls[0].num):
         inside = [
             torch.zeros_like(rows, dtype=torch.bool) if own is None else mask[own].to(rows.device).expand(rows.shape)
             for rows, own in zip(entering, owners, strict=True)
         ]
         found = _interactions(pulls, entering, [part * way for part, way in zip(inside, anywhere, strict=True)])
-        for reach, part, own, term in zip(found, inside, owners, base.terms, strict=True):
+        for reach, part, own, term in zip(found, inside, owners, base.calls, strict=True):
             if own is not None and bool((reach[~part] != 0).any()):
                 raise LossSplitError(
                     f"{term}, and they are reduced together other than by a sum, so that how much one sample's "
                     f"loss counts depends on the others' (a root, a logarithm or a softmax over the batch)."
                 )
     return tuple(
-        CallPlan(call.call, call.layouts, call.is_linear and not is_bent)
+        RowOwners(call.call, call.rules, call.is_linear and not is_bent)
         for call, is_bent in zip(plan, bent, strict=True)
     )
 
@@ -183,7 +304,7 @@ def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[
     return [next(found) if rows.requires_grad else torch.zeros_like(rows) for rows in entering]
 
 
-def _prove_rest(probe: Probe, plan: Plan) -> None:
+def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
     """What is left of the gradient without the samples' rows must not depend on the samples."""
     some = torch.arange(probe.num) % 2 == 0
     base = probe.ask(plan=plan)
@@ -195,14 +316,14 @@ def _prove_rest(probe: Probe, plan: Plan) -> None:
             "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
             "sample cannot be told from one. Train on batches of two or more."
         )
-    calls = ", ".join(call.call[0] for call in plan if call.layouts) or "none"
+    calls = ", ".join(call.call[0] for call in plan if call.rules) or "none"
     raise LossSplitError(
         f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
         "Terms written by hand, or compiled by torch.jit, are not seen."
     )
 
 
-def rest_depends_on_samples(probe: Probe, plan: Plan, masks: list[Tensor]) -> bool:
+def rest_depends_on_samples(probe: Probe, plan: SplitPlan, masks: list[Tensor]) -> bool:
     """Whether the gradient without the samples' rows changes as these samples are replaced; in a batch of one, is."""
     whole = _length(gradient([probe.ask(plan=plan).loss], probe.params))
     rest, *others = (gradient([probe.ask(mask, plan, weight=0.0).loss], probe.params) for mask in [None, *masks])

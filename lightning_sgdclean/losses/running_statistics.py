@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running statistics of BatchNorm and InstanceNorm as part of the derivative: moved by training, read by evaluation.
-
-Training moves them by ``b <- (1 - m) b + m * statistic(batch)`` where autograd does not look, and
-evaluation reads them through an operation that has no gradient for them. Both are written out here.
-"""
+"""BatchNorm's and InstanceNorm's running statistics as part of the derivative, and buffers that are not followed."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.base.errors import UnsupportedOperationError, UnsupportedTrainingError
 from lightning_sgdclean.losses.loss_functions import passed_on
 
 _SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
@@ -123,3 +119,97 @@ def pull_back_updates(
         cotangents.append((update.momentum * nu).to(update.value.dtype))
         before[update.name] = (1 - update.momentum) * nu
     return values, cotangents, before
+
+
+# Rows of dropout's mask shift with the lengths of packed sequences, and rrelu draws for negative entries only.
+_MIXING = {
+    function: inspect.signature(function)
+    for function in (
+        nn.functional.batch_norm,
+        nn.functional.dropout,
+        nn.functional.dropout1d,
+        nn.functional.dropout2d,
+        nn.functional.dropout3d,
+        nn.functional.alpha_dropout,
+        nn.functional.feature_alpha_dropout,
+        nn.functional.rrelu,
+    )
+}
+_RECURRENT: tuple[Callable[..., Any], ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+class IndependentSamples(TorchFunctionMode):
+    """Lets norms use running statistics, or none, where they would use the batch's, and draws nothing.
+
+    All else stays as in training, so that what a ``training_step`` does only there, such as mixup, is seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates: list[BatchStatistic] = []
+        self.leaves: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on but what ties samples together."""
+        kwargs = kwargs or {}
+        if func in _RECURRENT:
+            return func(*(0.0 if isinstance(argument, float) else argument for argument in args), **kwargs)  # dropout
+        if func not in _MIXING:
+            return func(*args, **kwargs)
+        call = _MIXING[func].bind(*args, **kwargs)
+        call.apply_defaults()
+        options = call.arguments
+        if func is nn.functional.batch_norm and options["training"] and options["running_mean"] is None:
+            zeros = options["input"].new_zeros(options["input"].shape[1])
+            options |= {"running_mean": zeros, "running_var": zeros + 1}
+        return func(**options | {"training": False})
+
+
+def check_moved_buffers(
+    index: int, before: dict[str, Tensor], after: dict[str, Tensor], updates: list[BatchStatistic]
+) -> None:
+    """Did the step move buffers only as the updates that are followed backwards say?
+
+    Buffers of integers and of bool, such as counters, carry no derivative and may move.
+
+    Args:
+        index: The step's number, for the message.
+        before: The buffers as they were recorded before the step, by name.
+        after: Likewise after it.
+        updates: Those that the step's batches made when it was run again, in order.
+
+    Raises:
+        UnsupportedTrainingError: Naming the first buffer that moved otherwise.
+    """
+    followed = {update.name for update in updates}
+    for name, was in before.items():
+        if not was.is_floating_point() and not was.is_complex():
+            continue
+        if name not in followed:
+            if not torch.equal(was.nan_to_num(), after[name].nan_to_num()):
+                raise UnsupportedTrainingError(
+                    f"Training moves the buffer {name!r} (step {index}), which carries influence that is not "
+                    "followed; only the running statistics of BatchNorm and InstanceNorm are. Remove it, or keep it "
+                    "fixed in the retraced epochs."
+                )
+        elif not torch.allclose(
+            _moved(name, was, updates), after[name], rtol=_tolerance(was), atol=_tolerance(was) / 100
+        ):
+            raise UnsupportedTrainingError(
+                f"Step {index} moves the running statistics {name!r} otherwise than the norm layer's calls in "
+                "training_step say. Likely causes: activation checkpointing, which runs BatchNorm once more within "
+                "backward (move it out of the checkpointed part), or code that writes into them."
+            )
+
+
+def _tolerance(buffer: Tensor) -> float:
+    return max(1e-3, 4 * torch.finfo(buffer.dtype).eps)
+
+
+def _moved(name: str, was: Tensor, updates: list[BatchStatistic]) -> Tensor:
+    for update in updates:
+        if update.name == name:
+            was = (1 - update.momentum) * was + update.momentum * update.value.detach().to(was)
+    return was

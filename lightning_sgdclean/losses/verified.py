@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The split of the loss over a whole run: proved on one batch, held against all others, proved anew at need."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,14 +12,72 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
-from lightning_sgdclean.data.variants import Variant, neighbour_variant, tensor_shapes
-from lightning_sgdclean.losses.advice import advice_for
-from lightning_sgdclean.losses.evaluate import Evaluated, Surroundings, training_loss, untouched_module
-from lightning_sgdclean.losses.precision import as_float32, widened
-from lightning_sgdclean.losses.probe import Probe, calls_of, moved
-from lightning_sgdclean.losses.proof import check_ids, prove_split, rest_depends_on_samples, rest_of
-from lightning_sgdclean.losses.weighting import CallPlan, Plan, Term
+from lightning_sgdclean.data.batches import Variant, as_float32, neighbour_variant, tensor_shapes
+from lightning_sgdclean.losses.evaluate import Evaluated, Surroundings, training_loss, widened
+from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split, rest_depends_on_samples, rest_of
+from lightning_sgdclean.losses.weighting import RowOwners, SplitPlan, _key, calls_of, is_planned
 from lightning_sgdclean.trajectory.records import MicroBatch
+
+_CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
+
+
+def advice_for(module: nn.Module, batch: Any, num: int) -> str:
+    """What to do about a loss that cannot be split, with a line for this module and this batch.
+
+    Args:
+        module: The LightningModule.
+        batch: As ``training_step`` gets it.
+        num: ``B``.
+    """
+    fields = _fields(batch, num)
+    inputs = fields[0] if fields else "batch"
+    target = fields[1] if len(fields) > 1 else inputs
+    output = f"{_caller(module)}({inputs})"
+    criterion = next((name for name, part in module.named_children() if _is_loss(part)), None)
+    if criterion is not None:
+        pairs = f"for out, y in zip({output}, {target}, strict=True)"
+        line = f"torch.stack([m.{criterion}(out[None], y[None]) {pairs}])"
+        return f"Give {_CONTRACT}; here, probably: sample_losses=lambda m, batch: {line}"
+    last = _last_return(module)
+    ends = f"; training_step ends with `{last}`: give what stood before the mean over the batch" if last else ""
+    line = f'F.cross_entropy({output}, {target}, reduction="none")'
+    return f"Give {_CONTRACT}{ends}. For a classifier: sample_losses=lambda m, batch: {line}"
+
+
+def _fields(batch: Any, num: int) -> list[str]:
+    """How the batch's tensors that have a row for each sample are reached."""
+    if isinstance(batch, dict):
+        named = [(f"batch[{key!r}]", value) for key, value in batch.items()]
+    elif isinstance(batch, list | tuple):
+        named = [(f"batch[{number}]", value) for number, value in enumerate(batch)]
+    else:
+        named = [("batch", batch)]
+    return [name for name, value in named if isinstance(value, Tensor) and value.ndim and value.shape[0] == num]
+
+
+def _caller(module: nn.Module) -> str:
+    """How the network is called: the module itself, or its first part where it has no forward of its own."""
+    owner = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
+    if owner.__module__.startswith(("lightning.", "pytorch_lightning.", "torch.")):
+        part = next((name for name, part in module.named_children() if not _is_loss(part)), None)
+        return "m" if part is None else f"m.{part}"
+    return "m"
+
+
+def _is_loss(part: nn.Module) -> bool:
+    name = type(part).__name__.lower()
+    return "loss" in name or "entropy" in name or "criterion" in name
+
+
+def _last_return(module: Any) -> str | None:
+    try:
+        lines = inspect.getsource(module.training_step).splitlines()
+    except (OSError, TypeError):
+        return None
+    found = [line.strip() for line in lines if line.strip().startswith("return ")]
+    return found[-1] if found else None
+
 
 _RECHECK_EVERY = 8  # batches; those of a new shape, and all where a penalty stands beside the loss, besides
 
@@ -38,16 +97,16 @@ class VerifiedSplit:
 
     def __init__(self, module: Any, params: list[nn.Parameter], surroundings: Surroundings) -> None:
         self._module, self._params, self._surroundings = module, params, surroundings
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[tuple[Any, ...], SplitPlan] = {}
         self._with_rest: set[tuple[Any, ...]] = set()
         self._of_one: set[tuple[Any, ...]] = set()  # proved on batches of one sample only, which have no order
-        self._latest: Plan | None = None
+        self._latest: SplitPlan | None = None
         self._shapes: set[tuple[Any, ...]] = set()
         self._num_batches = 0
 
     def plan_for(
-        self, evaluate: Callable[[Plan | None], Evaluated], micro: MicroBatch, batch: Any
-    ) -> tuple[Plan, Evaluated]:
+        self, evaluate: Callable[[SplitPlan | None], Evaluated], micro: MicroBatch, batch: Any
+    ) -> tuple[SplitPlan, Evaluated]:
         """Evaluate a batch with its samples' weights where they belong.
 
         Args:
@@ -79,7 +138,7 @@ class VerifiedSplit:
                 )
             return plan, evaluated
 
-    def prove(self, micro: MicroBatch, batch: Any) -> Plan:
+    def prove(self, micro: MicroBatch, batch: Any) -> SplitPlan:
         """Prove the split on a batch, for the batches like it.
 
         Returns:
@@ -124,12 +183,12 @@ class VerifiedSplit:
             if plan is None:
                 return False
             self._latest, base = plan, probe.ask(plan=plan)
-            if not is_planned(base.terms, plan):
+            if not is_planned(base.calls, plan):
                 return False
             if num == 1:
                 return True
             mask, other = probe.ask_alike(mask, base, plan)
-            for term, then in zip(other.terms, base.terms, strict=True):
+            for term, then in zip(other.calls, base.calls, strict=True):
                 inside = torch.zeros(()) if then.owners is None else mask[then.owners.cpu()]
                 if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
                     return False
@@ -138,20 +197,20 @@ class VerifiedSplit:
             (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
             return abs(rest - rest_then) <= slack
 
-    def _known(self, evaluated: Evaluated, num: int) -> Plan | None:
+    def _known(self, evaluated: Evaluated, num: int) -> SplitPlan | None:
         """What was proved of batches that make the same loss calls."""
-        key = calls_of(evaluated.terms)
+        key = calls_of(evaluated.calls)
         return None if num > 1 and key in self._of_one else self._plans.get(key)
 
-    def _fits(self, evaluated: Evaluated, plan: Plan) -> bool:
-        if not is_planned(evaluated.terms, plan):
+    def _fits(self, evaluated: Evaluated, plan: SplitPlan) -> bool:
+        if not is_planned(evaluated.calls, plan):
             return False
         if _key(plan) in self._with_rest:
             return True
         rest, slack = rest_of(evaluated)
         return abs(rest) <= slack
 
-    def _prove(self, micro: MicroBatch, batch: Any) -> Plan:
+    def _prove(self, micro: MicroBatch, batch: Any) -> SplitPlan:
         with self._probing(micro, neighbour_variant(batch)) as probe:
             probe.check_repeatable()
             plan = self._keep(prove_split(probe), len(micro.ids))
@@ -162,14 +221,14 @@ class VerifiedSplit:
             self._latest = plan
             return plan
 
-    def _keep(self, plan: Plan, num: int) -> Plan:
+    def _keep(self, plan: SplitPlan, num: int) -> SplitPlan:
         """Join what a batch shows with what those before it did; both must hold."""
         key = _key(plan)
         before = self._plans.get(key)
         if num == 1:
             self._of_one |= set() if before else {key}
             return self._plans.setdefault(key, plan)
-        if key in self._of_one and not all(call.layouts for call in plan):
+        if key in self._of_one and not all(call.rules for call in plan):
             raise LossSplitError(
                 "A loss call that depends on no sample, a penalty, it seems, counted as the sample's in a batch of one."
             )
@@ -200,7 +259,7 @@ class VerifiedSplit:
             shake(self._params)
             buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-            def evaluate(batch: Any, plan: Plan | None, weights: Tensor) -> Evaluated:
+            def evaluate(batch: Any, plan: SplitPlan | None, weights: Tensor) -> Evaluated:
                 with torch.no_grad():
                     for buffer, content in buffers:
                         buffer.copy_(content)
@@ -215,25 +274,13 @@ class VerifiedSplit:
             yield Probe(evaluate, variant, len(micro.ids), self._params, tolerance)
 
 
-def _key(plan: Plan) -> tuple[Any, ...]:
-    return tuple(call.call for call in plan)
-
-
-def _joined(now: CallPlan, then: CallPlan) -> CallPlan:
-    layouts = now.layouts & then.layouts
-    if (now.layouts or then.layouts) and not layouts:
+def _joined(now: RowOwners, then: RowOwners) -> RowOwners:
+    rules = now.rules & then.rules
+    if (now.rules or then.rules) and not rules:
         raise LossSplitError(
             f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule that was seen."
         )
-    return replace(now, layouts=layouts, is_linear=now.is_linear and then.is_linear)
-
-
-def is_planned(terms: list[Term], plan: Plan) -> bool:
-    """Whether loss calls are those of a plan, and have the owners that it promises."""
-    if calls_of(terms) != _key(plan):
-        return False
-    pairs: list[tuple[CallPlan, Term]] = list(zip(plan, terms, strict=True))
-    return all(term.owners is not None for call, term in pairs if call.layouts)
+    return replace(now, rules=rules, is_linear=now.is_linear and then.is_linear)
 
 
 def shake(params: list[nn.Parameter]) -> None:

@@ -1,21 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking as a picture: how the influences are spread, what they add up to, and what groups of samples did."""
+"""The ranking, and some of its samples, as pictures."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lightning_sgdclean.ranking.bars import TOO_SMALL, bin_edges, has_size, stretched_ticks
-from lightning_sgdclean.ranking.exhibits import short
-from lightning_sgdclean.ranking.groups import GroupEffect, effects_by_group
+from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.datasets import picture_of
+from lightning_sgdclean.ranking.groups import (
+    TOO_SMALL,
+    GroupEffect,
+    bin_edges,
+    effects_by_group,
+    has_size,
+    stretched_ticks,
+)
+
+_NOTES = ("label", "prediction")  # columns that are worth a line under a picture
+_LONGEST = 22  # characters of a line
+
+
+class Ranked(Protocol):
+    """What is needed of a :class:`lightning_sgdclean.Ranking`."""
+
+    @property
+    def sample_id(self) -> NDArray[Any]:
+        """Ids, ``(N,)``."""
+
+    @property
+    def influence(self) -> NDArray[np.float64]:
+        """Influences, ``(N,)``."""
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Further columns by name, each ``(N,)``."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One sample.
+
+    Attributes:
+        rank: 1 is the most harmful sample.
+        sample_id: Its id.
+        influence: Negative: harmful.
+        notes: Its label and prediction, where they are known.
+        pixels: Grey values ``(H, W)`` or colours ``(H, W, 3)``.
+    """
+
+    rank: int
+    sample_id: int | str
+    influence: float
+    notes: dict[str, Any]
+    pixels: NDArray[np.uint8]
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands under its picture."""
+        notes = [f"{name} {value}" for name, value in self.notes.items()]
+        return [short(line) for line in (f"#{self.rank}: {self.influence:.3g}", f"sample {self.sample_id}", *notes)]
+
+
+def worst_pictures(ranked: Ranked, dataset: Any, n: int = 16) -> list[Exhibit]:
+    """The ``n`` most harmful samples, fewer if fewer are harmful, none if the worst one holds no picture.
+
+    Args:
+        ranked: The ranking.
+        dataset: The dataset in which the sample ids are positions.
+        n: How many.
+    """
+    places = range(min(n, int((ranked.influence < 0).sum())))
+    if not places or not hasattr(dataset, "__getitem__"):
+        return []
+    with untouched_randomness(torch.device("cpu")):
+        has_picture = picture_of(dataset[ranked.sample_id.tolist()[0]]) is not None
+    return exhibits(ranked, places, dataset) if has_picture else []
+
+
+def exhibits(
+    ranked: Ranked, places: Sequence[int], dataset: Any, render: Callable[[Any], Any] | None = None
+) -> list[Exhibit]:
+    """The samples at these places of a ranking, fetched from the dataset; random states are left as they were.
+
+    Args:
+        ranked: The ranking.
+        places: Ranks, counted from 0.
+        dataset: The dataset in which the sample ids are positions.
+        render: Makes a sample into what :func:`picture_of` takes; by default the first picture in it is taken.
+
+    Raises:
+        ValueError: If there is no picture in a sample.
+    """
+    found = []
+    with untouched_randomness(torch.device("cpu")):
+        for place in places:
+            sample_id, influence = ranked.sample_id[place : place + 1].tolist()[0], float(ranked.influence[place])
+            sample = dataset[sample_id]
+            pixels = picture_of(sample if render is None else render(sample))
+            if pixels is None:
+                raise ValueError(
+                    f"There is no picture in sample {sample_id!r}, a {type(sample).__name__}. Give "
+                    "render=, a callable from a sample to a PIL image, an array or a tensor of grey values or colours."
+                )
+            notes = {name: ranked.columns[name].tolist()[place] for name in _NOTES if name in ranked.columns}
+            found.append(Exhibit(place + 1, sample_id, influence, notes, pixels))
+    return found
+
+
+def short(value: Any) -> str:
+    """A value in a few characters, on one line; of a long one, both ends."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}…{text[1 - half :]}"
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Two colours of Okabe and Ito that stay apart in every common form of colour blindness.
 HARMFUL, HELPFUL, NEUTRAL = "#D55E00", "#0072B2", "#505050"
@@ -190,3 +299,38 @@ def _say_nothing_to_draw(axes: "Axes", influence: NDArray[np.float64]) -> None:
         text = f"all {len(influence)} influences are exactly 0"
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=NEUTRAL)
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_COLUMNS = 8
+_WIDTH = 1.7  # inches of a picture
+_LINE = 0.19  # of a line of text
+
+
+def plot_samples(exhibits: Sequence[Exhibit]) -> "Figure":
+    """Draw samples in rows, framed in the colour of their effect.
+
+    Args:
+        exhibits: The samples, in the order in which they are drawn.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if not exhibits:
+        figure = new_figure(4.0, 1.0)
+        figure.text(0.5, 0.5, "no samples", ha="center", va="center", color=NEUTRAL)
+        return figure
+    columns = min(_COLUMNS, len(exhibits))
+    rows = math.ceil(len(exhibits) / columns)
+    height = _WIDTH + _LINE * max(len(exhibit.lines) for exhibit in exhibits)
+    figure = new_figure(_WIDTH * columns, height * rows)
+    for number, exhibit in enumerate(exhibits, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.imshow(exhibit.pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(as_it_is("\n".join(exhibit.lines)), fontsize=8)
+        axes.spines[:].set(color=HARMFUL if exhibit.influence < 0 else HELPFUL, linewidth=2)
+    return figure

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking as a Parquet file: the columns of the CSV with their types."""
+"""Rankings as Parquet, written and read, and tables as pandas DataFrames."""
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.resources import pyarrow
 from lightning_sgdclean.ranking.table import COLUMNS, Table, effect_of
 
 SUFFIX = ".parquet"
@@ -84,15 +85,18 @@ def _type_of(pa: Any, values: Any) -> Any:
     return pa.string() if str in kinds else pa.int64() if kinds == {int} else pa.float64()
 
 
-def pyarrow() -> Any:
-    """``pyarrow`` and ``pyarrow.parquet``.
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def data_frame(table: Any, columns: Any = None) -> "pd.DataFrame":
+    """What pandas makes of columns by name, or of rows.
 
     Raises:
-        ImportError: If they are not installed.
+        ImportError: If pandas is not installed.
     """
     try:
-        import pyarrow as pa
-        from pyarrow import parquet
+        import pandas as pd
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install lightning-sgdclean[parquet]") from error
-    return pa, parquet
+        raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
+    return pd.DataFrame(table, columns=columns)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result: every sample of the window with its influence, most harmful first, in memory and as a file."""
+"""`Ranking`: order, `keep`, `by`."""
 
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,20 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lightning_sgdclean.ranking.columns import Columns, as_columns, same_columns
-from lightning_sgdclean.ranking.exhibits import exhibits
-from lightning_sgdclean.ranking.frames import data_frame
+from lightning_sgdclean.ranking.figures import exhibits
 from lightning_sgdclean.ranking.groups import Groups, effects_by_group, groups_of, labels_if_few
-from lightning_sgdclean.ranking.parquet import SUFFIX, read_parquet, write_parquet
-from lightning_sgdclean.ranking.table import COLUMNS, CSV_NAME, Table, effect_of, read_table, write_table
+from lightning_sgdclean.ranking.parquet import SUFFIX, data_frame, read_parquet, write_parquet
+from lightning_sgdclean.ranking.table import (
+    COLUMNS,
+    CSV_NAME,
+    Columns,
+    Table,
+    as_columns,
+    effect_of,
+    read_table,
+    same_columns,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+
 SampleId: TypeAlias = int | str
 T_co = TypeVar("T_co", covariant=True)
-
 _INT64 = np.iinfo(np.int64)
 
 
@@ -263,7 +273,7 @@ class Ranking:
             ImportError: If matplotlib is not installed.
             ValueError: If there is no picture in a sample.
         """
-        from lightning_sgdclean.ranking.sample_figure import plot_samples
+        from lightning_sgdclean.ranking.figures import plot_samples
 
         if effect not in ("harmful", "helpful"):
             raise ValueError(f'effect must be "harmful" or "helpful", got {effect!r}.')
@@ -378,3 +388,18 @@ def _check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArra
         if sample in seen:
             raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
         seen.add(sample)
+
+
+_DIGITS = 16
+
+
+def run_id(ranking: Ranking) -> str:
+    """``run-`` and sixteen hexadecimal digits of a SHA-256 over ids, influences (bit for bit) and visits.
+
+    The same for a ranking and for what :meth:`~lightning_sgdclean.Ranking.load` reads of it; further columns do
+    not count.
+    """
+    digest = hashlib.sha256(json.dumps(ranking.sample_id.tolist()).encode())
+    digest.update(ranking.influence.astype("<f8").tobytes())
+    digest.update(ranking.visits.astype("<i8").tobytes())
+    return f"run-{digest.hexdigest()[:_DIGITS]}"  # with letters in front no spreadsheet takes it for a number

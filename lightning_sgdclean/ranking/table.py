@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking as CSV: written so that every number round-trips, read so that every damage is named."""
+"""Rankings as CSV: columns checked, written and read."""
 
 import csv
 import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_sgdclean.base.files import appearing_whole
 
-SampleId = int | str
+if TYPE_CHECKING:
+    from torch import Tensor
 
+SampleId = int | str
 CSV_NAME = "influence.csv"
 COLUMNS = ("rank", "sample_id", "influence", "effect", "visits")
-
 _INT64 = np.iinfo(np.int64)
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
@@ -195,3 +197,85 @@ def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
         if first_line.setdefault(sample, line) != line:
             raise ValueError(f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too.")
     return list(first_line)
+
+
+Columns = Mapping[str, "Sequence[Any] | NDArray[Any] | Tensor"]
+
+
+def as_columns(columns: Columns | None, length: int) -> dict[str, NDArray[Any]]:
+    """Each column as one array; see :func:`as_column`.
+
+    Raises:
+        ValueError: If a name is taken or not one of text, or a column has another length.
+        TypeError: If a value is neither number nor text.
+    """
+    found = {}
+    for name, values in (columns or {}).items():
+        if not isinstance(name, str) or not name or name in COLUMNS:
+            raise ValueError(f"Expected a name for a further column that is none of {', '.join(COLUMNS)}: {name!r}.")
+        found[name] = as_column(values, name)
+        if found[name].shape != (length,):
+            raise ValueError(f"Expected {length} values in column {name!r}, found shape {found[name].shape}.")
+    return found
+
+
+def as_column(values: "Sequence[Any] | NDArray[Any] | Tensor", name: str) -> NDArray[Any]:
+    """Values as an array that is the same when it has been written as text and read again.
+
+    Args:
+        values: Whole numbers, numbers (NaN or None: unknown), or text (None: empty). Text that looks like numbers
+            throughout becomes numbers, since a CSV has no types.
+        name: For messages.
+
+    Returns:
+        An array ``(N,)`` of int64, float64 or str objects.
+
+    Raises:
+        ValueError: If a number is infinite or does not fit into 64 bits.
+        TypeError: If a value is neither number nor text.
+    """
+    if hasattr(values, "detach"):  # a tensor; torch is not imported, since runs are looked at without it
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
+    cells = list(values.tolist() if isinstance(values, np.ndarray) else values)
+    cells = [cell.item() if hasattr(cell, "item") else cell for cell in cells]
+    if cells and (any(isinstance(cell, str) for cell in cells) or all(map(_is_unknown, cells))):
+        cells = typed([_text(cell, name) for cell in cells])
+    for cell in cells:
+        if not isinstance(cell, int | float | str | None):
+            raise TypeError(f"Column {name!r} holds {cell!r:.40}; expected numbers or text.")
+    if cells and all(isinstance(cell, str) for cell in cells):
+        return np.array(cells, dtype=object)
+    if cells and all(isinstance(cell, int) for cell in cells):
+        try:
+            return np.array(cells, dtype=np.int64)
+        except OverflowError as error:
+            raise ValueError(f"Column {name!r} holds a number that does not fit into 64 bits.") from error
+    array = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
+    if bool(np.isinf(array).any()):
+        raise ValueError(f"Column {name!r} holds an infinite number; expected finite ones, or NaN where unknown.")
+    return array
+
+
+def _is_unknown(cell: Any) -> bool:
+    return cell is None or cell != cell
+
+
+def _text(cell: Any, name: str) -> str:
+    """A cell of a column that holds text somewhere."""
+    if _is_unknown(cell):
+        return ""
+    text = str(cell)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Column {name!r} holds {text!r:.40}, which cannot be written as UTF-8.") from error
+    return text
+
+
+def same_columns(mine: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether names, their order and all values are the same; unknown equals unknown."""
+    return list(mine) == list(theirs) and all(
+        np.array_equal(mine[name], theirs[name], equal_nan=mine[name].dtype == theirs[name].dtype == np.float64)
+        for name in mine
+    )

@@ -2,114 +2,13 @@
 """What must hold of a Trainer and its module for a run to be followed: one function a precondition."""
 
 import inspect
-import pkgutil
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.base.errors import ObjectiveError, SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
-from lightning_sgdclean.ranking.parquet import pyarrow
-
-_LIGHTNING = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Is an option of the callback one of those that there are?"""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Is an option a number of things?"""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}.")
-
-
-FORMATS = ("csv", "parquet")
-FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
-
-
-def check_objective(objective: Any) -> None:
-    """One callable, several by name, or none.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    several = isinstance(objective, dict)
-    if several and not objective:
-        raise ValueError("objective is an empty dict; expected callables (pl_module, batch) -> scalar by name.")
-    for name, one in objective.items() if several else [("objective", objective)]:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"objective has the name {name!r}; expected text.")
-        if not callable(one) and (several or one is not None):
-            where = f"objective[{name!r}]" if several else "objective"
-            raise ValueError(f"{where} must be a callable (pl_module, batch) -> scalar, got {type(one).__name__}.")
-
-
-def check_columns(columns: Any) -> None:
-    """Names of further columns that there are.
-
-    Raises:
-        ValueError: If one is unknown.
-    """
-    unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in FURTHER_COLUMNS]
-    if unknown:
-        raise ValueError(f"columns holds {unknown[0]!r}; expected a sequence of some of {', '.join(FURTHER_COLUMNS)}.")
-
-
-def check_formats(formats: Any) -> None:
-    """Files that the ranking can be written as, and what that needs.
-
-    Raises:
-        ValueError: If one is unknown.
-        ImportError: If pyarrow is needed and not installed.
-    """
-    unknown = [formats] if isinstance(formats, str) else [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"formats holds {unknown[0]!r}; expected a sequence of some of {', '.join(FORMATS)}.")
-    if "parquet" in formats:
-        pyarrow()
-
-
-def check_render(render: Any) -> None:
-    """What the page shows of a sample.
-
-    Raises:
-        ValueError: If it cannot be called.
-    """
-    if render is not None and not callable(render):
-        raise ValueError(f"render must be a callable from a sample to what is shown, got {type(render).__name__}.")
-
-
-def loaders_given(given: Any) -> Any:
-    """Loaders for the objective, in a list, tuple or dict or alone; one that is an import path, as in YAML, is made.
-
-    Raises:
-        ValueError: If something is no loader, or nothing can be found at an import path.
-    """
-    if isinstance(given, dict):
-        return {name: loaders_given(one) for name, one in given.items()}
-    if isinstance(given, list | tuple):
-        return [loaders_given(one) for one in given]
-    found = given
-    if isinstance(given, str):
-        try:
-            found = pkgutil.resolve_name(given)
-        except (ValueError, ImportError, AttributeError) as error:
-            raise ValueError(
-                f"val_dataloaders is {given!r}, at which nothing can be imported ({error}). Expected loaders, or the "
-                "import path of a loader or of a function that makes it."
-            ) from error
-        found = found() if inspect.isroutine(found) else found
-    if found is not None and (isinstance(found, str | type) or not hasattr(found, "__iter__")):
-        raise ValueError(
-            f"val_dataloaders must be loaders such as torch's DataLoader, got {given!r} of type {type(found).__name__}."
-        )
-    return found
+from lightning_sgdclean.base.lightning import LIGHTNING_MODULES
 
 
 def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
@@ -132,7 +31,7 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
         raise UnsupportedTrainingError(
             f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
         )
-    if not has_objective and str(type(module).validation_step.__module__).startswith(_LIGHTNING):
+    if not has_objective and str(type(module).validation_step.__module__).startswith(LIGHTNING_MODULES):
         raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
 
 
@@ -149,22 +48,6 @@ def check_alone(trainer: Any, kind: type) -> None:
             "give it objective={name: callable, ...}; for other windows, engines or options rank the recorded run "
             "again: lightning_sgdclean.retrace(run_dir, model, ...)."
         )
-
-
-def check_optimizers(trainer: Any) -> None:
-    """Once the optimizers exist.
-
-    Raises:
-        UnsupportedTrainingError: Not exactly one, or one whose step has no transpose.
-    """
-    optimizers = trainer.optimizers
-    if len(optimizers) != 1:
-        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
-        raise UnsupportedTrainingError(
-            f"configure_optimizers gave {len(optimizers)} optimizers ({names}); exactly one can be followed. "
-            "Put all parameters into groups of one optimizer."
-        )
-    update_of(optimizers[0])
 
 
 def check_callbacks(trainer: Any) -> list[str]:
@@ -193,28 +76,6 @@ def check_callbacks(trainer: Any) -> list[str]:
                 stacklevel=2,
             )
     return averaging
-
-
-_MODULE_HOOKS = (
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "configure_gradient_clipping",
-    "optimizer_step",
-    "optimizer_zero_grad",
-)
-_CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
-
-
-def gradient_hooks(trainer: Any, module: Any) -> list[str]:
-    """Hooks of the user's own that could edit gradients, e.g. ``Net.on_before_optimizer_step``."""
-    owners = [(module, _MODULE_HOOKS), *((callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)]
-    return [
-        f"{type(owner).__name__}.{hook}"
-        for owner, hooks in owners
-        for hook in hooks
-        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(_LIGHTNING)
-    ]
 
 
 def best_model_checkpoint(trainer: Any) -> Any:
@@ -263,26 +124,6 @@ def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> Non
             "The training loader has in_order=False: batches arrive in another order than they are drawn. "
             "Use in_order=True."
         )
-
-
-def one_loader(trainer: Any) -> Callable[[Any], Any]:
-    """Once the training loaders exist.
-
-    Returns:
-        What makes the loader's batch what ``training_step`` gets: ``{"a": batch}`` for a loader given in a dict.
-
-    Raises:
-        UnsupportedTrainingError: There are several.
-    """
-    combined = trainer.fit_loop._combined_loader
-    num = len(combined.flattened)
-    if num != 1:
-        raise UnsupportedTrainingError(
-            f"There are {num} training loaders; exactly one can be followed, since in a batch of several a row has "
-            "several samples. Give one loader over one dataset whose items are pairs, or over a ConcatDataset."
-        )
-    _, shape = tree_flatten(combined.iterables)
-    return lambda batch: tree_unflatten([batch], shape)
 
 
 def check_validation(trainer: Any, has_objective: bool, has_loaders: bool) -> None:

@@ -1,24 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batches must be kept as they were, because fetched again they would hold other data.
-
-Two signs, neither of which fetches from the user's dataset: random numbers drawn while a batch was loaded
-(seen at the second batch, unless they were drawn in workers), and a sample that holds other data than
-when it was last drawn (seen in the second epoch, wherever that comes from).
-"""
+"""Which batches are stored, since fetched again they would hold other data."""
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
 
 from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.data.fingerprints import Fingerprint
 from lightning_sgdclean.data.packing import Classes, PackedBatch, pack_batch
-from lightning_sgdclean.trajectory.records import Positions, SampleId
+from lightning_sgdclean.data.samplers import Positions
+from lightning_sgdclean.trajectory.records import MicroBatch
+
+_MOST, _MOST_BYTES = 32, 16 << 20  # that wait
+
+
+class Taken(NamedTuple):
+    """A batch that is to be read.
+
+    Attributes:
+        micro: What is known of it.
+        batch: Itself, or a copy.
+        drew: Whether its loading drew random numbers; see :class:`~lightning_sgdclean.record.keeping.RandomnessWatch`.
+    """
+
+    micro: MicroBatch
+    batch: Any
+    drew: bool | None = None
+
+
+class FingerprintQueue:
+    """Hands batches on to be read, at once or together with those that follow.
+
+    Only a small batch of plain tensors waits, as a copy: a training step may write to it, and a loader fill its memory
+    again.
+
+    Args:
+        read: Takes in batches, in their order.
+    """
+
+    def __init__(self, read: Callable[[list[Taken]], None]) -> None:
+        self._read = read
+        self._waiting: list[Taken] = []
+
+    def take(self, taken: Taken, may_wait: bool) -> None:
+        """A batch, about to be trained on.
+
+        Raises:
+            Exception: What ``read`` raises, of this batch or one that waited.
+        """
+        copied = _small_copy(taken.batch) if may_wait else None
+        self._waiting.append(taken if copied is None else Taken(taken.micro, copied, taken.drew))
+        if copied is None or len(self._waiting) >= _MOST:
+            self.read_all()
+
+    def read_all(self) -> None:
+        """Read all that wait.
+
+        Raises:
+            Exception: What ``read`` raises.
+        """
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._read(waiting)
+
+
+def _small_copy(batch: Any) -> Any:
+    """A copy of a batch that is made of plain tensors and nothing else, or None if it is not, or large."""
+    kind = type(batch)
+    parts = list(batch.values()) if kind is dict else batch if kind in (list, tuple) else [batch]
+    if not parts or not all(type(part) is Tensor and not part.requires_grad for part in parts):
+        return None
+    if sum(part.nbytes for part in parts) > _MOST_BYTES // _MOST:
+        return None
+    copies = [part.clone() for part in parts]
+    if kind is dict:
+        return dict(zip(batch, copies, strict=True))
+    return kind(copies) if kind in (list, tuple) else copies[0]
+
 
 KeepBatches = bool | Literal["auto"]
+
+
 # So many samples drawn again have their batches kept until it is known whether they differ: what changes
 # one sample in fifty is missed by that many once in 200 runs, and is refused after fit then.
 _ENOUGH = 256
@@ -26,7 +95,7 @@ _FIRST = 8  # batches, at most, kept until it was once seen what their loading d
 
 
 @dataclass(frozen=True)
-class Plan:
+class KeepPlan:
     """What is known of the run that batches would be kept for.
 
     Attributes:
@@ -118,7 +187,7 @@ class BatchKeeper:
         watch: Whether the data are random.
     """
 
-    def __init__(self, mode: KeepBatches, plan: Callable[[], Plan], say: Callable[[str], None]) -> None:
+    def __init__(self, mode: KeepBatches, plan: Callable[[], KeepPlan], say: Callable[[str], None]) -> None:
         self._mode, self._plan, self._say = mode, plan, say
         self._may_keep, self._is_announced = mode is not False, False
         self._epochs_without: set[int] = set()  # of which a batch was not kept
@@ -209,7 +278,7 @@ _REFUSED_LATER = (
 )
 
 
-def announcement(why: str, nbytes: int, plan: Plan) -> tuple[str, bool]:
+def announcement(why: str, nbytes: int, plan: KeepPlan) -> tuple[str, bool]:
     """Say what keeping the batches takes, and whether it fits.
 
     Args:
@@ -225,12 +294,3 @@ def announcement(why: str, nbytes: int, plan: Plan) -> tuple[str, bool]:
         size = f"{in_bytes(nbytes)} a batch times {plan.num_batches:.0f} batches of the window, {in_bytes(needed)}"
     verb = "are kept as they were trained on" if fits else "would have to be kept"
     return f"Training batches {verb}, since {why}: {size}, of {in_bytes(plan.free)} that may be taken.", fits
-
-
-def in_bytes(number: float) -> str:
-    """A number of bytes in a unit that reads well, e.g. ``12.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

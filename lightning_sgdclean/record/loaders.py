@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sgdclean.base.errors import SampleIdError
-from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.base.lightning import one_loader
+from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.data.samplers import NotingSampler, Positions, note_samples, stop_noting
 from lightning_sgdclean.record import checks
-from lightning_sgdclean.trajectory.records import Positions, SampleId
 
 
 class TrainLoaders:
@@ -62,7 +63,7 @@ class TrainLoaders:
                 "The training loader was made before this callback was set up, so its samples were not seen. "
                 "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
             )
-        self.as_delivered = checks.one_loader(trainer)
+        self.as_delivered = one_loader(trainer)
 
     def number(self, epoch: int) -> int:
         """Which of the loaders delivers now."""

@@ -8,25 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from lightning_sgdclean.trajectory.constants import Constants
-from lightning_sgdclean.trajectory.live_state import LiveState, trained_parameters
-from lightning_sgdclean.trajectory.parameter_groups import is_plain, noted
+from lightning_sgdclean.trajectory.live_state import (
+    FrozenParameters,
+    LiveState,
+    hyper_parameters,
+    is_fixed,
+    trained_parameters,
+)
 from lightning_sgdclean.trajectory.records import MicroBatch, State, Step
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
-
-
-def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """All plain options of all parameter groups as they stand now, with the names of the trained parameters."""
-    names = {id(param): name for name, param in params.items()}
-    return [
-        {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
-        | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
-        for group in optimizer.param_groups
-    ]
-
-
-def _is_fixed(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | None) or (type(value) is tuple and all(map(_is_fixed, value)))
 
 
 class Recorder:
@@ -37,7 +27,7 @@ class Recorder:
         self._params = trained_parameters(module, optimizer)
         self._live = LiveState(module, self._params, optimizer)
         self._pending: list[MicroBatch] = []
-        self._constants: Constants | None = None
+        self._constants: FrozenParameters | None = None
         self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
         self._groups: list[dict[str, Any]] = []
         self.num_steps = self._num_skipped = 0
@@ -61,10 +51,10 @@ class Recorder:
         """A batch is about to be trained on."""
         if self.num_steps == 0 and not self._pending:
             self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
-            self._constants = Constants(self._module, self._params)
+            self._constants = FrozenParameters(self._module, self._params)
         self._pending.append(micro)
 
-    def check_constants(self) -> None:
+    def check_frozen(self) -> None:
         """Has nothing but the optimizer moved parameters?
 
         Raises:
@@ -109,7 +99,7 @@ class Recorder:
         known = self._options
         if known is None or len(now) != len(known) or not all(map(is_, now, known)):
             self._groups = hyper_parameters(self._optimizer, self._params)
-            self._options = now if all(map(_is_fixed, now)) else None
+            self._options = now if all(map(is_fixed, now)) else None
         return self._groups
 
     def leave(self, index: int, ends_epoch: bool, divisor: int) -> None:

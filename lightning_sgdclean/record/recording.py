@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fit while it is recorded: what the callback's hooks hand over, in the order of a run."""
+"""A fit while it is recorded: what the hooks hand over, in the order of a run."""
 
 import math
 import warnings
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_sgdclean.adjoint.objective import loaders_in
 from lightning_sgdclean.adjoint.rehearsal import Rehearsal
 from lightning_sgdclean.base.errors import (
     RunDirectoryError,
@@ -20,25 +19,59 @@ from lightning_sgdclean.base.errors import (
     SGDInfluenceWarning,
     warn_of,
 )
+from lightning_sgdclean.base.lightning import gradient_hooks
 from lightning_sgdclean.base.randomness import RandomStates
+from lightning_sgdclean.data.fetching import loaders_in
 from lightning_sgdclean.data.fingerprints import fingerprints
-from lightning_sgdclean.losses.surroundings import surroundings_of
+from lightning_sgdclean.losses.evaluate import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
-from lightning_sgdclean.losses.weighting import Plan as SplitPlan
+from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.record import checks
-from lightning_sgdclean.record.best_model import BestModel
-from lightning_sgdclean.record.keeping import BatchKeeper, KeepBatches
+from lightning_sgdclean.record.budget import Forecast
+from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, KeepBatches, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
-from lightning_sgdclean.record.outlook import Outlook
 from lightning_sgdclean.record.recorder import Recorder
-from lightning_sgdclean.record.waiting import Taken, Waiting
 from lightning_sgdclean.replay.walk import RetraceOptions
-from lightning_sgdclean.trajectory.ending import Ending, write_ending
-from lightning_sgdclean.trajectory.joining import Mark
+from lightning_sgdclean.trajectory.joining import CheckpointMark
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, first_epoch_kept
-from lightning_sgdclean.trajectory.store import fit_of
+from lightning_sgdclean.trajectory.store import FitEnd, fit_of, write_ending
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
+
+
+class BestModel:
+    """Looks, between two optimizer steps, whether the ModelCheckpoint has saved a better model since.
+
+    No step lies between a save and the next look, so the step count at the look is the saved model's.
+
+    Attributes:
+        step: Optimizer steps made when the best model was saved; None before the first one.
+        epoch: Epoch of the last of these steps, and whether it ended that epoch.
+
+    Args:
+        checkpoint: The ModelCheckpoint.
+        known: ``step``, epoch and whether it ended, of a best model that was saved in the fit that this one continues.
+    """
+
+    def __init__(self, checkpoint: Any, known: list[int] | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._seen = self._now()
+        self.step: int | None = None if known is None else known[0]
+        self.epoch: tuple[int, bool] | None = None if known is None else (known[1], bool(known[2]))
+
+    def look(self, num_steps: int, epoch: tuple[int, bool]) -> None:
+        """Note ``num_steps``, and the epoch of the last of them, if there is a new best model."""
+        now = self._now()
+        if bool(now[0]) and (now[0] != self._seen[0] or now[1] is not self._seen[1]):
+            self.step, self.epoch, self._seen = num_steps, epoch, now
+
+    @property
+    def known(self) -> list[int] | None:
+        """What a checkpoint is to say of it."""
+        return None if self.step is None or self.epoch is None else [self.step, *map(int, self.epoch)]
+
+    def _now(self) -> tuple[str, Any]:
+        return self._checkpoint.best_model_path, self._checkpoint.best_model_score
 
 
 @dataclass(frozen=True)
@@ -76,7 +109,7 @@ class Recording:
         say: Callable[[str], None],
         joined: dict[str, Any] | None = None,
     ) -> None:
-        joined = joined or {}  # what the checkpoint said that this fit goes on from, a Mark as a dict
+        joined = joined or {}  # what the checkpoint said that this fit goes on from, a CheckpointMark as a dict
         self._loaders, self._folder, self._options, self._retrace = loaders, folder, options, retrace
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
@@ -91,10 +124,10 @@ class Recording:
             "device": trainer.strategy.root_device.type,
             "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         }
-        self._waiting = Waiting(self._read)
+        self._waiting = FingerprintQueue(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         self.recorder = Recorder(module, optimizer, self.writer)
-        self.outlook = Outlook(folder, options.snapshots, options.max_bytes, retrace, say)
+        self.outlook = Forecast(folder, options.snapshots, options.max_bytes, retrace, say)
         self.keeper = BatchKeeper(
             options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
         )
@@ -197,13 +230,13 @@ class Recording:
         if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
             return
         rehearsal, self._rehearsal = self._rehearsal, None
-        self.recorder.check_constants()
+        self.recorder.check_frozen()
         complaints = rehearsal.run(
             module,
             trainer.optimizers[0],
             surroundings_of(trainer, module),
             self._retrace,
-            checks.gradient_hooks(trainer, module),
+            gradient_hooks(trainer, module),
             forward=self.writer.interval != 1,
         )
         warn_of(complaints)
@@ -255,13 +288,13 @@ class Recording:
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()
 
-    def ending(self, trainer: Any, is_complete: bool = True) -> Ending:
+    def ending(self, trainer: Any, is_complete: bool = True) -> FitEnd:
         """What is known when the fit is over."""
         num_val_batches = _limits_of_validation(trainer)
         best = None if self.best is None else self.best.step
-        return Ending(self._retrace.monitor, self.logged, best, num_val_batches, is_complete)
+        return FitEnd(self._retrace.monitor, self.logged, best, num_val_batches, is_complete)
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> CheckpointMark | None:
         """What a checkpoint written now is to say of the trajectory."""
         with self._never_breaking_the_training:
             self._waiting.read_all()  # which may show that the data are random
@@ -273,7 +306,7 @@ class Recording:
         known, is_between_steps = None if best is None else best.known, not self.recorder.has_pending
         step, evidence = self.writer.next_index, self.keeper.watch.evidence
         fit = fit_of(self.writer.fits, step - 1)
-        return Mark(self.writer.run, step, folder, is_between_steps, fit, known, evidence)
+        return CheckpointMark(self.writer.run, step, folder, is_between_steps, fit, known, evidence)
 
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training:

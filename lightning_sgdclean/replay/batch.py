@@ -12,8 +12,7 @@ from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.losses.evaluate import Evaluated, plain_training_loss, weighted_training_loss
-from lightning_sgdclean.losses.verified import is_planned
-from lightning_sgdclean.losses.weighting import Plan, Term, unit_weights
+from lightning_sgdclean.losses.weighting import LossCall, SplitPlan, is_planned, unit_weights
 from lightning_sgdclean.replay.walk import Walk
 from lightning_sgdclean.trajectory.records import Step
 
@@ -31,7 +30,7 @@ class BatchAgain:
 
     def __init__(self, step: Step, number: int, walk: Walk) -> None:
         self.micro, self._walk = step.micro[number], walk
-        self.plan: Plan | None = None
+        self.plan: SplitPlan | None = None
         self._batch = walk.batch_of(step, number)
         self._random = walk.random_of(step, number)
         walk.fidelity.compare_batch(step, number, batch_digest(self._batch, len(self.micro.ids)))
@@ -49,8 +48,8 @@ class BatchAgain:
         return plain_training_loss(self._walk.module, self._set_up(), self.micro.batch_idx, self._walk.surroundings)
 
     def _weighted_loss(self, weights: Tensor) -> Tensor:
-        loss, terms = self._weighted(weights, self.plan)
-        if self.plan is not None and not is_planned(terms, self.plan):
+        loss, calls = self._weighted(weights, self.plan)
+        if self.plan is not None and not is_planned(calls, self.plan):
             raise LossSplitError(
                 f"The loss of batch {self.micro.batch_idx} of epoch {self.micro.epoch} is made by other loss calls "
                 "once samples are left out, so it is not known which part of it is whose. Give sample_losses=."
@@ -66,20 +65,20 @@ class BatchAgain:
         walk = self._walk
         contents = {name: buffer.detach().clone() for name, buffer in walk.module.named_buffers()}
 
-        def evaluate(plan: Plan | None) -> Evaluated:
-            loss, terms = self._weighted(unit_weights(len(self.micro.ids), list(walk.params.values())), plan)
+        def evaluate(plan: SplitPlan | None) -> Evaluated:
+            loss, calls = self._weighted(unit_weights(len(self.micro.ids), list(walk.params.values())), plan)
             with torch.no_grad():
                 for name, buffer in walk.module.named_buffers():  # by name: a step may put a new one in its place
                     buffer.copy_(contents[name])
             walk.restore_attributes()
-            return Evaluated(loss, [], terms)
+            return Evaluated(loss, [], calls)
 
         if walk.split is None:
             return evaluate(None).loss.detach()
         self.plan, evaluated = walk.split.plan_for(evaluate, replace(self.micro, random=self._random), self._batch)
         return evaluated.loss.detach()
 
-    def _weighted(self, weights: Tensor, plan: Plan | None) -> tuple[Tensor, list[Term]]:
+    def _weighted(self, weights: Tensor, plan: SplitPlan | None) -> tuple[Tensor, list[LossCall]]:
         walk = self._walk
         return weighted_training_loss(
             walk.module, self._set_up(), self.micro.batch_idx, weights, walk.surroundings, walk.sample_losses, plan

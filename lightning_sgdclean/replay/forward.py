@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.backward import load_state
 from lightning_sgdclean.replay.batch import BatchAgain
-from lightning_sgdclean.replay.walk import Walk
+from lightning_sgdclean.replay.walk import Walk, load_state
 from lightning_sgdclean.trajectory.live_state import current_state
 from lightning_sgdclean.trajectory.records import State, Step
 

@@ -10,26 +10,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.backward import check_finite, load_state
-from lightning_sgdclean.adjoint.objective import (
-    ObjectiveGradient,
-    ValidationBatch,
-    loaders_in,
-    objective_gradients,
-    validation_batches,
-)
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients
 from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.fetching import fetch_batch
+from lightning_sgdclean.data.fetching import ValidationBatch, fetch_batch, loaders_in, validation_batches
 from lightning_sgdclean.data.packing import Classes, unpack_batch
-from lightning_sgdclean.losses.evaluate import Surroundings, untouched_module
-from lightning_sgdclean.losses.surroundings import surroundings_of
+from lightning_sgdclean.losses.evaluate import Surroundings, surroundings_of
+from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.replay.sample_order import check_positions
 from lightning_sgdclean.replay.states import RecomputedStates
-from lightning_sgdclean.replay.walk import RetraceOptions, Walk, walk_of
-from lightning_sgdclean.trajectory.ending import Ending
+from lightning_sgdclean.replay.walk import RetraceOptions, Walk, check_finite, load_state, walk_of
 from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept
-from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class RecordedRun:
     folder: Path
     loaders: list[Any]
     optimizer: Optimizer
-    ending: Ending
+    ending: FitEnd
     val_dataloaders: Any
     limits: list[float] | None
     is_of_fit: bool

@@ -9,19 +9,22 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.objective import loaders_in
 from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError
-from lightning_sgdclean.base.lightning import CALLBACK_BASES, quiet_trainer
+from lightning_sgdclean.base.lightning import (
+    CALLBACK_BASES,
+    check_optimizers,
+    gradient_hooks,
+    one_loader,
+    quiet_trainer,
+)
 from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.fetching import loaders_in
 from lightning_sgdclean.data.packing import Classes, classes_of
-from lightning_sgdclean.losses.surroundings import surroundings_of
-from lightning_sgdclean.record import checks
-from lightning_sgdclean.record.recorder import hyper_parameters
+from lightning_sgdclean.losses.evaluate import surroundings_of
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.replay.walk import RetraceOptions
-from lightning_sgdclean.trajectory.ending import Ending, read_ending
-from lightning_sgdclean.trajectory.live_state import trained_parameters
-from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
+from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
 
 T = TypeVar("T")
 
@@ -104,14 +107,14 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Open, and use."""
-        checks.check_optimizers(trainer)
+        check_optimizers(trainer)
         optimizer = trainer.optimizers[0]
         check_model(self._trajectory, pl_module, optimizer)
-        as_delivered, loaders = checks.one_loader(trainer), self._val_dataloaders
+        as_delivered, loaders = one_loader(trainer), self._val_dataloaders
         (loader,) = trainer.fit_loop._combined_loader.flattened
         loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
         recorded = self._trajectory
-        ending = read_ending(recorded.folder, recorded.run, recorded.ending) or Ending(self._options.monitor)
+        ending = read_ending(recorded.folder, recorded.run, recorded.ending) or FitEnd(self._options.monitor)
         run = RecordedRun(
             self._run_dir,
             [loader] * (1 + max(micro.loader for step in self._trajectory.steps for micro in step.micro)),
@@ -120,7 +123,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             loaders,
             batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
             is_of_fit=False,
-            hooks=checks.gradient_hooks(trainer, pl_module),
+            hooks=gradient_hooks(trainer, pl_module),
             averaging=[],
             classes=self._classes(trainer, pl_module, loader),
             as_delivered=as_delivered,
@@ -133,7 +136,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
         if all(micro.batch is None for step in self._trajectory.steps for micro in step.micro):
             return {}
         batch = next((batch for batch in loader if batch is not None), None)
-        return classes_of(surroundings_of(trainer, module).prepare(checks.one_loader(trainer)(batch), 0))
+        return classes_of(surroundings_of(trainer, module).prepare(one_loader(trainer)(batch), 0))
 
 
 def batch_limits(limit: float | None, loaders: list[Any], recorded: list[float] | None) -> list[float] | None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from lightning_sgdclean.base.errors import ReplayMismatchError, SampleIdError
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import set_random_state
+from lightning_sgdclean.data.batches import of_one_shape
 from lightning_sgdclean.data.fetching import fetched_variants, moved_positions
 from lightning_sgdclean.data.fingerprints import batch_digest
-from lightning_sgdclean.data.variants import of_one_shape
 from lightning_sgdclean.replay.walk import Walk
-from lightning_sgdclean.trajectory.records import MicroBatch, SampleId, Step
+from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
 _NOT_PROVED = "Whether the collate function keeps the samples in their order could not be found out."
 _BY_CHANCE = 1e-6  # that samples which are sorted had been drawn in that order, in all batches probed

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a walk over recorded steps needs besides their record: module, data, engine, the optimizer's rule."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.adjoint.curvature import Engine, engine_named
-from lightning_sgdclean.adjoint.objective import ObjectiveFn, ObjectiveGradient
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
+from lightning_sgdclean.base.errors import NonFiniteError
+from lightning_sgdclean.base.options import ObjectiveFn, SampleId, SampleLosses
 from lightning_sgdclean.base.randomness import RandomState
-from lightning_sgdclean.losses.evaluate import SampleLosses, Surroundings
-from lightning_sgdclean.losses.precision import in_float32, in_half, is_low, summable
+from lightning_sgdclean.data.batches import summable
+from lightning_sgdclean.losses.evaluate import Surroundings, in_float32, in_half, is_low
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.trajectory.live_state import trained_parameters
-from lightning_sgdclean.trajectory.records import SampleId, Step
+from lightning_sgdclean.trajectory.records import State, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +148,27 @@ def adjoint_of(start: ObjectiveGradient, walk: Walk, sign: float = 1.0) -> Adjoi
     """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
     params = {name: sign * summable(tensor) for name, tensor in zip(walk.params, start.params, strict=True)}
     return Adjoint(params, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})
+
+
+@torch.no_grad()
+def load_state(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> None:
+    """Copy recorded parameters and buffers into the live module."""
+    for name, param in params.items():
+        param.copy_(state.params[name])
+    for name, buffer in module.named_buffers():
+        buffer.copy_(state.buffers[name])
+
+
+def check_finite(steps: list[Step]) -> None:
+    """Refuse a run that diverged, before anything is computed from it.
+
+    Raises:
+        NonFiniteError: If a recorded loss is not finite; names the first such step.
+    """
+    for step in steps:
+        for micro in step.micro if step.is_update else ():
+            if micro.loss is not None and not math.isfinite(float(micro.loss)):
+                raise NonFiniteError(
+                    f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss)}: "
+                    "samples cannot be ranked by a run that diverged. Lower the learning rate or clip the gradients."
+                )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hand the ranking to every logger of a Trainer, and let none of their failures cost another one anything."""
+"""The ranking handed to the Trainer's loggers, none of which costs another one anything."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,19 +12,24 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.ranking.exhibits import Exhibit
-from lightning_sgdclean.ranking.figures import save_png
+from lightning_sgdclean.ranking.figures import Exhibit, plot_samples, save_png
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.sample_figure import plot_samples
-from lightning_sgdclean.report.comet import parts_for_comet
-from lightning_sgdclean.report.csv_logger import parts_for_csv_logger
-from lightning_sgdclean.report.mlflow import parts_for_mlflow
-from lightning_sgdclean.report.results import GROUP, Drawing, Parts, Results, numbers_of
-from lightning_sgdclean.report.tensorboard import parts_for_tensorboard
-from lightning_sgdclean.report.wandb import parts_for_wandb
+from lightning_sgdclean.report.destinations import (
+    GROUP,
+    Drawing,
+    Parts,
+    Results,
+    numbers_of,
+    parts_for_comet,
+    parts_for_csv_logger,
+    parts_for_mlflow,
+    parts_for_tensorboard,
+    parts_for_wandb,
+)
 
 _T = TypeVar("_T")
 _PartsFor: TypeAlias = Callable[[Any, Results], Parts]
+
 
 # Names, not classes: nothing has to be imported to compare them, and the loggers of pytorch_lightning, of
 # lightning.pytorch and the user's subclasses are found alike.

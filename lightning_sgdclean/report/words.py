@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a ranking can be trusted, as lines of plain words made from ``summary.json``."""
+"""How far a ranking can be trusted, in words."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.replay.fidelity import Fidelity
 
 _ENGINES = {
     "exact": "exact derivative of the recorded steps, by a double backward pass",
@@ -96,3 +100,31 @@ def _measured(summary: Mapping[str, Any]) -> list[TrustLine]:
         f"{name.replace('_', ' ')} {value}" for name, value in trust.items() if isinstance(value, int | float | str)
     ]
     return [TrustLine("Leave-one-out", "; ".join(values))] if values else []
+
+
+def replay_in_words(error: Fidelity) -> str:
+    """How far the replay was off, e.g. ``bit for bit in all 320 batches``."""
+    if error.num_bitwise == error.num_batches:
+        losses = f"losses bit for bit in all {error.num_batches} batches"
+    else:
+        losses = (
+            f"losses off by at most {error.loss:.1e} ({error.num_bitwise} of {error.num_batches} batches bit for bit)"
+        )
+    return f"{losses}; updates off by at most {error.update:.1e} of their length"
+
+
+def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str:
+    """The last word on the terminal."""
+    worst = ", ".join(map(str, ranking.harmful(10))) or "none"
+    lines = [
+        f"SGD influence on {summary['objective']['name']} (negative: the objective would be lower without the sample)",
+        f"  files    {folder}",
+        f"  window   {summary['window']['words']}; {len(ranking)} samples, engine {summary['engine']}",
+        f"  replay   {summary['replay']['words']}",
+        f"  worst    {worst}",
+    ]
+    if summary.get("trust"):
+        lines.insert(-1, f"  trust    {summary['trust']['words']}")
+    if (folder / "report.html").is_file():
+        lines.insert(2, f"  page     {folder / 'report.html'}")
+    return "\n".join(lines)

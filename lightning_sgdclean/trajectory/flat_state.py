@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state as one flat tensor a dtype, beside a list of what lies where in it."""
+"""A state as one flat tensor a dtype, and memory for states that are to be written."""
 
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -16,7 +17,6 @@ DTYPES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for d
 )}  # fmt: skip
 _PAIRS = {"complex64": "float32", "complex128": "float64"}  # held as real and imaginary parts: rotary embeddings, say
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {getattr(torch, name): name for name in _PAIRS}
-
 Layout = list[list[Any]]  # rows of: kind, name, key, dtype, shape
 Flat = dict[str, Tensor]  # a state's tensors one after another, by dtype
 BufferFor = Callable[[str, int], Tensor]  # gives a tensor of a dtype and length to copy into
@@ -126,3 +126,59 @@ def unflatten(layout: Layout, flat: Flat) -> State:
         else:
             (state.params if kind == "param" else state.buffers)[name] = tensor
     return state
+
+
+_PIECE_BYTES, _PIECE_ROWS = 4 << 20, 256
+
+
+class StateRows:
+    """Hands out rows, those that came back first to begin with.
+
+    Who takes rows one after another, and gives them back in that order, mostly gets rows that lie one behind the other.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.dtype, int], deque[Tensor]] = defaultdict(deque)
+
+    def take(self, dtype: str, length: int) -> Tensor:
+        """A row of so many numbers."""
+        free = self._free[DTYPES[dtype], length]
+        if not free:
+            num = min(_PIECE_ROWS, _PIECE_BYTES // (length * DTYPES[dtype].itemsize or 1))
+            free.extend(torch.empty(max(1, num), length, dtype=DTYPES[dtype]).unbind())
+        return free.popleft()
+
+    def give_back(self, flat: Flat) -> None:
+        """The rows of a state are needed no more."""
+        for row in flat.values():
+            self._free[row.dtype, row.numel()].append(row)
+
+    def clear(self) -> None:
+        """Let go of the memory of free rows."""
+        self._free.clear()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._free.values()))
+
+
+def stretches(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Rows that lie one behind the other as one tensor each, ``(N, length)``, without a copy."""
+    held: list[Tensor] = []
+    for row in rows:
+        if held and not _follows(row, held[-1]):
+            yield _as_one(held)
+            held = []
+        held.append(row)
+    if held:
+        yield _as_one(held)
+
+
+def _follows(row: Tensor, before: Tensor) -> bool:
+    same = row.dtype == before.dtype and row.numel() == before.numel()
+    behind = row.storage_offset() == before.storage_offset() + before.numel()
+    return same and behind and row.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+
+
+def _as_one(rows: list[Tensor]) -> Tensor:
+    length = rows[0].numel()
+    return rows[0].as_strided((len(rows), length), (length, 1)) if len(rows) > 1 else rows[0].reshape(1, -1)

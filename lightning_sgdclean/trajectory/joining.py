@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
-from lightning_sgdclean.base.run_directory import check_free, fresh_directory, remove_results
-from lightning_sgdclean.trajectory.ending import forget_ending, read_ending
+from lightning_sgdclean.base.files import (
+    appearing_whole,
+    check_free,
+    checksum_of,
+    fresh_directory,
+    read_sealed,
+    remove_results,
+    write_sealed,
+)
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of
-from lightning_sgdclean.trajectory.segments import Segment, write_segment
-from lightning_sgdclean.trajectory.series import in_full, in_short
-from lightning_sgdclean.trajectory.store import Trajectory, fit_of
+from lightning_sgdclean.trajectory.segments import Segment, in_full, in_short, write_segment
+from lightning_sgdclean.trajectory.store import Trajectory, fit_of, forget_ending, read_ending
 
 
 @dataclass(frozen=True)
-class Mark:
+class CheckpointMark:
     """What a checkpoint says of the trajectory that led to it; plain values, as checkpoints want them.
 
     Attributes:
@@ -32,7 +37,7 @@ class Mark:
         folder: The run directory.
         is_between_steps: Whether no batch waited for its step.
         fit: Name of the fit that recorded the step before; empty where there is none.
-        best: See :class:`lightning_sgdclean.record.best_model.BestModel`.
+        best: See :class:`lightning_sgdclean.record.recording.BestModel`.
         evidence: See :class:`lightning_sgdclean.record.keeping.RandomnessWatch`.
     """
 
@@ -49,7 +54,7 @@ def join(said: dict[str, Any], wanted: str | Path | None, log_dir: Path, overwri
     """The run directory in which the fit goes on, its trajectory ending at the checkpoint.
 
     Args:
-        said: What the checkpoint says, a :class:`Mark` as a dict.
+        said: What the checkpoint says, a :class:`CheckpointMark` as a dict.
         wanted: The user's directory, if any.
         log_dir: Where directories go otherwise.
         overwrite: Whether a finished run in the wanted one may be lost.
@@ -68,17 +73,17 @@ def join(said: dict[str, Any], wanted: str | Path | None, log_dir: Path, overwri
         return None
 
 
-def mark_of(said: dict[str, Any]) -> Mark:
+def mark_of(said: dict[str, Any]) -> CheckpointMark:
     """Read what a checkpoint says.
 
     Raises:
         RunDirectoryError: If another version of this package wrote it, which says more or less.
     """
-    wanted = {each.name for each in fields(Mark)}
+    wanted = {each.name for each in fields(CheckpointMark)}
     if said.keys() != wanted:
         other = ", ".join(map(repr, sorted(said.keys() ^ wanted)))
         raise RunDirectoryError(f"the checkpoint was written by another version of this package: {other}.")
-    return Mark(**said)
+    return CheckpointMark(**said)
 
 
 def without_mark(step: int) -> str:
@@ -90,7 +95,7 @@ def without_mark(step: int) -> str:
     )
 
 
-def _join(mark: Mark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
+def _join(mark: CheckpointMark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
     source = next((f for f in (Path(mark.folder), wanted) if f is not None and _run_in(f) == mark.run), None)
     if source is None:
         raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
@@ -125,7 +130,7 @@ def _is_finished(source: Path, trajectory: Trajectory) -> bool:
     return (source / "summary.json").exists() or (ending is not None and ending.is_complete)
 
 
-def _loses_nothing(source: Path, trajectory: Trajectory, mark: Mark) -> bool:
+def _loses_nothing(source: Path, trajectory: Trajectory, mark: CheckpointMark) -> bool:
     """Whether the run was killed between its last step and its ranking, and the checkpoint is of that step."""
     ends_there = all(step.index + 1 == mark.step for step in trajectory.steps[-1:])
     return ends_there and not (source / "summary.json").exists()
@@ -139,7 +144,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def cut_off(folder: Path, mark: Mark) -> None:
+def cut_off(folder: Path, mark: CheckpointMark) -> None:
     """Remove from a trajectory what was recorded after a checkpoint, and what a kill left behind.
 
     Raises:

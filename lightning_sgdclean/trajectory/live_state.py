@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a run while it lives: which parameters are trained, and all the tensors that a step reads and writes."""
+"""Which tensors a training step reads and writes, while they live, and the options that it read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.trajectory.records import State
 
 _values = methodcaller("values")
@@ -81,3 +82,86 @@ class LiveState:
 
 def _all(dicts: Iterable[Any]) -> Iterator[Any]:
     return chain.from_iterable(map(_values, dicts))
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an option is a number, a string, None, a tensor of one element, or a sequence of such."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(is_plain(v) for v in value))
+
+
+def noted(value: Any) -> Any:
+    """A plain option as it stands now, apart from the optimizer's own: tensors copied, tuples as lists."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().reshape(()).clone()
+    return [noted(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def packed(value: Any) -> Any:
+    """A noted option, or a mapping of such, as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {key: packed(item) for key, item in value.items()}
+    return [packed(item) for item in value] if isinstance(value, list) else value
+
+
+def unpacked(value: Any) -> Any:
+    """Undo :func:`packed`."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor", "dtype"}:
+            return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        return {key: unpacked(item) for key, item in value.items()}
+    return [unpacked(item) for item in value] if isinstance(value, list) else value
+
+
+class FrozenParameters:
+    """Fingerprints of a module's parameters that are not trained.
+
+    Args:
+        module: The module.
+        trained: Names of the parameters that the optimizer moves.
+    """
+
+    def __init__(self, module: nn.Module, trained: Collection[str]) -> None:
+        self._trained = trained
+        self._prints = self._now(module)
+
+    def check(self, module: nn.Module) -> None:
+        """Are they still what they were?
+
+        Raises:
+            UnsupportedTrainingError: Naming the first that moved.
+        """
+        for name, now in self._now(module).items():
+            if not now.equal(self._prints[name]):
+                raise UnsupportedTrainingError(
+                    f"The parameter {name!r} moved, although the optimizer did not hold it when training began: a "
+                    "teacher or average of the weights, or a layer that was unfrozen. What samples do through it is "
+                    "not followed. Keep it fixed or outside of the module, or give all parameters to the optimizer."
+                )
+
+    def _now(self, module: nn.Module) -> dict[str, Tensor]:
+        held = self._trained
+        return {
+            name: batch_digest([param.detach()], 1) for name, param in module.named_parameters() if name not in held
+        }
+
+
+def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """All plain options of all parameter groups as they stand now, with the names of the trained parameters."""
+    names = {id(param): name for name, param in params.items()}
+    return [
+        {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
+        | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
+        for group in optimizer.param_groups
+    ]
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a value cannot change unless another object takes its place."""
+    return isinstance(value, bool | int | float | str | None) or (type(value) is tuple and all(map(is_fixed, value)))

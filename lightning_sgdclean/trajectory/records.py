@@ -6,11 +6,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.packing import PackedBatch
-
-SampleId = int | str
-Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching
+from lightning_sgdclean.data.samplers import Positions
 
 
 @dataclass

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One segment of a trajectory: some steps and states in a file (safetensors), written and read back.
-
-Tables hold what every step has, and JSON only what few have: whoever writes a step by itself takes Python's lock away
-from the training. They are made without torch's kernels: one that runs on several threads would give the thread that
-writes a team of its own, and with more threads than cores the team of the training waits much longer at each turn.
-"""
+"""One segment of a trajectory: some steps and states in a file (safetensors)."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,10 +16,30 @@ from torch import Tensor
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.packing import PackedBatch
-from lightning_sgdclean.trajectory.flat_state import Flat
-from lightning_sgdclean.trajectory.parameter_groups import packed, unpacked
+from lightning_sgdclean.trajectory.flat_state import Flat, stretches
+from lightning_sgdclean.trajectory.live_state import packed, unpacked
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
-from lightning_sgdclean.trajectory.state_rows import stretches
+
+Kept = tuple[int, int]  # number of the step that a state lies before, and that of its layout
+
+
+def in_short(states: list[Kept]) -> list[list[int]]:
+    """States at equal distances and of one layout as rows of: first number, how many, distance, layout."""
+    rows: list[list[int]] = []
+    for index, layout in states:
+        if rows and rows[-1][3] == layout:
+            first, num, distance, _ = rows[-1]
+            if num == 1 or index == first + num * distance:
+                rows[-1][1:3] = num + 1, (index - first if num == 1 else distance)
+                continue
+        rows.append([index, 1, 1, layout])
+    return rows
+
+
+def in_full(rows: list[list[int]]) -> list[Kept]:
+    """Undo :func:`in_short`."""
+    return [(first + n * distance, layout) for first, num, distance, layout in rows for n in range(num)]
+
 
 _NOT_KEPT = -1  # the number of tensors of a batch that is to be fetched again
 

@@ -1,24 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a run to disk as it goes on: its steps, snapshots of its states, and a manifest of what belongs to what."""
+"""Writes a trajectory while the fit goes on, on a thread of its own."""
 
 import math
 import uuid
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
-from lightning_sgdclean.record.keeping import in_bytes
-from lightning_sgdclean.trajectory.background import Background
-from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout
+from lightning_sgdclean.base.resources import in_bytes
+from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows
 from lightning_sgdclean.trajectory.records import State, Step
 from lightning_sgdclean.trajectory.schedule import is_snapshot
-from lightning_sgdclean.trajectory.segments import write_segment
-from lightning_sgdclean.trajectory.series import in_full, in_short
-from lightning_sgdclean.trajectory.state_rows import StateRows
+from lightning_sgdclean.trajectory.segments import in_full, in_short, write_segment
 from lightning_sgdclean.trajectory.store import FORMAT
+
+_MOST_WAITING = 2
+
+
+class Background:
+    """Runs jobs one after another. After one that failed none is run any more.
+
+    Each method raises the error of a job that failed before, once.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sgd-influence")
+        self._waiting: deque[Future[None]] = deque()
+        self._has_failed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Hand over a job; waits while too many are waiting, so that memory stays bounded."""
+        self.check()
+        while len(self._waiting) >= _MOST_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._run, job))
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now."""
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def wait(self) -> None:
+        """Until all jobs are done."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            job()
+        except BaseException:  # whatever it was, nothing may be written after it
+            self._has_failed = True
+            raise
+
 
 _SEGMENT_BYTES = 32 << 20
 _SEGMENT_STEPS = 256
