@@ -203,7 +203,7 @@ def markdown(constants):
         "the live model, its optimizer, gradients, the adjoint and the states at work; activations come on top.",
         "How many snapshots there are and how often a step is repeated are formulas",
         "(`lightning_sgdclean/schedule.py`), which a simulation of a million steps bears out",
-        "(`tests/test_schedule.py`). The window is the whole training. *Cost of a step* is in training",
+        "(`tests/trajectory/test_schedule.py`). The window is the whole training. *Cost of a step* is in training",
         f"steps: {WALK} for the walk itself ([cost.md](cost.md)) and one for each time that the step is repeated.",
         f"What exceeds {in_units(DISK)} of disk or {in_units(MEMORY)} of memory is marked with an exclamation mark.",
         "",

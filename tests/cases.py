@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -163,6 +164,34 @@ def objective(module, val=VAL) -> float:
         for batch in DataLoader(val, batch_size=4):
             total += len(batch[0]) * module.loss([t.double() if t.is_floating_point() else t for t in batch]).item()
     return total / len(val)
+
+
+class Overflowing(Plain):
+    """Its loss overflows at the third batch of the second epoch, as a scaled one does now and then."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if (self.current_epoch, batch_idx) == (1, 2) else loss
+
+
+class Scaling(MixedPrecision):
+    """A GradScaler around float64, so that truth can be had."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def convert_module(self, module):
+        return module.double()
+
+    def convert_input(self, data):
+        return [tensor.double() if tensor.is_floating_point() else tensor for tensor in data]
+
+
+def scaled(name, module, **trainer):
+    return Case(name, module, {"precision": None, "plugins": [Scaling()], **trainer}, make=Overflowing)
 
 
 CASES = [

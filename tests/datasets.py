@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data that change each time they are asked for."""
+"""Data, and a module, that change what they give each time that they are asked."""
 
 import random
 
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from cases import TRAIN
+from cases import TRAIN, Plain
 
 KEPT = "Training batches are kept as they were trained on"
 LOST = "gone already"
@@ -48,3 +48,13 @@ class OwnGenerator(Wrapped):
 def noisy_collate(items):
     x, y, i = default_collate(items)
     return [x * (1 + 0.2 * torch.randn(len(x), 1)), y, i]
+
+
+class Hooked(Plain):
+    """Augments on the device, as the whole batch."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if not self.trainer.training:
+            return batch
+        x, y, i = batch
+        return [x + 0.2 * torch.randn_like(x), y, i]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_sgdclean.trajectory.schedule import reversal, revolve
-from test_schedule import Machine
+from machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -72,7 +72,7 @@ def test_python_blocks_run_in_order(page, request):
 
 
 def test_what_is_indented_on_a_page_is_a_command():
-    """So that no Python stands where nobody runs it; commands are run by tests/test_cli.py or are scripts of ours."""
+    """So that no Python stands where nobody runs it. Commands are run in tests/cli, or are scripts of ours."""
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for block in re.findall(r"(?<=\n\n)((?:    .*\n)+)", text):

@@ -4,10 +4,7 @@
 import json
 import math
 import resource
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +25,7 @@ from lightning_sgdclean.base.errors import (
     SGDInfluenceWarning,
     UnsupportedTrainingError,
 )
+from processes import python
 from reference import ranked
 
 MODEL = {"make_optimizer": adam, "norm": True, "dropout": 0.2}
@@ -91,7 +89,7 @@ def test_kept_batches_of_the_users_own_classes_are_put_together_again_later():
     again = retrace(callback.run_dir, Unpacking(**MODEL), train_dataloaders=train, **options)
     assert_same(again, callback.ranking)
     with pytest.raises(
-        RunDirectoryError, match=r"holds a test_later\.Parts, which no batch of this process is made of"
+        RunDirectoryError, match=r"holds a test_retracing\.Parts, which no batch of this process is made of"
     ):
         retrace(callback.run_dir, Unpacking(**MODEL), train_dataloaders=loaders()[0], **options)
 
@@ -99,11 +97,10 @@ def test_kept_batches_of_the_users_own_classes_are_put_together_again_later():
 def test_another_process_gives_the_same_ranking(run, tmp_path):
     code = (
         "import torch; torch.set_num_threads(1)\n"  # as in the tests: threads change the order of sums
-        "import test_later as t\nfrom types import SimpleNamespace\n"
+        "import test_retracing as t\nfrom types import SimpleNamespace\n"
         f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r})).save({str(tmp_path / 'later.csv')!r})\n"
     )
-    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], env=path, check=True, capture_output=True, timeout=120)
+    python(code)
     assert_same(Ranking.load(tmp_path / "later.csv"), run.ranking)
 
 
@@ -300,10 +297,8 @@ def test_losses_of_the_users_are_told_apart_by_their_code_and_what_they_hold():
 
 
 def test_losses_of_the_users_are_named_alike_in_every_process():
-    code = "import test_later as t\nprint(t.own_key(t.losses_with(t.two_objectives, 3)))\n"
-    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    runs = [subprocess.run([sys.executable, "-c", code], env=path, check=True, capture_output=True) for _ in range(2)]
-    assert runs[0].stdout == runs[1].stdout
+    code = "import test_retracing as t\nprint(t.own_key(t.losses_with(t.two_objectives, 3)))\n"
+    assert python(code).stdout == python(code).stdout
 
 
 def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
@@ -320,7 +315,7 @@ def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
 def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run, tmp_path):
     code = (
         "import os, signal, sys, torch; torch.set_num_threads(1)\n"
-        "import test_later as t\nfrom types import SimpleNamespace\n"
+        "import test_retracing as t\nfrom types import SimpleNamespace\n"
         "t.bookmark._SECONDS = 0.0\nt.bookmark._SHARE = float('inf')\n"
         "original, walked = t.backward.retrace_step, []\n"
         "def dying(*args):\n"
@@ -330,9 +325,8 @@ def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run
         "t.backward.retrace_step = dying\n"
         f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r}))\n"
     )
-    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
-    ended = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, timeout=120, check=False)
-    assert ended.returncode == -9, ended.stderr.decode()
+    ended = python(code, check=False)
+    assert ended.returncode == -9, ended.stderr
     ranking, walked = steps_walked(monkeypatch, lambda: later(run))
     assert len(walked) == 8
     assert_same(ranking, run.ranking)

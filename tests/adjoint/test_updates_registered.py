@@ -13,7 +13,7 @@ from lightning_sgdclean import SGDInfluence, Update, register_update
 from lightning_sgdclean.base.errors import ReplayMismatchError, UnsupportedTrainingError
 from reference import assert_influence_is_the_derivative, ranked
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "optimizers.md"
 
 
 @pytest.fixture

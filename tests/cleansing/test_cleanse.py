@@ -26,6 +26,7 @@ from lightning_sgdclean.cleansing.plan import Measured, Question
 from lightning_sgdclean.cleansing.result import Cleansing, judge
 from lightning_sgdclean.cleansing.trials import TrialStore
 from lightning_sgdclean.data.fetching import share_samples
+from processes import search_path
 
 WRONG = 60
 
@@ -284,10 +285,9 @@ if __name__ == "__main__":
 
 def test_a_killed_cleansing_goes_on():
     Path("script.py").write_text(SCRIPT, encoding="utf-8")
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, "-W", "ignore", "script.py"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": search_path()}
     ) as process:
         for line in process.stdout:
             if line.startswith("training 3 "):
@@ -337,7 +337,7 @@ def failing_while_full(seed):
 
 
 def test_processes_come_to_the_same_numbers(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", search_path())
     with pytest.raises(ValueError, match=r"build and influence= must be picklable.*processes=1"):
         run(lambda seed: None, "local", processes=2)
     Path("full").touch()
@@ -521,7 +521,7 @@ def with_checkpoints(seed):
 
 
 def test_no_training_is_measured_by_the_checkpoint_of_another(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", search_path())
     before = {path.name for path in Path().iterdir()}
     found = run(with_checkpoints, ckpt_path="best", processes=2)
     assert numbers_of(found) == numbers_of(run(with_checkpoints, "one after another", ckpt_path="best"))

@@ -23,7 +23,7 @@ from cases import Plain, loaders, quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli, compare
 from lightning_sgdclean.cli.terminal import printable, table, width_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "lightning_sgdclean"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
 
@@ -239,7 +239,7 @@ def test_the_commands_of_the_documentation_do_what_it_says(tmp_path):
     subprocess.run(train, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=True)
     other = shutil.copytree(tmp_path / "cleaning", tmp_path / "other")
     (tmp_path / "my_module.py").write_text(MY_MODULE)
-    for words in [words for words in commands if "cleanse" not in words]:  # tests/test_check.py runs that one
+    for words in [words for words in commands if "cleanse" not in words]:  # tests/cli/test_check.py runs that one
         write_config(tmp_path, with_classes="--model" not in words)
         runs = iter([tmp_path / "cleaning", other])
         done = sgdclean(*[next(runs) if word == "RUN" else word for word in words], cwd=tmp_path)

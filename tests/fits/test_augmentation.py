@@ -11,22 +11,11 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from cases import TRAIN, Case, Plain, fit, loaders, quiet_trainer
-from datasets import KEPT, LOST, OPTIONS, Augmented, OwnGenerator, Wrapped, noisy_collate
+from datasets import KEPT, LOST, OPTIONS, Augmented, Hooked, OwnGenerator, Wrapped, noisy_collate
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import BudgetError, LossSplitError, ReplayMismatchError, SGDInfluenceWarning
 from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_influence_is_the_derivative, influences, ranked
-
-
-class Hooked(Plain):
-    """Augments on the device, as the whole batch."""
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        if not self.trainer.training:
-            return batch
-        x, y, i = batch
-        return [x + 0.2 * torch.randn_like(x), y, i]
-
 
 AUGMENTED = {
     "dataset": {"train": Augmented()},

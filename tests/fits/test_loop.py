@@ -19,10 +19,9 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from pytorch_lightning.plugins import MixedPrecision
 from torch.optim import lr_scheduler
 
-from cases import NUM_TRAIN, TRAIN, Case, Plain, adam, adamw, fit, loaders, objective, quiet_trainer
+from cases import NUM_TRAIN, TRAIN, Case, Plain, Scaling, adam, adamw, fit, loaders, objective, quiet_trainer, scaled
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SampleIdError, SGDInfluenceWarning, UnsupportedTrainingError
 from reference import assert_derivative, assert_influence_is_the_derivative, influences, ranked
@@ -136,34 +135,6 @@ def test_training_that_ran_out_of_time_within_an_epoch_is_that_of_as_many_steps(
 
 
 # Gradient scaling ----------------------------------------------------------------------------------
-
-
-class Overflowing(Plain):
-    """Its loss overflows at the third batch of the second epoch, as a scaled one does now and then."""
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * float("inf") if (self.current_epoch, batch_idx) == (1, 2) else loss
-
-
-class Scaling(MixedPrecision):
-    """A GradScaler around float64, so that truth can be had."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
-
-    def autocast_context_manager(self):
-        return torch.autocast("cpu", enabled=False)
-
-    def convert_module(self, module):
-        return module.double()
-
-    def convert_input(self, data):
-        return [tensor.double() if tensor.is_floating_point() else tensor for tensor in data]
-
-
-def scaled(name, module, **trainer):
-    return Case(name, module, {"precision": None, "plugins": [Scaling()], **trainer}, make=Overflowing)
 
 
 @pytest.mark.parametrize(

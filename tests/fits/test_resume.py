@@ -1,75 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fit that was killed and goes on from a checkpoint is ranked as one that was not."""
 
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from cases import TRAIN, VAL, Case, Plain, adam, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off, join
 from lightning_sgdclean.trajectory.store import Trajectory
-
-
-class ByEpoch(Sampler):
-    """An order that is a function of the epoch, as Lightning tells it."""
-
-    def __init__(self):
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-    def __len__(self):
-        return len(TRAIN)
-
-
-class Kill(pl.Callback):
-    """As ``kill -9`` does: no exception, no clean-up."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train(folder, snapshots, callbacks=(), ckpt_path=None, max_epochs=4, **options):
-    pl.seed_everything(1, verbose=False)
-    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, dirpath=folder / "run", **options)
-    saving = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    settings = {"max_epochs": max_epochs, "precision": "32-true", "enable_checkpointing": True}
-    trainer = quiet_trainer([callback, saving, *callbacks], **settings)
-    loader = DataLoader(TRAIN, batch_size=5, sampler=ByEpoch())
-    trainer.fit(Plain(adam, norm=True), loader, DataLoader(VAL, batch_size=4), ckpt_path=ckpt_path)
-    return callback
+from processes import python
+from resuming import ByEpoch, train
 
 
 def killed(folder, snapshots, step):
     """Another process, that does not end well."""
     code = (
-        "from pathlib import Path\nfrom test_resume import Kill, train\n"
+        "from pathlib import Path\nfrom resuming import Kill, train\n"
         f"train(Path({str(folder)!r}), {snapshots!r}, [Kill({step})])\n"
     )
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | path, capture_output=True, timeout=120, check=False
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    ended = python(code, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 @pytest.mark.parametrize(("snapshots", "step"), [("every", 13), (4, 18)])

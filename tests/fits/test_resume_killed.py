@@ -16,7 +16,7 @@ from cases import TRAIN, VAL, Plain, adam
 from lightning_sgdclean import retrace
 from lightning_sgdclean.adjoint import bookmark
 from lightning_sgdclean.trajectory.store import Trajectory
-from test_resume import ByEpoch, train
+from resuming import ByEpoch, train
 
 NUM_KILLS = int(os.environ.get("SGDCLEAN_KILLS", "4"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -11,34 +11,19 @@ from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import test_losses
-import test_token_losses
+import split_losses
+import token_losses
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, objective
-from datasets import Augmented
+from datasets import Augmented, Hooked
+from left_out import ByHand, again, by_hand, weights_without, without
 from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.leave_out import runs
-from reference import one_hot, ranked
-from test_augmentation import Hooked
+from lightning_sgdclean.leave_out import leave_out as one_by_one
+from reference import ranked
 
 IDS = [0, 7, 22]
 GROUPS = {"few": [3, 4], "many": [*range(1, 23, 2)], "all": [*range(23)]}
 MOMENTUM = {"options": {"momentum": 0.9}}
-
-
-def weights_without(group, num=23):
-    return 1 - sum(one_hot(i, num) for i in group)
-
-
-def without(case, group):
-    """The objective of a whole fit in which a group has weight zero."""
-    return objective(fit(case, weights=weights_without(group, len(case.train))), case.val)
-
-
-def again(callback, case, model=None, **options):
-    train, val = loaders(case.train, case.val, **case.loader)
-    options = {"train_dataloaders": train, "val_dataloaders": val, "epochs": "all", **options}
-    return counterfactual(callback.run_dir, model or case.make(**case.module), **options)
 
 
 def assert_is_the_fit_without(case, groups, callback=None, **options):
@@ -67,30 +52,18 @@ def test_groups_are_left_out_together(case):
 
 @pytest.mark.parametrize("name", ["focal through the rows", "class weights", "bce with logits, weight and pos_weight"])
 def test_losses_of_every_form_are_left_out(name):
-    assert_is_the_fit_without(test_losses.case(name, *test_losses.class_loss(*test_losses.LOSSES[name])), IDS)
+    assert_is_the_fit_without(split_losses.case(name, *split_losses.class_loss(*split_losses.LOSSES[name])), IDS)
 
 
 @pytest.mark.parametrize("name", ["two views side by side", "terms with factors", "focal and a penalty"])
 def test_views_terms_and_penalties_are_left_out(name):
-    assert_is_the_fit_without(test_losses.case(name, *test_losses.STEPS[name]), IDS)
+    assert_is_the_fit_without(split_losses.case(name, *split_losses.STEPS[name]), IDS)
 
 
 @pytest.mark.parametrize("name", ["time first", "mean of each sequence's mean"])
 def test_whole_sequences_are_left_out(name):
-    plain, module = test_token_losses.LOSSES[name]
-    assert_is_the_fit_without(test_token_losses.case(name, plain, **module), [0, 5, 12])
-
-
-class ByHand(Plain):
-    """A loss that nobody can take apart."""
-
-    def training_step(self, batch, batch_idx):
-        rows = by_hand(self, batch)
-        return (rows if self.sample_weights is None else rows * self.sample_weights[batch[-1]]).mean()
-
-
-def by_hand(module, batch):
-    return -module.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None])[:, 0]
+    plain, module = token_losses.LOSSES[name]
+    assert_is_the_fit_without(token_losses.case(name, plain, **module), [0, 5, 12])
 
 
 def test_losses_that_the_user_splits_are_left_out():
@@ -263,7 +236,7 @@ def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
     callback = ranked(case)
     together = again(callback, case, without=IDS)
     for slots in (0, 2):
-        monkeypatch.setattr(runs, "slots_for", lambda *_, slots=slots: slots)
+        monkeypatch.setattr(one_by_one, "slots_for", lambda *_, slots=slots: slots)
         assert np.array_equal(again(callback, case, without=IDS).values, together.values)
 
 
@@ -289,7 +262,7 @@ def test_each_pass_over_the_window_is_compared_with_its_own_whole_run(monkeypatc
     case = CASES[3]
     callback = ranked(case)
     expected = again(callback, case, without=IDS).differences
-    monkeypatch.setattr(runs, "slots_for", lambda *_: 1)
+    monkeypatch.setattr(one_by_one, "slots_for", lambda *_: 1)
     val = DataLoader(Drifting(), batch_size=len(VAL))
     found = again(callback, case, without=IDS, objective=drifting, val_dataloaders=val, batched=False)
     assert np.ptp(found.values) > 1

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import test_losses
+import split_losses
 from cases import CASES, NUM_CLASSES, Case, Plain, adam
+from left_out import ByHand, again, by_hand, without
 from lightning_sgdclean import register_update
 from lightning_sgdclean.adjoint.optimizers import clipped
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.leave_out import stacked
 from reference import ranked
-from test_counterfactual import ByHand, again, by_hand, without
 
 ALL = [*range(23)]
 
@@ -44,12 +44,12 @@ def test_groups_at_once():
 
 @pytest.mark.parametrize("name", ["focal through the rows", "class weights", "mse with weight"])
 def test_losses_of_every_form_at_once(name):
-    assert_at_once_is_one_by_one(test_losses.case(name, *test_losses.class_loss(*test_losses.LOSSES[name])))
+    assert_at_once_is_one_by_one(split_losses.case(name, *split_losses.class_loss(*split_losses.LOSSES[name])))
 
 
 @pytest.mark.parametrize("name", ["two views side by side", "focal and a penalty"])
 def test_views_and_penalties_at_once(name):
-    assert_at_once_is_one_by_one(test_losses.case(name, *test_losses.STEPS[name]))
+    assert_at_once_is_one_by_one(split_losses.case(name, *split_losses.STEPS[name]))
 
 
 def test_losses_that_the_user_splits_at_once():

@@ -12,15 +12,14 @@ from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 from scipy import stats
 from torch.nn import functional as F
 
-from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective
+from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective, scaled
+from left_out import again, weights_without, without
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from lightning_sgdclean.leave_out.trust import doubts, in_words, stratified
 from lightning_sgdclean.report import words as report
 from lightning_sgdclean.report.words import TrustLine, trust_lines
 from reference import leave_one_out, ranked
-from test_counterfactual import again, weights_without, without
-from test_loop import scaled
 
 CASE = Case("verified", {"norm": True, "dropout": 0.2, "options": {"momentum": 0.9, "lr": 0.05}})
 

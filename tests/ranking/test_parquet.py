@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from cases import Case, fit
 from lightning_sgdclean import Ranking, SGDInfluence
-from test_ranking import STRANGE_IDS
+from rankings import STRANGE_IDS
 
 NUMBERS = [5e-324, -1.7976931348623157e308, 0.1, -0.0, 0.0, math.pi, -2.0]
 COLUMNS = {

@@ -16,40 +16,10 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lightning_sgdclean.ranking import table as ranking_csv
 from lightning_sgdclean.ranking.ranking import Ranking
+from rankings import STRANGE_IDS
 
 HEADER = "rank,sample_id,influence,effect,visits\n"
 GOOD = HEADER + "1,4,-0.5,harmful,2\n2,9,0.0,none,1\n3,1,0.25,helpful,1\n"
-
-STRANGE_IDS = [
-    "plain",
-    "a,b",
-    'say "no"',
-    "two\nlines",
-    "carriage\rreturn",
-    "dos\r\nlines",
-    "\rfirst",
-    "\tfirst",
-    "=1+1",
-    "\uff1d1+1",
-    "\n=1",
-    "+1",
-    "-1",
-    "@SUM(A1)",
-    "'quoted'",
-    "''twice",
-    "'",
-    "'=x",
-    "=x",
-    "007",
-    "7",
-    "",
-    " ",
-    " padded ",
-    "\ufeffmark",
-    "naïve/Ünï/画像.png",
-    "line\u2028separator\x85",
-    "nul\x00byte",
-]
 
 
 def make(ids: list, influence: list[float] | None = None) -> Ranking:

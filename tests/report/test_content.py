@@ -29,6 +29,7 @@ from lightning_sgdclean.report.content import (
 from lightning_sgdclean.report.page import write_page
 from lightning_sgdclean.report.samples import Shown, ids_to_show
 from lightning_sgdclean.report.words import trust_lines
+from rankings import SUMMARY
 
 RANDOM = np.random.default_rng(0)
 INFLUENCES = {
@@ -47,15 +48,6 @@ HOSTILE = [
     "{{ 7 * 7 }}",
     "__proto__",
 ]
-SUMMARY = {
-    "versions": {"python": "3.11", "torch": "2.13"},
-    "objective": {"name": "val_loss", "mode": "min", "recomputed": 0.25, "logged": 0.25},
-    "window": {"words": "steps 0 to 9: epoch 0", "first_step": 0},
-    "end_point": "after step 9, the last",
-    "engine": "exact",
-    "precision": "32-true",
-    "replay": {"words": "losses bit for bit in all 10 batches", "complaints": []},
-}
 
 
 def ranking_of(influence, ids=None, **columns):

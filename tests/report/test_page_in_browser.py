@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lightning_sgdclean import Ranking, apply_decisions, write_report
 from lightning_sgdclean.base.files import write_json
 from lightning_sgdclean.cleansing.decisions import read_decisions
-from test_page import SUMMARY
+from rankings import SUMMARY
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect

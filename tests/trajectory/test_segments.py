@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A segment's file gives back what was written, however its steps differ, and is written without torch's threads."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from lightning_sgdclean.data.packing import pack_batch, unpack_batch
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 from lightning_sgdclean.trajectory.segments import Segment, write_segment
+from processes import python
 
 BATCH = {"x": torch.arange(6.0).view(2, 3), "words": ["a", "b"], "n": 2}
 
@@ -131,10 +130,6 @@ print(*numbers)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
 def test_the_thread_that_writes_has_no_team_of_threads_of_its_own(tmp_path):
     """With more threads than cores the training's own team would wait longer at every turn, for good."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{THREADS}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "x.safetensors")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(THREADS, tmp_path / "x.safetensors")
     before, after = map(int, done.stdout.split())
     assert after == before

@@ -9,32 +9,13 @@ import pytest
 import torch
 
 from lightning_sgdclean.base.errors import RunDirectoryError
-from lightning_sgdclean.data.packing import pack_batch, unpack_batch
+from lightning_sgdclean.data.packing import unpack_batch
 from lightning_sgdclean.trajectory.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off
-from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept, window_in_words
+from lightning_sgdclean.trajectory.records import State, first_epoch_kept, window_in_words
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
-
-
-def state(value, with_momentum):
-    params = {"a": torch.full((2, 3), value), "b": torch.full((), value)}
-    momentum = {"a": {"momentum_buffer": torch.full((2, 3), -value)}} if with_momentum else {}
-    return State(params, {"count": torch.tensor(int(value))}, momentum)
-
-
-def step(index, epoch, ends_epoch):
-    micro = MicroBatch(
-        ids=["x", "y"],
-        positions=None,
-        epoch=epoch,
-        batch_idx=0,
-        random={"torch": torch.get_rng_state()},
-        digest=torch.tensor([index, -index]),
-        loss=torch.tensor(0.1),
-        batch=pack_batch({"x": torch.ones(2), "meta": ["p", (1, None)]}, {}),
-    )
-    return Step(index, epoch, ends_epoch, [{"lr": 0.1, "params": ["a", "b"]}], ("norm", 0.5), 1, [], [micro])
+from small_steps import state, step
 
 
 def written(folder, interval=1, close=True):

@@ -6,8 +6,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,9 @@ from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarnin
 from lightning_sgdclean.trajectory.flat_state import StateRows
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import Background, TrajectoryWriter
+from processes import python
 from reference import influences
-from test_store import state, step
+from small_steps import state, step
 
 
 def test_jobs_run_in_order_on_another_thread_and_stop_at_the_first_error():
@@ -111,15 +110,7 @@ def test_full_disk_costs_the_recording_only(tmp_path):
         "import sys, pathlib, test_writer as t; "
         "t.assert_harm_costs_the_recording_only(pathlib.Path(sys.argv[1]), t.fill_the_disk)"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(code, tmp_path, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
