@@ -194,23 +194,30 @@ def scaled(name, module, **trainer):
     return Case(name, module, {"precision": None, "plugins": [Scaling()], **trainer}, make=Overflowing)
 
 
-CASES = [
-    Case("sgd"),
-    Case("momentum", {"options": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}}),
-    Case("nesterov", {"options": {"momentum": 0.9, "nesterov": True}, "dropout": 0.3}),
-    Case("batchnorm", {"norm": True, "options": {"momentum": 0.9}, "dropout": 0.2}),
-    Case("batchnorm adam", {"norm": True, "make_optimizer": adam}),
-    Case("adam decay", {"make_optimizer": adam, "options": {"weight_decay": 0.05}}),
-    Case("adam amsgrad", {"make_optimizer": adam, "options": {"amsgrad": True}}),
-    Case("adamw", {"make_optimizer": adamw}),
-    Case("two groups", {"two_groups": True, "options": {"momentum": 0.5}}),
-    Case("warm-up from zero", {"warmup": True, "options": {"momentum": 0.9, "weight_decay": 0.01}}),
-    Case("warm-up from zero adamw", {"warmup": True, "make_optimizer": adamw}),
-    Case("accumulate 2", {"norm": True, "options": {"momentum": 0.9}}, {"accumulate_grad_batches": 2}),
-    Case("accumulate 3 adam", {"make_optimizer": adam}, {"accumulate_grad_batches": 3}),
-    Case("clip norm", {"options": {"momentum": 0.9}}, {"gradient_clip_val": 0.3}),
-    Case("clip value", {"options": {"momentum": 0.9}}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
-    Case("mid-epoch end", {"options": {"momentum": 0.9}}, {"max_steps": 12}),
-    Case("limited", {}, {"limit_train_batches": 3}),
-    Case("workers", {"dropout": 0.2}, {}, {"num_workers": 2}),
-]
+CASES = {
+    case.name: case
+    for case in [
+        Case("sgd"),
+        Case("momentum", {"options": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}}),
+        Case("nesterov", {"options": {"momentum": 0.9, "nesterov": True}, "dropout": 0.3}),
+        Case("batchnorm", {"norm": True, "options": {"momentum": 0.9}, "dropout": 0.2}),
+        Case("batchnorm adam", {"norm": True, "make_optimizer": adam}),
+        Case("adam decay", {"make_optimizer": adam, "options": {"weight_decay": 0.05}}),
+        Case("adam amsgrad", {"make_optimizer": adam, "options": {"amsgrad": True}}),
+        Case("adamw", {"make_optimizer": adamw}),
+        Case("two groups", {"two_groups": True, "options": {"momentum": 0.5}}),
+        Case("warm-up from zero", {"warmup": True, "options": {"momentum": 0.9, "weight_decay": 0.01}}),
+        Case("warm-up from zero adamw", {"warmup": True, "make_optimizer": adamw}),
+        Case("accumulate 2", {"norm": True, "options": {"momentum": 0.9}}, {"accumulate_grad_batches": 2}),
+        Case("accumulate 3 adam", {"make_optimizer": adam}, {"accumulate_grad_batches": 3}),
+        Case("clip norm", {"options": {"momentum": 0.9}}, {"gradient_clip_val": 0.3}),
+        Case(
+            "clip value",
+            {"options": {"momentum": 0.9}},
+            {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+        ),
+        Case("mid-epoch end", {"options": {"momentum": 0.9}}, {"max_steps": 12}),
+        Case("limited", {}, {"limit_train_batches": 3}),
+        Case("workers", {"dropout": 0.2}, {}, {"num_workers": 2}),
+    ]
+}

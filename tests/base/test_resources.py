@@ -2,6 +2,7 @@
 """How many states fit in memory: half of what is free on the machine, or in a container that has less."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -44,5 +45,5 @@ def test_where_the_system_says_nothing_half_of_the_machine_counts(container, mon
     def unreadable(*_):
         raise OSError("no such file")
 
-    monkeypatch.setattr("pathlib.Path.read_text", unreadable)
+    monkeypatch.setattr(Path, "read_text", unreadable)
     assert memory.free_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -323,7 +324,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(monkeypatch):
         Path(path).write_bytes(whole[:100])
         raise OSError("no space left")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", disk_full)
+    monkeypatch.setattr(Figure, "savefig", disk_full)
     with pytest.raises(OSError, match="no space left"):
         found.save()
     assert Path("figure.png").read_bytes() == whole

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_sgdclean.data import fingerprints as module
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fingerprints import _dot, _row_digests, _table, batch_digest, fingerprint, fingerprints
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_copied_is_shared():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_both_ways_to_sum_products_wrap_around_as_integers_of_64_bits_do(dtype, monkeypatch):
-    monkeypatch.setattr("lightning_sgdclean.data.fingerprints._PIECE", 12)
+    monkeypatch.setattr(module, "_PIECE", 12)
     limits = torch.iinfo(dtype)
     words = torch.randint(limits.min, limits.max, (3, 11), dtype=torch.int64).to(dtype)
     table = _table(11, torch.device("cpu"))

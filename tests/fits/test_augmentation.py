@@ -2,6 +2,7 @@
 """Random data: found, kept and followed, or refused; nothing is fetched from the dataset meanwhile."""
 
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -266,7 +267,7 @@ def test_batches_that_would_not_fit_the_disk_are_refused_with_the_numbers(monkey
     def disk_fills_up():
         """There was room for the trajectory when it was planned, 132,480 bytes, but not for batches besides."""
         free = iter([10**9])
-        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=next(free, 132_480 + 3000)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free, 132_480 + 3000)))
 
     disk_fills_up()
     trainer = quiet_trainer([SGDInfluence("val_loss", keep_batches=True, epochs="all")])

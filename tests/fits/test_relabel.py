@@ -51,8 +51,9 @@ def two_classes(source):
     return TensorDataset(x, y % 2, number)
 
 
+MOMENTUM = Case("momentum", {"options": {"momentum": 0.9}}, make=Mixed)
 CASES = [
-    Case("momentum", {"options": {"momentum": 0.9}}, make=Mixed),
+    MOMENTUM,
     Case(
         "BatchNorm, dropout, Adam, clipped, accumulated",
         {"make_optimizer": adam, "norm": True, "dropout": 0.2},
@@ -92,7 +93,7 @@ def test_influences_are_those_of_a_walk_that_does_not_ask(case):
 
 
 def test_the_column_comes_back_from_the_file():
-    callback = ranked(CASES[0], columns=("relabel",))
+    callback = ranked(MOMENTUM, columns=("relabel",))
     assert Ranking.load(callback.run_dir) == callback.ranking
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from cases import TRAIN, VAL, Case, Plain, adam, fit, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.trajectory import joining
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off, join
 from lightning_sgdclean.trajectory.store import Trajectory
 from processes import python
@@ -124,7 +125,7 @@ def test_kill_while_cutting_off_leaves_one_trajectory_or_the_other(tmp_path, mon
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_sgdclean.trajectory.joining.write_sealed", die)
+    monkeypatch.setattr(joining, "write_sealed", die)
     with pytest.raises(KeyboardInterrupt):
         cut_off(folder, mark)
     monkeypatch.undo()

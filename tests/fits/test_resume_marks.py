@@ -188,7 +188,7 @@ def test_what_a_run_has_on_disk_is_not_asked_for_again_when_it_goes_on(tmp_path,
         used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return usage(total, used, total - used)
 
-    monkeypatch.setattr("lightning_sgdclean.record.budget.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     cut_short(tmp_path, 19, snapshots="every")
     assert train(tmp_path, ckpt_path=tmp_path / "step=14.ckpt", snapshots="every").summary["window"]["num_steps"] == 20
 

@@ -36,7 +36,7 @@ def assert_is_the_fit_without(case, groups, callback=None, **options):
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_values_are_those_of_whole_fits_with_weight_zero(case):
     found = assert_is_the_fit_without(case, IDS)
     assert found.names == IDS
@@ -45,7 +45,9 @@ def test_values_are_those_of_whole_fits_with_weight_zero(case):
     assert (found.differences != 0).all()
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[6], CASES[12], CASES[13]], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES["batchnorm"], CASES["adam amsgrad"], CASES["accumulate 3 adam"], CASES["clip norm"]], ids=str
+)
 def test_groups_are_left_out_together(case):
     assert assert_is_the_fit_without(case, GROUPS).names == ["few", "many", "all"]
 
@@ -109,7 +111,7 @@ def test_in_float32_it_is_the_fit_to_rounding():
 
 
 def test_predicted_is_the_sum_of_the_influences():
-    case = CASES[3]
+    case = CASES["batchnorm"]
     callback = ranked(case)
     influence = dict(zip(callback.ranking.sample_id.tolist(), callback.ranking.influence.tolist(), strict=True))
     found = again(callback, case, without=GROUPS)
@@ -124,7 +126,7 @@ def squared(module, batch):
 
 
 def test_what_was_predicted_of_another_objective_or_window_is_not_shown(tmp_path):
-    case = CASES[1]
+    case = CASES["momentum"]
     callback = ranked(case, dirpath=tmp_path / "run")
     assert again(callback, case, without=IDS).predicted is not None
     assert again(callback, case, without=IDS, objective=squared).predicted is None
@@ -136,7 +138,7 @@ def test_what_was_predicted_of_another_objective_or_window_is_not_shown(tmp_path
 
 
 def test_the_objective_may_be_another_one():
-    case = CASES[0]
+    case = CASES["sgd"]
     found = again(ranked(case), case, without=IDS, objective=squared)
     for i, value in zip(IDS, found.values, strict=True):
         module = fit(case, weights=weights_without([i])).double().eval()
@@ -149,7 +151,7 @@ def accuracy(module, batch):
 
 
 def test_the_objective_needs_no_derivative_here():
-    case = CASES[0]
+    case = CASES["sgd"]
     found = again(ranked(case), case, without={"most": [*range(20)]}, objective=accuracy)
     module = fit(case, weights=weights_without(range(20))).double().eval()
     x, y, _ = VAL.tensors
@@ -171,7 +173,7 @@ def test_at_best_the_runs_end_at_the_best_model(tmp_path):
 
 
 def test_a_value_that_should_be_high_has_differences_of_the_other_sign():
-    case = CASES[0]
+    case = CASES["sgd"]
     callback = ranked(case, mode="max")
     found = again(callback, case, without=[*range(23)], mode="max")
     assert np.array_equal(found.differences, found.whole - found.values)
@@ -182,7 +184,7 @@ def test_a_value_that_should_be_high_has_differences_of_the_other_sign():
 
 
 def test_ids_of_numpy_and_torch_and_groups_of_every_kind_are_taken():
-    case = CASES[0]
+    case = CASES["sgd"]
     callback = ranked(case)
     expected = again(callback, case, without=[3, 4]).values
     for ids in (np.array([3, 4]), torch.tensor([3, 4]), (3, 4)):
@@ -195,23 +197,23 @@ def test_ids_of_numpy_and_torch_and_groups_of_every_kind_are_taken():
 
 
 def test_samples_that_were_never_drawn_change_nothing_and_are_warned_of():
-    callback = ranked(CASES[0])
+    callback = ranked(CASES["sgd"])
     with pytest.warns(SGDInfluenceWarning, match=r"2 of the 3 ids in without= were never drawn .*first: 99\)"):
-        found = again(callback, CASES[0], without=[99, 3, -1])
+        found = again(callback, CASES["sgd"], without=[99, 3, -1])
     assert found.differences[0] == found.differences[2] == 0
     assert found.differences[1] != 0
     assert found.visits.tolist() == [0, 3, 0]
-    nobody = again(callback, CASES[0], without=[])
+    nobody = again(callback, CASES["sgd"], without=[])
     assert len(nobody.values) == 0
 
 
 def test_ids_of_another_type_than_the_recorded_ones_are_refused_by_name():
     with pytest.raises(TypeError, match=r"holds '7' of type str \(2 of 3 ids .* of type int, such as \d+\."):
-        again(ranked(CASES[0]), CASES[0], without=[3, "7", "8"])
-    callback = ranked(CASES[0], sample_ids=lambda batch: [f"sample {i}" for i in batch[2].tolist()])
+        again(ranked(CASES["sgd"]), CASES["sgd"], without=[3, "7", "8"])
+    callback = ranked(CASES["sgd"], sample_ids=lambda batch: [f"sample {i}" for i in batch[2].tolist()])
     with pytest.raises(TypeError, match=r"holds 3 of type int \(1 of 1 ids .* of type str, such as 'sample \d+'\."):
-        again(callback, CASES[0], without={"one": [3]})
-    assert again(callback, CASES[0], without=["sample 3"]).differences != 0
+        again(callback, CASES["sgd"], without={"one": [3]})
+    assert again(callback, CASES["sgd"], without=["sample 3"]).differences != 0
 
 
 MASK = np.arange(23) % 7 == 3
@@ -232,7 +234,7 @@ def test_anything_else_is_refused(asked):
 
 
 def test_runs_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
-    case = CASES[3]
+    case = CASES["batchnorm"]
     callback = ranked(case)
     together = again(callback, case, without=IDS)
     for slots in (0, 2):
@@ -259,7 +261,7 @@ def drifting(module, batch):
 
 
 def test_each_pass_over_the_window_is_compared_with_its_own_whole_run(monkeypatch):
-    case = CASES[3]
+    case = CASES["batchnorm"]
     callback = ranked(case)
     expected = again(callback, case, without=IDS).differences
     monkeypatch.setattr(one_by_one, "slots_for", lambda *_: 1)
@@ -273,7 +275,7 @@ def test_each_pass_over_the_window_is_compared_with_its_own_whole_run(monkeypatc
 
 
 def test_weights_random_states_and_files_stay_as_they_are():
-    case = CASES[3]
+    case = CASES["batchnorm"]
     callback = ranked(case)
     model = case.make(**case.module)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -287,13 +289,13 @@ def test_weights_random_states_and_files_stay_as_they_are():
 
 
 def test_other_data_and_a_run_without_a_trajectory_are_refused(tmp_path):
-    callback = ranked(CASES[0], dirpath=tmp_path / "run")
+    callback = ranked(CASES["sgd"], dirpath=tmp_path / "run")
     other = torch.utils.data.Subset(TRAIN, range(22, -1, -1))
     with pytest.raises(ReplayMismatchError, match="hold other data"):
-        again(callback, CASES[0], without=IDS, train_dataloaders=DataLoader(other, batch_size=5))
+        again(callback, CASES["sgd"], without=IDS, train_dataloaders=DataLoader(other, batch_size=5))
     shutil.rmtree(tmp_path / "run" / "trajectory")
     with pytest.raises(RunDirectoryError, match="holds no readable trajectory"):
-        again(callback, CASES[0], without=IDS)
+        again(callback, CASES["sgd"], without=IDS)
 
 
 def test_an_end_that_is_missed_is_refused_or_warned_about():
@@ -342,8 +344,8 @@ def test_a_loss_that_is_made_otherwise_without_the_samples_is_refused():
 
 
 def test_the_result_names_what_was_run():
-    callback = ranked(CASES[0])
-    found = again(callback, CASES[0], without=IDS)
+    callback = ranked(CASES["sgd"])
+    found = again(callback, CASES["sgd"], without=IDS)
     assert isinstance(found, Counterfactual)
     assert found.words == "3 runs over steps 0 to 14: epochs 0 to 2, one after another: there are few of them"
     assert json.loads((callback.run_dir / "summary.json").read_text())["objective"]["recomputed"] == found.whole

@@ -31,7 +31,25 @@ def assert_at_once_is_one_by_one(case, groups=ALL, callback=None, **options):
     return found
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (2, 3, 4, 6, 8, 10, 11, 12, 13, 14)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASES[name]
+        for name in (
+            "nesterov",
+            "batchnorm",
+            "batchnorm adam",
+            "adam amsgrad",
+            "two groups",
+            "warm-up from zero adamw",
+            "accumulate 2",
+            "accumulate 3 adam",
+            "clip norm",
+            "clip value",
+        )
+    ],
+    ids=str,
+)
 def test_at_once_they_are_the_runs_that_are_made_one_by_one(case):
     found = assert_at_once_is_one_by_one(case)
     assert found.values[7] == pytest.approx(without(case, [7]), rel=1e-10)
@@ -39,7 +57,7 @@ def test_at_once_they_are_the_runs_that_are_made_one_by_one(case):
 
 def test_groups_at_once():
     groups = {"few": [3, 4], "many": [*range(1, 23, 2)], "all": ALL, "nobody": []}
-    assert_at_once_is_one_by_one(CASES[3], groups)
+    assert_at_once_is_one_by_one(CASES["batchnorm"], groups)
 
 
 @pytest.mark.parametrize("name", ["focal through the rows", "class weights", "mse with weight"])
@@ -62,7 +80,7 @@ def test_the_objective_may_be_another_one_at_once():
     def squared(module, batch):
         return F.cross_entropy(module.net(batch[0]), batch[1]) ** 2, 3.0
 
-    assert_at_once_is_one_by_one(CASES[3], ALL, None, objective=squared)
+    assert_at_once_is_one_by_one(CASES["batchnorm"], ALL, None, objective=squared)
 
 
 @pytest.mark.parametrize("kind", ["Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"])
@@ -87,18 +105,20 @@ def test_convolutions_and_other_norms_at_once():
 
 
 def test_more_runs_than_fit_at_once_come_to_the_same(monkeypatch):
-    callback = ranked(CASES[3])
-    together = again(callback, CASES[3], without=ALL, batched=True)
+    callback = ranked(CASES["batchnorm"])
+    together = again(callback, CASES["batchnorm"], without=ALL, batched=True)
     monkeypatch.setattr(stacked, "_MOST", 5)
-    assert again(callback, CASES[3], without=ALL, batched=True).values == pytest.approx(together.values, rel=1e-12)
+    assert again(callback, CASES["batchnorm"], without=ALL, batched=True).values == pytest.approx(
+        together.values, rel=1e-12
+    )
 
 
 def test_small_networks_are_run_at_once_of_themselves_and_large_ones_or_few_runs_are_not(monkeypatch):
-    callback = ranked(CASES[0])
-    assert again(callback, CASES[0], without=ALL).words.endswith(", at once")
-    assert again(callback, CASES[0], without=[1, 2]).words.endswith("one after another: there are few of them")
+    callback = ranked(CASES["sgd"])
+    assert again(callback, CASES["sgd"], without=ALL).words.endswith(", at once")
+    assert again(callback, CASES["sgd"], without=[1, 2]).words.endswith("one after another: there are few of them")
     monkeypatch.setattr(stacked, "_LARGE", 100)
-    assert again(callback, CASES[0], without=ALL).words.endswith("keeps a processor busy as it is")
+    assert again(callback, CASES["sgd"], without=ALL).words.endswith("keeps a processor busy as it is")
 
 
 # Where at once it would be something else -------------------------------------------------------------------

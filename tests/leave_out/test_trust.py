@@ -166,7 +166,7 @@ def test_the_worst_are_ranked_by_what_really_happens(plain, truth, tmp_path):
 
 
 def test_reranked_alone_there_is_no_agreement_to_report():
-    trust = ranked(CASES[0], rerank=4).summary["trust"]
+    trust = ranked(CASES["sgd"], rerank=4).summary["trust"]
     assert trust["kendall_tau"] is trust["together"] is None
     assert trust["samples"]["stratum"] == ["reranked"] * 4
     assert (trust["num_verified"], trust["num_reranked"]) == (0, 4)
@@ -179,11 +179,11 @@ def test_more_than_there_are_means_all(truth):
 
 
 def test_a_value_that_should_be_high_has_the_sign_of_an_influence():
-    trust = ranked(CASES[0], mode="max", verify=9).summary["trust"]
+    trust = ranked(CASES["sgd"], mode="max", verify=9).summary["trust"]
     assert trust["kendall_tau"] > 0.9
     assert trust["samples"]["real"][0] < 0
     assert trust["samples"]["real"][0] == pytest.approx(
-        -(without(CASES[0], [trust["samples"]["id"][0]]) - objective(fit(CASES[0]))), rel=1e-6
+        -(without(CASES["sgd"], [trust["samples"]["id"][0]]) - objective(fit(CASES["sgd"]))), rel=1e-6
     )
 
 
@@ -398,10 +398,10 @@ class Tired:
     [(RuntimeError("out of coffee"), "RuntimeError: out of coffee"), (KeyboardInterrupt(), "interrupted")],
 )
 def test_what_goes_wrong_leaves_the_ranking(error, words):
-    plain = ranked(CASES[0], objective=Tired(10**6, error))
+    plain = ranked(CASES["sgd"], objective=Tired(10**6, error))
     callback = SGDInfluence(objective=Tired(3, error), epochs="all", verify=6, rerank=3)
     with pytest.warns(SGDInfluenceWarning, match=rf"ranking is there, but could not be put to the test .*{words}"):
-        fit(CASES[0], callback)
+        fit(CASES["sgd"], callback)
     assert callback.ranking == plain.ranking
     assert callback.summary["trust"] is None
     assert Ranking.load(callback.run_dir) == callback.ranking

@@ -12,6 +12,7 @@ import torch
 
 from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
+from lightning_sgdclean.base import resources
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.base.resources import StepTimer
 from lightning_sgdclean.record.budget import Needs, budget_for, expected_state_bytes, window_length
@@ -100,7 +101,7 @@ class Wide(Plain):
 
 def test_pace_is_the_median_of_the_first_batches_without_what_lies_between_epochs(monkeypatch):
     times = iter([0.0, 5.0, 6.0, 7.0, 20.0, *(21.0 + i for i in range(20))])
-    monkeypatch.setattr("lightning_sgdclean.base.resources.perf_counter", lambda: next(times))
+    monkeypatch.setattr(resources, "perf_counter", lambda: next(times))
     pace, told = StepTimer(), []
     for number in range(14):
         told.append(pace.batch_begins())

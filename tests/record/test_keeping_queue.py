@@ -11,6 +11,7 @@ from cases import TRAIN, Case, Plain, fit
 from datasets import KEPT
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.record import keeping
 from lightning_sgdclean.record.keeping import _MOST, FingerprintQueue, Taken
 from lightning_sgdclean.trajectory.records import MicroBatch
 from lightning_sgdclean.trajectory.store import Trajectory
@@ -22,7 +23,7 @@ EPOCHS = 9
 @pytest.fixture
 def soon(monkeypatch):
     """The lengths of what is read at once, where data are soon known not to be random."""
-    monkeypatch.setattr("lightning_sgdclean.record.keeping._ENOUGH", 10)
+    monkeypatch.setattr(keeping, "_ENOUGH", 10)
     lengths, read_all = [], FingerprintQueue.read_all
 
     def counting(self):
@@ -56,7 +57,7 @@ def test_what_waited_has_the_fingerprints_that_it_would_have_had_at_once(soon):
     assert max(soon) > 1
     soon.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sgdclean.record.keeping._MOST_BYTES", 0)
+        patch.setattr(keeping, "_MOST_BYTES", 0)
         at_once, _ = trained()
     assert max(soon) == 1
     assert all(map(torch.equal, digests(waiting), digests(at_once)))

@@ -215,10 +215,15 @@ def segments(run_dir):
 
 
 def tampered(action, match, tmp_path, error=(ReplayMismatchError, RunDirectoryError)):
+    """Training is over and all of it is on disk, which saving a checkpoint sees to; then the files change."""
+
+    def act(trainer, module):
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        action(tmp_path / "run")
+
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run")
-    change = At(15, lambda *_: action(tmp_path / "run"), "on_train_end")
     with pytest.raises(error, match=match):
-        quiet_trainer([callback, change]).fit(Plain(), *loaders())
+        quiet_trainer([callback, At(15, act, "on_train_end")]).fit(Plain(), *loaders())
 
 
 def test_two_segments_that_changed_places(tmp_path):

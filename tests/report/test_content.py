@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -381,7 +382,7 @@ def test_the_page_loads_nothing(tmp_path):
 def test_the_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = write_page(tmp_path / "report.html", ranking_of(np.arange(3.0)), SUMMARY)
     before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_page(path, ranking_of(np.arange(4.0)), SUMMARY)
     assert path.read_bytes() == before

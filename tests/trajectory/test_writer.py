@@ -16,7 +16,9 @@ import torch
 
 from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
+from lightning_sgdclean.base import files
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
+from lightning_sgdclean.trajectory import flat_state, writer
 from lightning_sgdclean.trajectory.flat_state import StateRows
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import Background, TrajectoryWriter
@@ -115,9 +117,9 @@ def test_full_disk_costs_the_recording_only(tmp_path):
 
 
 def test_buffers_are_used_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_sgdclean.trajectory.writer._SEGMENT_STEPS", 4)
+    monkeypatch.setattr(writer, "_SEGMENT_STEPS", 4)
     callback = SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / "run", snapshots="every")
-    monkeypatch.setattr("lightning_sgdclean.trajectory.flat_state._PIECE_ROWS", 2)
+    monkeypatch.setattr(flat_state, "_PIECE_ROWS", 2)
     free, give_back = [], StateRows.give_back
 
     def counting(self, flat):
@@ -144,7 +146,7 @@ def test_random_states_that_did_not_change_are_written_once(tmp_path):
 def test_influences_do_not_depend_on_when_segments_are_written(tmp_path, monkeypatch):
     whole = SGDInfluence("val_loss", epochs="all", snapshots=3)
     fit(Case("one segment", {"norm": True}), whole)
-    monkeypatch.setattr("lightning_sgdclean.trajectory.writer._SEGMENT_STEPS", 2)
+    monkeypatch.setattr(writer, "_SEGMENT_STEPS", 2)
     pieces = SGDInfluence("val_loss", epochs="all", snapshots=3, dirpath=tmp_path / "run")
     fit(Case("many segments", {"norm": True}), pieces)
     assert (influences(whole) == influences(pieces)).all()
@@ -170,7 +172,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("snapshots", [1, 3])
 def test_killed_at_any_operation_a_whole_trajectory_is_left(tmp_path, monkeypatch, snapshots):
     """Each rename and each removal in turn is the first that does not happen, and so are all after it."""
-    monkeypatch.setattr("lightning_sgdclean.trajectory.writer._SEGMENT_STEPS", 2)
+    monkeypatch.setattr(writer, "_SEGMENT_STEPS", 2)
     original = {"replace": os.replace, "unlink": Path.unlink}
     budget = {"left": 0}
 
@@ -183,7 +185,7 @@ def test_killed_at_any_operation_a_whole_trajectory_is_left(tmp_path, monkeypatc
 
         return operate
 
-    monkeypatch.setattr("lightning_sgdclean.base.files.os.replace", until_killed("replace"))
+    monkeypatch.setattr(os, "replace", until_killed("replace"))
     monkeypatch.setattr(Path, "unlink", until_killed("unlink"))
     seen = set()
     for number in range(100):
@@ -222,9 +224,9 @@ def record(folder, interval):
 
 def test_what_a_manifest_names_is_on_disk_before_it_and_so_is_all_of_it_once_flushed(tmp_path, monkeypatch):
     done, replace = [], os.replace
-    for module in ("base.files", "trajectory.writer"):
-        monkeypatch.setattr(f"lightning_sgdclean.{module}.put_on_disk", lambda path: done.append(("sync", path.name)))
-    monkeypatch.setattr("os.replace", lambda source, to: [done.append(("rename", to.name)), replace(source, to)])
+    for module in (files, writer):
+        monkeypatch.setattr(module, "put_on_disk", lambda path: done.append(("sync", path.name)))
+    monkeypatch.setattr(os, "replace", lambda source, to: [done.append(("rename", to.name)), replace(source, to)])
     record(tmp_path / "run", 3)
     renamed = [number for number, (what, _) in enumerate(done) if what == "rename"]
     assert [done[number - 1] for number in renamed] == [
@@ -239,7 +241,7 @@ def test_a_disk_that_cannot_hold_what_was_written_is_noticed_before_the_file_get
     def fail(_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("lightning_sgdclean.base.files.os.fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         record(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
