@@ -104,7 +104,7 @@ def test_another_process_gives_the_same_ranking(run, tmp_path):
         "import test_retracing as t\nfrom types import SimpleNamespace\n"
         f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r})).save({str(tmp_path / 'later.csv')!r})\n"
     )
-    python(code)
+    python("-c", code)
     assert_same(Ranking.load(tmp_path / "later.csv"), run.ranking)
 
 
@@ -302,7 +302,7 @@ def test_losses_of_the_users_are_told_apart_by_their_code_and_what_they_hold():
 
 def test_losses_of_the_users_are_named_alike_in_every_process():
     code = "import test_retracing as t\nprint(t.own_key(t.losses_with(t.two_objectives, 3)))\n"
-    assert python(code).stdout == python(code).stdout
+    assert python("-c", code).stdout == python("-c", code).stdout
 
 
 def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
@@ -329,7 +329,7 @@ def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run
         "t.backward.retrace_step = dying\n"
         f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r}))\n"
     )
-    ended = python(code, check=False)
+    ended = python("-c", code, check=False)
     assert ended.returncode == -9, ended.stderr
     ranking, walked = steps_walked(monkeypatch, lambda: later(run))
     assert len(walked) == 8

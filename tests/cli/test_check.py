@@ -2,22 +2,16 @@
 """``sgdclean check``, and a LightningCLI with everything in its configuration."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 
+from commands import main_py, sgdclean
 from lightning_sgdclean import Ranking, cli
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "lightning_cli"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+from processes import ROOT
 
 MODULES = """
 import torch
@@ -262,36 +256,30 @@ def test_a_page_shows_the_samples_of_a_configuration_or_of_a_dataset(folder, cap
 # --- the example of a LightningCLI
 
 
-@pytest.fixture(scope="module")
-def example(tmp_path_factory):
-    copy = tmp_path_factory.mktemp("example") / "lightning_cli"
-    return Path(shutil.copytree(EXAMPLE, copy))
+def main(example, *words):
+    return succeeded(main_py(example, *words))
 
 
-def run(example, *words):
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=example, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def succeeded(done):
     assert done.returncode == 0, done.stderr
     return done
 
 
 def test_the_example_is_tried_trained_and_shown(example):
-    tried = run(example, "-m", "lightning_sgdclean", "check", "config.yaml")
+    tried = succeeded(sgdclean("check", "config.yaml", cwd=example))
     assert tried.stdout.endswith("can be followed\n")
-    run(example, "main.py", "fit", "--config", "config.yaml")
     ranking = Ranking.load(example / "cleaning")
     assert sum(sample < 20 for sample in ranking.harmful(20)) > 10
     assert list(ranking.columns) == ["label", "prediction", "loss"]
     assert Ranking.load(example / "cleaning" / "influence.parquet") == ranking
     summary = json.loads((example / "cleaning" / "summary.json").read_text())
     assert summary["objective"]["name"] == "error_rate"
-    assert "prediction" in run(example, "-m", "lightning_sgdclean", "show", "cleaning").stdout
+    assert "prediction" in succeeded(sgdclean("show", "cleaning", cwd=example)).stdout
 
 
 def test_the_command_line_sets_what_the_file_does_not(example):
-    run(
+    main(
         example,
-        "main.py",
         "fit",
         "--config=config.yaml",
         "--trainer.max_epochs=1",
@@ -320,31 +308,31 @@ def test_the_yaml_of_the_documentation_sets_what_it_shows(example):
     content = yaml.safe_load((example / "config.yaml").read_text(encoding="utf-8"))
     content["trainer"] |= shown["trainer"]
     (example / "shown.yaml").write_text(yaml.safe_dump(content))
-    printed = run(example, "main.py", "fit", "--config=shown.yaml", "--print_config").stdout
+    printed = main(example, "fit", "--config=shown.yaml", "--print_config").stdout
     (callback,) = yaml.safe_load(printed)["trainer"]["callbacks"]
     assert callback["init_args"].items() >= shown["trainer"]["callbacks"][0]["init_args"].items()
 
 
 def test_the_command_of_the_documentation_sets_what_it_shows(example):
     words = words_of_the_documentation("python main.py")
-    run(example, "main.py", *words, "--trainer.max_epochs=1", "--trainer.callbacks.dirpath=told")
+    main(example, *words, "--trainer.max_epochs=1", "--trainer.callbacks.dirpath=told")
     summary = json.loads((example / "told" / "summary.json").read_text())
     assert (summary["engine"], summary["objective"]["name"]) == ("finite", "error_rate")
 
 
 def test_what_a_cli_saves_of_the_options_can_be_read_again(example):
     """Callables are saved by their import path, alone and in a dict."""
-    printed = run(example, "main.py", "fit", "--config=config.yaml", "--print_config")
+    printed = main(example, "fit", "--config=config.yaml", "--print_config")
     assert "Unable to serialize" not in printed.stdout + printed.stderr
     saved = yaml.safe_load(printed.stdout)["trainer"]["callbacks"][0]["init_args"]
     assert saved["objective"] == {"error_rate": "two_clusters.error_rate"}
     (example / "saved.yaml").write_text(printed.stdout)
-    again = run(example, "main.py", "fit", "--config=saved.yaml", "--print_config")
+    again = main(example, "fit", "--config=saved.yaml", "--print_config")
     assert again.stdout == printed.stdout
 
 
 def test_the_help_of_a_cli_tells_every_option(example):
-    told = run(example, "main.py", "fit", "--trainer.callbacks.help=lightning_sgdclean.SGDInfluence").stdout
+    told = main(example, "fit", "--trainer.callbacks.help=lightning_sgdclean.SGDInfluence").stdout
     text = " ".join(textwrap.dedent(told).split())
     for option in ("monitor", "objective", "columns", "formats", "sample_losses", "val_dataloaders"):
         assert f"--trainer.callbacks.{option} " in text
@@ -353,12 +341,12 @@ def test_the_help_of_a_cli_tells_every_option(example):
 
 def test_whether_the_example_gains_is_judged_by_test_data_and_a_second_call_trains_nothing(example):
     words = ["cleanse", *words_of_the_documentation("sgdclean cleanse")]
-    first = run(example, "-m", "lightning_sgdclean", *words)
+    first = succeeded(sgdclean(*words, cwd=example))
     assert first.stdout.startswith("test_loss (low is better), mean of 2 seeds")
     assert "Verdict: " in first.stdout
     assert first.stderr.count("training ") == 6
     assert not list(example.rglob("*.ckpt"))
-    again = run(example, "-m", "lightning_sgdclean", *words, "--json")
+    again = succeeded(sgdclean(*words, "--json", cwd=example))
     report = json.loads(again.stdout)
     assert "training " not in again.stderr
     assert report["counts"] == [20]
@@ -370,7 +358,7 @@ def test_the_example_is_relabelled_in_processes(example):
     words = ["cleanse", "config.yaml", "--metric=test_loss", "--seeds=2", "--drop", "3", "--random-draws=1"]
     words += ["--select=val_loss", "--select-mode=min", "--action=relabel", "--processes=2", "--json"]
     words += ["-o", "relabelling"]
-    done = run(example, "-m", "lightning_sgdclean", *words)
+    done = succeeded(sgdclean(*words, cwd=example))
     report = json.loads(done.stdout)
     assert report["question"]["action"] == "relabel"
     changed = {

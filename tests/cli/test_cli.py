@@ -2,6 +2,7 @@
 """The command ``sgdclean``, as a process, in a terminal, and with hostile ids."""
 
 import configparser
+import contextlib
 import csv
 import importlib
 import json
@@ -13,19 +14,19 @@ import struct
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
-from pathlib import Path
 
 import pytest
 import yaml
 
 from cases import Plain, loaders, quiet_trainer
+from commands import EXAMPLE, sgdclean
 from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli, compare
 from lightning_sgdclean.cli.terminal import printable, table, width_of
+from processes import ROOT, forked, python, search_path
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "lightning_sgdclean"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,6 @@ def run_dir(tmp_path_factory):
     callback = SGDInfluence("val_loss", dirpath=tmp_path_factory.mktemp("cli") / "run")
     quiet_trainer([callback], max_epochs=1).fit(Plain(), *loaders())
     return callback.run_dir
-
-
-def sgdclean(*words, columns=80, **options):
-    environment = {**ENVIRONMENT, "COLUMNS": str(columns)}
-    command = [*COMMAND, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment, **options)
 
 
 def saved(tmp_path, ids, influence=None, columns=None, name="influence.csv"):
@@ -63,6 +58,12 @@ def test_the_script_of_the_package_is_this_function():
     module, _, function = target.partition(":")
     assert name == "sgdclean"
     assert getattr(importlib.import_module(module), function) is cli.main
+
+
+def test_the_package_is_run_as_the_script_is():
+    done = python("-m", "lightning_sgdclean", "show", "nowhere", check=False)
+    message = "sgdclean show: There is neither a run directory nor a ranking at nowhere.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
 def test_help_and_version_say_what_there_is():
@@ -103,16 +104,15 @@ def test_looking_at_a_run_does_not_wait_for_torch(run_dir, tmp_path):
         f"code = main(['show', {str(run_dir)!r}]) + main(['clean', {str(run_dir)!r}, '--drop=1', '-o', 'kept.csv']); "
         "sys.exit(code or sorted({'torch', 'pytorch_lightning', 'lightning', 'pandas'} & {*sys.modules}) or 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", code, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     path = saved(tmp_path, list(range(20_000)))
     command = f"{' '.join(COMMAND)} show {path} --top 20000 | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    environment = {**os.environ, "PYTHONPATH": search_path()}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines()[1] == "0"
     assert done.stderr == ""
 
@@ -124,22 +124,21 @@ def in_terminal(columns, *words):
     """What the command writes to a terminal of that many columns, stdout and stderr together."""
     controller, terminal = pty.openpty()
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, words)], stdin=terminal, stdout=terminal, stderr=terminal, env=environment
-    )
-    os.close(terminal)
+    sizes = {"COLUMNS": None, "LINES": None}
+    with ThreadPoolExecutor(1) as reading:
+        written = reading.submit(read_all, controller)
+        done = forked(lambda: cli.main([*map(str, words)]), environment=sizes, terminal=terminal)
+        os.close(terminal)
+        return done.returncode, written.result().decode().replace("\r\n", "\n")
+
+
+def read_all(controller):
     written = b""
-    while True:
-        try:
-            chunk = os.read(controller, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        written += chunk
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(controller, 65536):
+            written += chunk
     os.close(controller)
-    return process.wait(timeout=60), written.decode().replace("\r\n", "\n")
+    return written
 
 
 @pytest.mark.parametrize("columns", [30, 48, 80, 200])
@@ -170,19 +169,16 @@ def test_hostile_ids_cannot_command_the_terminal(tmp_path):
 
 def test_an_ascii_terminal_is_no_error(tmp_path):
     path = saved(tmp_path, ["画像"])
-    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*COMMAND, "show", path], capture_output=True, env=environment, check=False)
+    done = sgdclean("show", path, encoding="ascii")
     assert done.returncode == 0
-    assert rb"\u753b\u50cf" in done.stdout
+    assert r"\u753b\u50cf" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["show", "compare"])
 def test_json_is_json_on_an_ascii_terminal_too(command, tmp_path):
     path = saved(tmp_path, ["\N{BROOM}", "画像", "a"])
-    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     words = [path, saved(tmp_path, ["\N{BROOM}", "画像", "a"], name="b.csv")] if command == "compare" else [path]
-    done = subprocess.run([*COMMAND, command, *words, "--json"], capture_output=True, env=environment, check=False)
-    samples = json.loads(done.stdout)["samples"]
+    samples = json.loads(sgdclean(command, *words, "--json", encoding="ascii").stdout)["samples"]
     assert {sample["sample_id"] for sample in samples} == {"\N{BROOM}", "画像", "a"}
 
 
@@ -224,30 +220,27 @@ def make_data():
 
 def write_config(folder, with_classes):
     """The example's, with or without the classes of model and data."""
-    content = yaml.safe_load((ROOT / "examples" / "lightning_cli" / "config.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
     if not with_classes:
         content |= {key: content[key].get("init_args", {}) for key in ("model", "data")}
     (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
-def test_the_commands_of_the_documentation_do_what_it_says(tmp_path):
+def test_the_commands_of_the_documentation_do_what_it_says(example):
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^    sgdclean (.*)", page, re.MULTILINE)]
     assert {words[0] for words in commands} == {command.NAME for command in cli.COMMANDS}
-    shutil.copytree(ROOT / "examples" / "lightning_cli", tmp_path, dirs_exist_ok=True)
-    train = [sys.executable, "main.py", "fit", "--config=config.yaml"]
-    subprocess.run(train, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=True)
-    other = shutil.copytree(tmp_path / "cleaning", tmp_path / "other")
-    (tmp_path / "my_module.py").write_text(MY_MODULE)
+    other = shutil.copytree(example / "cleaning", example / "other")
+    (example / "my_module.py").write_text(MY_MODULE)
     for words in [words for words in commands if "cleanse" not in words]:  # tests/cli/test_check.py runs that one
-        write_config(tmp_path, with_classes="--model" not in words)
-        runs = iter([tmp_path / "cleaning", other])
-        done = sgdclean(*[next(runs) if word == "RUN" else word for word in words], cwd=tmp_path)
+        write_config(example, with_classes="--model" not in words)
+        runs = iter([example / "cleaning", other])
+        done = sgdclean(*[next(runs) if word == "RUN" else word for word in words], cwd=example)
         notes = [line for line in done.stderr.splitlines() if not line.startswith("note: the page that was here ")]
         assert (done.returncode, notes) == (0, [])
     namespace = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], namespace)
-    kept = namespace["kept_samples"](range(400), tmp_path / "kept.csv")
+    kept = namespace["kept_samples"](range(400), example / "kept.csv")
     assert list(kept.indices) == list(Ranking.load(other).keep(range(400), drop=20).indices)
 
 

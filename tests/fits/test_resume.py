@@ -26,7 +26,7 @@ def killed(folder, snapshots, step):
         "from pathlib import Path\nfrom resuming import Kill, train\n"
         f"train(Path({str(folder)!r}), {snapshots!r}, [Kill({step})])\n"
     )
-    ended = python(code, check=False)
+    ended = python("-c", code, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 

@@ -130,6 +130,6 @@ print(*numbers)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
 def test_the_thread_that_writes_has_no_team_of_threads_of_its_own(tmp_path):
     """With more threads than cores the training's own team would wait longer at every turn, for good."""
-    done = python(THREADS, tmp_path / "x.safetensors")
+    done = python("-c", THREADS, tmp_path / "x.safetensors")
     before, after = map(int, done.stdout.split())
     assert after == before

@@ -112,7 +112,7 @@ def test_full_disk_costs_the_recording_only(tmp_path):
         "import sys, pathlib, test_writer as t; "
         "t.assert_harm_costs_the_recording_only(pathlib.Path(sys.argv[1]), t.fill_the_disk)"
     )
-    done = python(code, tmp_path, cwd=tmp_path, check=False)
+    done = python("-c", code, tmp_path, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
