@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test starts alike and leaves nothing behind: seeds, folder, random state, dtype, registered optimizers."""
+"""Every test starts alike and leaves nothing behind: seeds, folder, random state, dtype, registered optimizers.
+
+The cases that many tests look at are trained once.
+"""
 
 import logging
 import os
@@ -7,8 +10,10 @@ import os
 import pytest
 import torch
 
+from cases import CASES
 from lightning_sgdclean.adjoint import optimizers
 from lightning_sgdclean.base.randomness import random_state, set_random_state
+from reference import ranked
 
 # The tests' networks are tiny. One thread, here and in the processes that tests start, adds in one order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,3 +31,20 @@ def alike(tmp_path, monkeypatch):
     yield
     set_random_state(state, torch.device("cpu"))
     assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """A function of the name of a case, and of options: the callback after that case was trained with it.
+
+    Each is trained once. Tests read what it left, and change nothing.
+    """
+    runs = {}
+
+    def recorded(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in runs:
+            runs[key] = ranked(CASES[name], dirpath=tmp_path_factory.mktemp("recorded") / "run", **options)
+        return runs[key]
+
+    return recorded

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other processes: a Python that starts from nothing, and a copy of this one, which is there at once."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -37,17 +40,41 @@ def forked(act, cwd=None, environment=None, encoding="utf-8", terminal=None):
         terminal: The descriptor of a terminal that it writes to; nothing is captured then.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # threads of others are no matter here
-            child = os.fork()
-        if child == 0:
-            _become(
-                act, cwd, environment or {}, encoding, *([terminal] * 2 if terminal else [out.fileno(), err.fileno()])
-            )
+        streams = [terminal] * 2 if terminal else [out.fileno(), err.fileno()]
+        child = _fork(act, cwd, environment or {}, encoding, *streams)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for stream in (out, err):
             stream.seek(0)
         return subprocess.CompletedProcess([], code, out.read().decode(encoding), err.read().decode(encoding))
+
+
+def killed(act, when, after=0.0):
+    """Call a function in a copy of this process and kill that, so long after it wrote a line that begins so.
+
+    Args:
+        act: Called without arguments.
+        when: The line's beginning. It must come.
+        after: Seconds.
+    """
+    heard, said = os.pipe()
+    child = _fork(act, None, {}, "utf-8", said, said)
+    os.close(said)
+    with open(heard, encoding="utf-8") as lines:
+        written = list(itertools.takewhile(lambda line: not line.startswith(when), lines))
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == -signal.SIGKILL, "".join(written)
+
+
+def _fork(*life):
+    """The number of a copy of this process that leads that life."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)  # threads of others are no matter here
+        child = os.fork()
+    if child == 0:
+        _become(*life)
+    return child
 
 
 def _become(act, cwd, environment, encoding, out, err):

@@ -7,20 +7,21 @@ import torch
 from cases import NUM_TRAIN, fit, objective
 from lightning_sgdclean import SGDInfluence
 
-STEP = 1e-4  # the error of the fourth-order difference below is about STEP**4 and 1e-16 / STEP
+STEP = 1e-5  # the error of the difference below is about STEP**2 and 1e-16 / STEP
 
 
 def directional(objective_of, direction):
     """Derivative of a callable of the samples' weights ``(N,)`` at one, along a direction."""
-
-    def at(amount):
-        return objective_of(torch.ones(len(direction), dtype=torch.float64) + amount * direction)
-
-    return (8 * (at(STEP) - at(-STEP)) - (at(2 * STEP) - at(-2 * STEP))) / (12 * STEP)
+    ahead, behind = (objective_of(1 + amount * direction) for amount in (STEP, -STEP))
+    return (ahead - behind) / (2 * STEP)
 
 
-def derivative(case, direction):
-    return directional(lambda weights: objective(fit(case, weights=weights), case.val), direction)
+def dense_direction(num, seed=7):
+    """One of length one that moves every sample's weight, none much less than another, and no two alike."""
+    source = torch.Generator().manual_seed(seed)
+    sizes = 0.5 + torch.rand(num, dtype=torch.float64, generator=source)
+    direction = sizes * (2.0 * torch.randint(0, 2, (num,), generator=source) - 1)
+    return direction / direction.norm()
 
 
 def one_hot(index, num=NUM_TRAIN):
@@ -39,19 +40,24 @@ def influences(callback, num=NUM_TRAIN):
     return found
 
 
-def assert_derivative(found, objective_of, tolerance=1e-6):
-    """Along a direction that moves every sample's weight, so that none can be wrong unseen.
+def assert_derivative(found, objective_of, tolerance=1e-7, seed=7):
+    """Along a direction that moves every sample's weight, so that none can be wrong unseen, nor two exchanged.
 
-    ``objective_of`` trains with weights ``(N,)`` on the samples and gives the objective.
+    Of 23 samples none alone is then off by more than 11 tolerances. The difference itself is off by about 1e-9.
+
+    Args:
+        found: The influences.
+        objective_of: Trains with weights ``(N,)`` on the samples and gives the objective.
+        tolerance: As a share of the largest influence.
+        seed: Of the direction.
     """
-    direction = torch.randn(len(found), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    direction /= direction.norm()
+    direction = dense_direction(len(found), seed)
     truth, predicted = -directional(objective_of, direction), float(found @ direction.numpy())
     assert np.abs(found).max() > 0
     assert abs(predicted - truth) <= tolerance * np.abs(found).max(), (predicted, truth, np.abs(found).max())
 
 
-def assert_influence_is_the_derivative(case, tolerance=1e-6, **options):
+def assert_influence_is_the_derivative(case, tolerance=1e-7, **options):
     """See :func:`assert_derivative`."""
     found = influences(ranked(case, **options), len(case.train))
     assert_derivative(found, lambda weights: objective(fit(case, weights=weights), case.val), tolerance)

@@ -4,7 +4,10 @@
 import json
 import math
 import resource
+import shutil
+import signal
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,23 +54,16 @@ def assert_same(one, other):
     assert np.array_equal(one.visits, other.visits)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [CASES["sgd"], CASES["batchnorm"], CASES["warm-up from zero"], CASES["accumulate 2"], CASES["clip norm"]],
-    ids=str,
-)
-def test_retraced_later_it_is_the_same_ranking_to_the_last_bit(case):
-    callback = ranked(case, snapshots=3)
-    assert_same(retrace_again(callback, case), callback.ranking)
-
-
-def retrace_again(callback, case):
+@pytest.mark.parametrize("name", ["sgd", "batchnorm", "warm-up from zero", "accumulate 2", "clip norm"])
+def test_retraced_later_it_is_the_same_ranking_to_the_last_bit(recorded, name):
+    callback, case = recorded(name, snapshots="sqrt"), CASES[name]
     train, val = loaders(**case.loader)
     model = Plain(**case.module)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1.0)  # the weights that it comes with do not matter
-    return retrace(callback.run_dir, model, train_dataloaders=train, val_dataloaders=val, epochs="all")
+    again = retrace(callback.run_dir, model, train_dataloaders=train, val_dataloaders=val, epochs="all")
+    assert_same(again, callback.ranking)
 
 
 class Parts(NamedTuple):
@@ -98,14 +94,46 @@ def test_kept_batches_of_the_users_own_classes_are_put_together_again_later():
         retrace(callback.run_dir, Unpacking(**MODEL), train_dataloaders=loaders()[0], **options)
 
 
-def test_another_process_gives_the_same_ranking(run, tmp_path):
-    code = (
-        "import torch; torch.set_num_threads(1)\n"  # as in the tests: threads change the order of sums
-        "import test_retracing as t\nfrom types import SimpleNamespace\n"
-        f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r})).save({str(tmp_path / 'later.csv')!r})\n"
-    )
-    python("-c", code)
-    assert_same(Ranking.load(tmp_path / "later.csv"), run.ranking)
+ELSEWHERE = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import test_retracing as t
+
+torch.set_num_threads(1)  # as in the tests: threads change the order of sums
+run = SimpleNamespace(run_dir=Path(sys.argv[1]))
+print(t.own_key(t.losses_with(t.two_objectives, 3)), flush=True)
+t.later(run).save(sys.argv[2])
+t.bookmark._SECONDS = 0.0
+t.bookmark._SHARE = float("inf")
+original, walked = t.backward.retrace_step, []
+
+def dying(*args):
+    walked.append(args[0])
+    if len(walked) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+
+t.backward.retrace_step = dying
+t.later(run)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(run, tmp_path_factory):
+    """A new process retraces a copy of the run, then once more, and is killed in the middle of that walk."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    copy = shutil.copytree(run.run_dir, folder / "run")
+    ended = python("-c", ELSEWHERE, copy, folder / "later.csv", check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    return SimpleNamespace(run_dir=copy, ranking=Ranking.load(folder / "later.csv"), said=ended.stdout)
+
+
+def test_another_process_gives_the_same_ranking(run, elsewhere):
+    assert_same(elsewhere.ranking, run.ranking)
 
 
 def test_other_objectives_windows_and_engines_are_those_of_a_run_that_had_them(run):
@@ -300,9 +328,8 @@ def test_losses_of_the_users_are_told_apart_by_their_code_and_what_they_hold():
     assert own_key(losses_with(ones, 2)) == own_key(losses_with(ones, 2))
 
 
-def test_losses_of_the_users_are_named_alike_in_every_process():
-    code = "import test_retracing as t\nprint(t.own_key(t.losses_with(t.two_objectives, 3)))\n"
-    assert python("-c", code).stdout == python("-c", code).stdout
+def test_losses_of_the_users_are_named_alike_in_every_process(elsewhere):
+    assert elsewhere.said == f"{own_key(losses_with(two_objectives, 3))}\n"
 
 
 def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
@@ -316,22 +343,8 @@ def test_where_no_mark_can_be_written_the_walk_goes_on(monkeypatch, run):
     assert_same(ranking, run.ranking)
 
 
-def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run, tmp_path):
-    code = (
-        "import os, signal, sys, torch; torch.set_num_threads(1)\n"
-        "import test_retracing as t\nfrom types import SimpleNamespace\n"
-        "t.bookmark._SECONDS = 0.0\nt.bookmark._SHARE = float('inf')\n"
-        "original, walked = t.backward.retrace_step, []\n"
-        "def dying(*args):\n"
-        "    walked.append(args[0])\n"
-        "    if len(walked) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(*args)\n"
-        "t.backward.retrace_step = dying\n"
-        f"t.later(SimpleNamespace(run_dir={str(run.run_dir)!r}))\n"
-    )
-    ended = python("-c", code, check=False)
-    assert ended.returncode == -9, ended.stderr
-    ranking, walked = steps_walked(monkeypatch, lambda: later(run))
+def test_killed_in_the_middle_of_the_walk_it_goes_on_from_there(monkeypatch, run, elsewhere):
+    ranking, walked = steps_walked(monkeypatch, lambda: later(elsewhere))
     assert len(walked) == 8
     assert_same(ranking, run.ranking)
 

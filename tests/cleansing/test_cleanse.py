@@ -6,9 +6,6 @@ import importlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -27,7 +24,7 @@ from lightning_sgdclean.cleansing.plan import Measured, Question
 from lightning_sgdclean.cleansing.result import Cleansing, judge
 from lightning_sgdclean.cleansing.trials import TrialStore
 from lightning_sgdclean.data.fetching import share_samples
-from processes import search_path
+from processes import killed, search_path
 
 WRONG = 60
 
@@ -106,13 +103,18 @@ def numbers_of(found):
     return [array.tolist() for array in (found.metric.none, found.metric.worst, found.metric.random)]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The numbers of the short trainings, made one after another and in one go."""
+    return numbers_of(run(short, tmp_path_factory.mktemp("whole") / "cleansing"))
+
+
 def num_trained(folder="cleansing"):
     return len(list(Path(folder, "trials").glob("*.json")))
 
 
-@pytest.mark.parametrize("name", ["pytorch_lightning", "lightning.pytorch"])
-def test_wrong_labels_are_worth_removing(name, capsys):
-    found = run(partial(build, name=name), seeds=4, drop=(0.1, WRONG), verbose=True)
+def test_wrong_labels_are_worth_removing(capsys):
+    found = run(build, seeds=4, drop=(0.1, WRONG), verbose=True)
     assert found.verdict.outcome == "improvement", str(found)
     assert found.counts == (30, WRONG)
     assert found.verdict.recommended == WRONG
@@ -141,6 +143,10 @@ def test_wrong_labels_are_worth_removing(name, capsys):
     assert table[0]["gain"] == ""
     assert found.to_pandas()["mean"].tolist() == [row["mean"] for row in found.rows]
     assert Path("cleansing", "figure.png").stat().st_size > 1000
+
+
+def test_the_other_package_of_lightning_comes_to_the_same_numbers(whole):
+    assert numbers_of(run(partial(short, name="lightning.pytorch"))) == whole
 
 
 def test_right_labels_are_not_found_to_be_worth_removing():
@@ -256,7 +262,7 @@ class Stopping:
         return short(seed)
 
 
-def test_an_interrupted_cleansing_goes_on_and_comes_to_the_same_numbers():
+def test_an_interrupted_cleansing_goes_on_and_comes_to_the_same_numbers(whole):
     stopping = Stopping(at=5)
     with pytest.raises(OSError, match="no space left") as caught:
         run(stopping)
@@ -267,7 +273,7 @@ def test_an_interrupted_cleansing_goes_on_and_comes_to_the_same_numbers():
     rest = Stopping()
     found = run(rest)
     assert rest.calls == 2
-    assert numbers_of(found) == numbers_of(run(short, "whole"))
+    assert numbers_of(found) == whole
 
     more = Stopping()
     wider = run(more, seeds=3, drop=(WRONG, 20), random_draws=2)
@@ -276,27 +282,10 @@ def test_an_interrupted_cleansing_goes_on_and_comes_to_the_same_numbers():
     assert numbers_of(run(Stopping())) == numbers_of(found)
 
 
-SCRIPT = """
-from test_cleanse import run, short
-
-if __name__ == "__main__":
-    run(short, verbose=True)
-"""
-
-
-def test_a_killed_cleansing_goes_on():
-    Path("script.py").write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "script.py"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": search_path()}
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("training 3 "):
-                time.sleep(0.05)
-                process.send_signal(signal.SIGKILL)
-                break
+def test_a_killed_cleansing_goes_on(whole):
+    killed(partial(run, short, verbose=True), when="training 3 ", after=0.05)
     assert 3 <= num_trained() < 6
-    assert numbers_of(run(short)) == numbers_of(run(short, "whole"))
+    assert numbers_of(run(short)) == whole
 
 
 def test_a_cleansing_that_was_killed_before_its_first_training_can_begin_anew():
@@ -331,23 +320,47 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(monkeypatch):
     assert sorted(path.name for path in Path().iterdir()) == ["figure.png", "report.json", "table.csv"]
 
 
-def failing_while_full(seed):
-    if seed == 1 and Path("full").exists():
+class Slow(importlib.import_module("pytorch_lightning.callbacks").ModelCheckpoint):
+    """As on a slow file system: others have time to write where it writes."""
+
+    def file_exists(self, *arguments):
+        found = super().file_exists(*arguments)
+        time.sleep(0.3)
+        return found
+
+
+def with_checkpoints(seed):
+    package = importlib.import_module("pytorch_lightning")
+    options = {"max_epochs": 2, "precision": "32-true", "enable_checkpointing": True}
+    return short(seed)._replace(trainer=quiet_trainer([Slow("models", monitor="val_loss")], package, **options))
+
+
+def failing_at_last(seed):
+    """While there is no space, no training begins once four of the six are finished."""
+    if Path("full").exists() and num_trained() >= 4:
         raise OSError("no space left")
-    return short(seed)
+    return with_checkpoints(seed)
 
 
-def test_processes_come_to_the_same_numbers(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", search_path())
+def test_a_build_that_no_process_can_be_given_is_refused():
     with pytest.raises(ValueError, match=r"build and influence= must be picklable.*processes=1"):
         run(lambda seed: None, "local", processes=2)
+
+
+def test_processes_come_to_the_same_numbers_and_none_is_measured_by_the_checkpoint_of_another(monkeypatch):
+    """Four or five of the six trainings are made in processes, the rest after these have failed."""
+    monkeypatch.setenv("PYTHONPATH", search_path())
+    before = {path.name for path in Path().iterdir()}
     Path("full").touch()
     with pytest.raises(OSError, match="no space left") as caught:
-        run(failing_while_full, processes=2)
-    assert "This was the training with seed 1, nothing changed." in caught.value.__notes__[0]
-    assert num_trained() < 6
+        run(failing_at_last, ckpt_path="best", processes=2)
+    assert "This was the training with seed " in caught.value.__notes__[0]
+    assert 4 <= num_trained() < 6
     Path("full").unlink()
-    assert numbers_of(run(failing_while_full, processes=2)) == numbers_of(run(short, "one after another"))
+    found = run(failing_at_last, ckpt_path="best")
+    assert numbers_of(found) == numbers_of(run(with_checkpoints, "one after another", ckpt_path="best"))
+    assert {path.name for path in Path().iterdir()} - before == {"cleansing", "one after another"}
+    assert not list(Path().rglob("*.ckpt"))
 
 
 def other(seed):
@@ -428,8 +441,8 @@ def leaving_out(seed, without):
     return short(seed, train=Subset(TRAIN, kept))
 
 
-def test_a_build_may_leave_samples_out_itself():
-    assert numbers_of(run(leaving_out)) == numbers_of(run(short, "by callback"))
+def test_a_build_may_leave_samples_out_itself(whole):
+    assert numbers_of(run(leaving_out)) == whole
 
 
 def named(seed):
@@ -461,11 +474,10 @@ def test_ids_that_are_names_are_not_taken_for_positions(sample_ids):
     assert num_trained() == 0
 
 
-def test_a_build_that_leaves_samples_out_itself_is_given_names():
+def test_a_build_that_leaves_samples_out_itself_is_given_names(whole):
+    """Which random samples are changed depends on their names."""
     found = run(leaving_names_out, influence={"epochs": "all", "sample_ids": other_positions})
-    by_position = run(short, "by position")
-    assert found.metric.none.tolist() == by_position.metric.none.tolist()
-    assert found.metric.worst.tolist() == by_position.metric.worst.tolist()
+    assert numbers_of(found)[:2] == whole[:2]
 
 
 def mean_loss(module, batch):
@@ -504,30 +516,6 @@ def test_whether_the_value_that_chooses_is_to_be_low_is_not_guessed():
     assert found.verdict.recommended == (0, *found.counts)[int(np.argmax(means))]
     assert run(with_accuracy, select="val_loss", metric="test_right", mode="max").question.select_mode == "min"
     assert run(with_accuracy, select_mode="max").question.select_mode == "max"
-
-
-class Slow(importlib.import_module("pytorch_lightning.callbacks").ModelCheckpoint):
-    """As on a slow file system: others have time to write where it writes."""
-
-    def file_exists(self, *arguments):
-        found = super().file_exists(*arguments)
-        time.sleep(0.3)
-        return found
-
-
-def with_checkpoints(seed):
-    package = importlib.import_module("pytorch_lightning")
-    options = {"max_epochs": 2, "precision": "32-true", "enable_checkpointing": True}
-    return short(seed)._replace(trainer=quiet_trainer([Slow("models", monitor="val_loss")], package, **options))
-
-
-def test_no_training_is_measured_by_the_checkpoint_of_another(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", search_path())
-    before = {path.name for path in Path().iterdir()}
-    found = run(with_checkpoints, ckpt_path="best", processes=2)
-    assert numbers_of(found) == numbers_of(run(with_checkpoints, "one after another", ckpt_path="best"))
-    assert {path.name for path in Path().iterdir()} - before == {"cleansing", "one after another"}
-    assert not list(Path().rglob("*.ckpt"))
 
 
 # Refusals -----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-import reference
 from cases import Case, perceptron
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
@@ -53,12 +52,6 @@ class WithTable(nn.Module):
     def forward(self, x):
         rows = self.table((x[:, 0] > 0).long() + (x[:, 1] > 0).long())
         return self.net((x + rows) * torch.tensor([1, 1, 1, 1, 0]))
-
-
-@pytest.fixture(autouse=True)
-def within_kinks(monkeypatch):
-    """Adamax takes a maximum, whose kinks a larger step crosses."""
-    monkeypatch.setattr(reference, "STEP", 1e-5)
 
 
 def case_of(kind, options=None, **module):

@@ -16,23 +16,14 @@ from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from lightning_sgdclean.trajectory import joining
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off, join
 from lightning_sgdclean.trajectory.store import Trajectory
-from processes import python
-from resuming import ByEpoch, train
-
-
-def killed(folder, snapshots, step):
-    """Another process, that does not end well."""
-    code = (
-        "from pathlib import Path\nfrom resuming import Kill, train\n"
-        f"train(Path({str(folder)!r}), {snapshots!r}, [Kill({step})])\n"
-    )
-    ended = python("-c", code, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+from processes import forked
+from resuming import ByEpoch, Kill, train
 
 
 @pytest.mark.parametrize(("snapshots", "step"), [("every", 13), (4, 18)])
 def test_killed_and_resumed_run_is_ranked_as_an_uninterrupted_one_to_the_last_bit(tmp_path, snapshots, step):
-    killed(tmp_path / "killed", snapshots, step)
+    ended = forked(lambda: train(tmp_path / "killed", snapshots, [Kill(step)]))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     checkpoint = tmp_path / "killed" / f"step={step // 5 * 5}.ckpt"
     resumed = train(tmp_path / "killed", snapshots, ckpt_path=checkpoint)
     whole = train(tmp_path / "whole", snapshots)

@@ -22,7 +22,7 @@ from lightning_sgdclean.trajectory import flat_state, writer
 from lightning_sgdclean.trajectory.flat_state import StateRows
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import Background, TrajectoryWriter
-from processes import python
+from processes import forked
 from reference import influences
 from small_steps import state, step
 
@@ -107,12 +107,8 @@ def test_error_of_the_writer_is_a_warning_at_once_and_training_goes_on(tmp_path,
 
 
 def test_full_disk_costs_the_recording_only(tmp_path):
-    # In a process of its own, since the limit would meet what pytest writes, too.
-    code = (
-        "import sys, pathlib, test_writer as t; "
-        "t.assert_harm_costs_the_recording_only(pathlib.Path(sys.argv[1]), t.fill_the_disk)"
-    )
-    done = python("-c", code, tmp_path, cwd=tmp_path, check=False)
+    """In a process of its own, since the limit would meet what pytest writes, too."""
+    done = forked(lambda: assert_harm_costs_the_recording_only(tmp_path, fill_the_disk))
     assert done.returncode == 0, done.stderr
 
 
