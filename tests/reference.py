@@ -58,9 +58,11 @@ def assert_derivative(found, objective_of, tolerance=1e-7, seed=7):
 
 
 def assert_influence_is_the_derivative(case, tolerance=1e-7, **options):
-    """See :func:`assert_derivative`."""
-    found = influences(ranked(case, **options), len(case.train))
+    """See :func:`assert_derivative`; the callback, for what else there is to be said of it."""
+    callback = ranked(case, **options)
+    found = influences(callback, len(case.train))
     assert_derivative(found, lambda weights: objective(fit(case, weights=weights), case.val), tolerance)
+    return callback
 
 
 def leave_one_out(case):

@@ -32,15 +32,13 @@ def augmented(name, workers):
 
 
 @pytest.mark.filterwarnings(f"ignore:{KEPT}")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", AUGMENTED)
+@pytest.mark.parametrize(("name", "workers"), [("dataset", 0), ("collate", 2), ("hook", 0), ("everywhere", 2)])
 def test_influence_is_the_derivative_of_the_fit_with_random_augmentation(name, workers):
     """Declared, since the window is the whole training and workers' draws show only in the second epoch."""
     assert_influence_is_the_derivative(augmented(name, workers), keep_batches=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", AUGMENTED)
+@pytest.mark.parametrize(("name", "workers"), [("dataset", 2), ("collate", 0), ("hook", 2), ("everywhere", 0)])
 def test_random_augmentation_is_found_and_kept_by_the_second_epoch_and_replayed_to_the_last_bit(name, workers):
     callback = SGDInfluence("val_loss", epochs=2)  # of three
     with pytest.warns(SGDInfluenceWarning, match=rf"{KEPT}, since .*: \d+ B a batch times \d+ batches of the window"):
@@ -89,9 +87,9 @@ def test_one_epoch_of_data_made_random_in_workers_is_refused_after_fit_unless_de
     assert declared.summary["replay"]["batches_bit_for_bit"] == 5
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kept_and_refetched_batches_give_the_same_influences(workers):
-    case = Case("fixed", OPTIONS, loader={"num_workers": workers})
+def test_kept_and_refetched_batches_give_the_same_influences():
+    """In workers; tests/fits/test_data.py has the same without them."""
+    case = Case("fixed", OPTIONS, loader={"num_workers": 2})
     kept, fetched = ranked(case, keep_batches=True), ranked(case, keep_batches=False)
     assert np.array_equal(influences(kept), influences(fetched))
     assert (kept.summary["batches"]["kept"], fetched.summary["batches"]["kept"]) == (15, 0)

@@ -37,7 +37,7 @@ class Layered(nn.Module):
 
 def case(name, *layers, shape=(), make=Plain, **module):
     net = partial(Layered, shape, [*layers, partial(nn.Linear, WIDTH, WIDTH)] if not shape else layers)
-    return Case(name, {"net": net, "options": {"momentum": 0.9}, **module}, make=make)
+    return Case(name, {"net": net, "options": {"momentum": 0.9}, **module}, {"max_epochs": 2}, make=make)
 
 
 class FrozenNorms(Plain):
@@ -206,7 +206,7 @@ class Embedded(nn.Module):
 
 def sequences(name, net, *args, **options):
     module = {"options": {"momentum": 0.9}, **options.pop("module", {})}
-    return Case(name, {"net": partial(net, *args, **options), **module}, **TOKENS)
+    return Case(name, {"net": partial(net, *args, **options), **module}, {"max_epochs": 2}, **TOKENS)
 
 
 SEQUENCES = [
@@ -370,4 +370,4 @@ def test_finite_follows_it_to_second_order_in_its_radius(name):
 
 @pytest.mark.parametrize("name", ["BatchNorm frozen from epoch 1", "InstanceNorm3d tracked", "BatchNorm cumulative"])
 def test_statistics_are_followed_over_accumulated_batches(name):
-    assert_influence_is_the_derivative(replace(BY_NAME[name], trainer={"accumulate_grad_batches": 2}))
+    assert_influence_is_the_derivative(replace(BY_NAME[name], trainer={"max_epochs": 2, "accumulate_grad_batches": 2}))
