@@ -267,11 +267,13 @@ def two_objectives(module, batch):
     return module.net(batch[0]).pow(2).mean()
 
 
-@pytest.mark.parametrize("after", [1, 6, 14])
+SEVERAL = {"objective": {"a": Plain.loss, "b": two_objectives}, "columns": ("by_epoch",)}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"objective": {"a": Plain.loss, "b": two_objectives}, "columns": ("by_epoch",)}, {"curvature": "finite"}],
-    ids=["one", "several", "finite"],
+    ("options", "after"),
+    [(SEVERAL, 1), (SEVERAL, 6), (SEVERAL, 14), ({}, 6), ({"curvature": "finite"}, 6)],
+    ids=["several, at once", "several", "several, at last", "one", "finite"],
 )
 def test_interrupted_it_goes_on_where_it_was_to_the_same_bits(monkeypatch, run, after, options):
     whole, all_steps = steps_walked(monkeypatch, lambda: later(run, **options))
@@ -411,17 +413,15 @@ def test_a_trainer_of_the_users_is_lent_and_comes_back_as_it_was(run):
 
 
 @pytest.mark.parametrize("change", ["flip", "swap"])
-def test_a_damaged_or_foreign_ending_is_refused(tmp_path, change):
-    runs = [SGDInfluence("val_loss", epochs="all", dirpath=tmp_path / name) for name in ("one", "other")]
-    for callback in runs:
-        fit(CASE, callback)
-    one, other = (callback.run_dir / "trajectory" / "ending.json" for callback in runs)
+def test_a_damaged_or_foreign_ending_is_refused(run, recorded, tmp_path, change):
+    copy = SimpleNamespace(run_dir=shutil.copytree(run.run_dir, tmp_path / "run"))
+    ending = copy.run_dir / "trajectory" / "ending.json"
     if change == "swap":
-        one.write_bytes(other.read_bytes())
+        shutil.copy(recorded("batchnorm adam").run_dir / "trajectory" / "ending.json", ending)
     else:
-        one.write_text(one.read_text().replace("val_loss", "val_lost"))
+        ending.write_text(ending.read_text().replace("val_loss", "val_lost"))
     with pytest.raises(RunDirectoryError, match=r"ending\.json (belongs to another run|is damaged)"):
-        later(runs[0])
+        later(copy)
 
 
 def test_manifest_tells_what_the_run_was_trained_with(run):

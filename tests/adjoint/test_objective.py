@@ -49,8 +49,9 @@ def by_id(ranking, values):
     return found
 
 
-@pytest.mark.parametrize("curvature", ["exact", "finite", "none"])
-@pytest.mark.parametrize("case", [WINDING, PLAIN], ids=str)
+@pytest.mark.parametrize(
+    ("case", "curvature"), [(WINDING, "exact"), (WINDING, "finite"), (PLAIN, "none")], ids=lambda value: str(value)[:9]
+)
 def test_each_objective_has_the_bits_of_a_walk_of_its_own(case, curvature):
     ranking = ranked(case, objective=THREE, curvature=curvature).ranking
     assert list(ranking.columns) == ["influence:second class", "influence:margin"]
