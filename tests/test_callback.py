@@ -118,13 +118,6 @@ def test_the_same_callback_serves_a_second_fit():
     assert directories[0] != directories[1]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_replay_is_bit_for_bit_in_the_usual_precisions(precision):
-    callback = SGDInfluence("val_loss", epochs="all")
-    quiet_trainer([callback], precision=precision).fit(Plain(norm=True, dropout=0.3), *loaders())
-    assert callback.summary["replay"]["batches_bit_for_bit"] == callback.summary["replay"]["batches"]
-
-
 def boring_loss(module, batch):
     return module.loss(module(batch))
 

@@ -18,7 +18,6 @@ from lightning_sgdclean.base.errors import (
     ReplayMismatchError,
     RunDirectoryError,
     SampleIdError,
-    UnsupportedOperationError,
     UnsupportedTrainingError,
 )
 
@@ -175,30 +174,6 @@ def test_collate_that_reorders_is_found_though_it_cannot_be_seen_in_the_batch():
         refuse(LossSplitError, "swapped", Plain(), train)
 
 
-def test_sample_losses_split_what_cannot_be_split_by_itself():
-    def losses(module, batch):
-        return F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
-
-    rankings = []
-    for step, given in ((hand_written, losses), (None, None)):
-        pl.seed_everything(1, verbose=False)
-        callback = SGDInfluence("val_loss", sample_losses=given)
-        quiet_trainer([callback]).fit(with_step(step) if step else Plain(), *loaders())
-        rankings.append(callback.ranking)
-    assert rankings[0].sample_id.tolist() == rankings[1].sample_id.tolist()
-    assert rankings[0].influence == pytest.approx(rankings[1].influence, rel=1e-8)
-
-
-def test_regulariser_beside_the_loss_is_told_apart_from_a_part_not_split():
-    def step(self, batch, batch_idx):
-        decay = sum(param.pow(2).sum() for param in self.parameters())
-        return F.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * decay
-
-    callback = SGDInfluence("val_loss")
-    quiet_trainer([callback]).fit(with_step(step), *loaders())
-    assert len(callback.ranking) == 23
-
-
 def test_nan_loss_refuses_to_rank_and_names_the_step_and_leaves_training_alone():
     def step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1]) * (float("nan") if self.global_step == 7 else 1.0)
@@ -220,56 +195,6 @@ def test_random_augmentation_that_is_not_kept_is_found_and_named():
     train = DataLoader(Jittered(), batch_size=5)
     with pytest.warns(UserWarning, match="random numbers were drawn while a batch was loaded, but keep_batches=False"):
         refuse(ReplayMismatchError, "Step 14.*hold other data.*keep_batches=True", Plain(), train, keep_batches=False)
-
-
-def test_gradients_edited_in_a_hook_are_found_and_named():
-    class Edited(Plain):
-        def on_before_optimizer_step(self, optimizer):
-            for param in self.parameters():
-                param.grad.mul_(0.5)
-
-    refuse(ReplayMismatchError, "update differs.*on_before_optimizer_step", Edited())
-
-
-def test_annealed_attribute_is_found_and_named():
-    class Annealed(Plain):
-        factor = 1.0
-
-        def on_train_batch_start(self, batch, batch_idx):
-            self.factor *= 0.9
-
-        def training_step(self, batch, batch_idx):
-            return self.factor * super().training_step(batch, batch_idx)
-
-    refuse(ReplayMismatchError, "attribute annealed in a hook", Annealed(), epochs="all")
-
-
-def test_moved_buffer_is_refused_by_name():
-    class Counting(Plain):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("codebook", torch.zeros(3))
-
-        def training_step(self, batch, batch_idx):
-            self.codebook += 1
-            return super().training_step(batch, batch_idx)
-
-    refuse(UnsupportedTrainingError, "moves the buffer 'codebook'", Counting())
-
-
-def test_operation_without_second_derivative_names_itself_and_finite_follows_it():
-    class Bag(Plain):
-        def __init__(self):
-            super().__init__()
-            self.bag = torch.nn.EmbeddingBag(23, 5)
-
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.net(batch[0] + self.bag(batch[2][:, None])), batch[1])
-
-    refuse(UnsupportedOperationError, '_embedding_bag.*curvature="finite"', Bag())
-    callback = SGDInfluence("val_loss", curvature="finite")
-    quiet_trainer([callback]).fit(Bag(), *loaders())
-    assert len(callback.ranking) == 23
 
 
 def test_validation_that_disagrees_with_what_was_logged_is_refused():
@@ -311,16 +236,6 @@ def test_batches_of_one_sample_are_ranked_or_refused_but_never_all_zero():
         quiet_trainer([callback]).fit(module, DataLoader(TRAIN, batch_size=size), loaders()[1])
         assert (callback.ranking.influence != 0).all()
     refuse(LossSplitError, "batch of one sample", with_step(hand_written), DataLoader(TRAIN, batch_size=1))
-
-
-def test_several_training_loaders():
-    class Both(Plain):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch["a"], batch_idx)
-
-    trainer = quiet_trainer([SGDInfluence("val_loss")])
-    with pytest.raises(UnsupportedTrainingError, match="2 training loaders"):
-        trainer.fit(Both(), {"a": loaders()[0], "b": loaders()[0]}, loaders()[1])
 
 
 def test_loader_that_delivers_out_of_order():

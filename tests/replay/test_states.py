@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """However few states are kept, the influences are the same to the last bit."""
 
-import gc
+import weakref
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
-from lightning_sgdclean.adjoint import backward
 from lightning_sgdclean.base.errors import ReplayMismatchError, RunDirectoryError
+from lightning_sgdclean.replay import states
 from lightning_sgdclean.replay.states import RecomputedStates
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
@@ -34,13 +36,7 @@ def assert_repeated_bit_for_bit(callback):
 @pytest.fixture
 def little_memory(monkeypatch):
     """As if the machine had room for one state beside those that are needed anyway."""
-
-    def begin(states, position):
-        states._slots = ONE_AT_A_TIME
-        original(states, position)
-
-    original = RecomputedStates._begin
-    monkeypatch.setattr(RecomputedStates, "_begin", begin)
+    monkeypatch.setattr(states, "slots_for", lambda *_: ONE_AT_A_TIME)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,53 +207,54 @@ def test_in_float64_policies_agree_to_1e_12_where_the_bits_are_others(tmp_path):
         assert 0 < np.abs(influence - wanted).max() <= 1e-12 * np.abs(wanted).max()
 
 
-def storage_bytes():
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance would wake deprecated aliases
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+class Peak(TorchDispatchMode):
+    """The most bytes that lie in tensors made, or looked at, while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self._now = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, lambda tensor: self._note(tensor.untyped_storage()), made)
+        self.bytes = max(self.bytes, self._now)
+        return made
+
+    def _note(self, storage):
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, number, nbytes):
+        self._seen.remove(number)
+        self._now -= nbytes
 
 
-def peak_states(snapshots, monkeypatch, slots=None):
-    """Most bytes of tensors during a fit and its retrace, in states, after a state is read or a step pulled back."""
-
-    class Wide(Plain):
-        def __init__(self):
-            super().__init__(adam)
-            self.net[0], self.net[4] = torch.nn.Linear(5, 4000), torch.nn.Linear(4000, 3)
-
-    peaks, sizes, original, pull_back = [], [], RecomputedStates.state, backward._pull_back
-
-    def state(self, index):
-        self._slots = slots
-        found = original(self, index)
-        sizes.append(self._trajectory.state_bytes)
-        peaks.append(storage_bytes() / sizes[-1])
-        return found
-
-    def pulled_back(*args):
-        found = pull_back(*args)
-        peaks.extend(storage_bytes() / size for size in sizes[-1:])  # the rehearsal pulls back before there is one
-        return found
-
-    callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
-    gc.freeze()  # what is there already need not be looked through every time
-    with monkeypatch.context() as patch:
-        patch.setattr(RecomputedStates, "state", state)
-        patch.setattr(backward, "_pull_back", pulled_back)
-        quiet_trainer([callback], max_epochs=4).fit(Wide(), *loaders())
-    gc.unfreeze()
-    return max(peaks)
+class Wide(Plain):
+    def __init__(self):
+        super().__init__(adam)
+        self.net[0], self.net[4] = torch.nn.Linear(5, 4000), torch.nn.Linear(4000, 3)
 
 
-def test_peak_memory_is_a_constant_number_of_states_and_one_segment(monkeypatch):
-    """The constant has the live model with its optimizer, the adjoint and gradients in it: nothing is left out."""
-    assert peak_states("every", monkeypatch) <= 8
-    for interval in (4, 20):
-        assert peak_states(interval, monkeypatch, slots=10**6) <= interval - 2 + 9
-    assert peak_states(20, monkeypatch, slots=2) <= 2 + 9
+def test_peak_memory_is_a_constant_number_of_states_and_one_segment(tmp_path, monkeypatch):
+    """The constant has the model with its optimizer, the adjoint and gradients in it: nothing is left out."""
+
+    def peak_states(snapshots, slots=10**6):
+        monkeypatch.setattr(states, "slots_for", lambda *_: slots)
+        train, val = loaders()
+        options = {"train_dataloaders": train, "val_dataloaders": val, "epochs": "all"}
+        with Peak() as peak:
+            retrace(tmp_path / str(snapshots), Wide(), **options)
+        return peak.bytes / Trajectory(tmp_path / str(snapshots) / "trajectory").state_bytes
+
+    for snapshots in ("every", 10):
+        callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, dirpath=tmp_path / str(snapshots))
+        quiet_trainer([callback], max_epochs=2).fit(Wide(), *loaders())
+    assert peak_states("every") <= 10
+    assert peak_states(10) <= 8 + 11  # a segment has eight between its first and its last
+    assert peak_states(10, slots=2) <= 2 + 11
 
 
 def test_states_are_had_in_any_order_though_cheapest_last_first(monkeypatch):
