@@ -7,7 +7,7 @@ import torch
 from cases import NUM_TRAIN, fit, objective
 from lightning_sgdclean import SGDInfluence
 
-STEP = 1e-5  # the error of the difference below is about STEP**2 and 1e-16 / STEP
+STEP = 5e-6  # the error of the difference below is about STEP**2 and 1e-16 / STEP
 
 
 def directional(objective_of, direction):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark that leaves samples out: in little, and docs/agreement.md is what its JSON gives."""
+"""The benchmark that leaves samples out: in little, and docs/agreement.md has the figures of its JSON."""
 
 import json
 from dataclasses import replace
@@ -9,6 +9,7 @@ import pytest
 
 import leave_one_out
 import papers_tasks
+from pages import assert_figures_are
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode
 
@@ -35,9 +36,9 @@ def test_the_logistic_regression_s_influences_are_those_of_leaving_out(few, tmp_
     assert set(part["agreement"]) == set(leave_one_out.WORDS)
 
 
-def test_page_is_that_of_the_json():
+def test_figures_of_the_page_are_those_of_the_json():
     result = json.loads(leave_one_out.RESULT.read_text(encoding="utf-8"))
-    assert leave_one_out.PAGE.read_text(encoding="utf-8") == leave_one_out.markdown(result)
+    assert_figures_are(leave_one_out.PAGE.read_text(encoding="utf-8"), leave_one_out.markdown(result))
 
 
 def test_training_and_validation_samples_are_disjoint_and_those_of_the_seed(few, tmp_path):

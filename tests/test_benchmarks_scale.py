@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/scale.md is what its formulas make of its measured constants."""
+"""The figures of docs/scale.md are what its formulas make of its measured constants."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import pytest
 
 from lightning_sgdclean.trajectory.schedule import reversal, revolve
 from machine import Machine
+from pages import assert_figures_are
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,9 +22,9 @@ def scale():
     return module
 
 
-def test_page_is_that_of_the_measured_constants(scale):
+def test_figures_of_the_page_are_those_of_the_measured_constants(scale):
     constants = json.loads(scale.RESULT.read_text(encoding="utf-8"))
-    assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == scale.markdown(constants)
+    assert_figures_are((ROOT / "docs" / "scale.md").read_text(encoding="utf-8"), scale.markdown(constants))
 
 
 @pytest.mark.parametrize(("num_steps", "interval", "slots"), [(10**4, 100, 99), (10**5, 317, 80), (10**5, 317, 2)])

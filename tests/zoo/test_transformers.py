@@ -98,7 +98,7 @@ SMOOTH = [
 
 @pytest.mark.parametrize("case", [RESNET, *SMOOTH], ids=str)
 def test_influence_is_the_derivative_of_the_whole_fit(case):
-    assert_influence_is_the_derivative(case)
+    assert_influence_is_the_derivative(case, 1e-6)  # BERT's bends so much that the difference is off by half of it
 
 
 def test_resnet_ranks_samples_as_leaving_each_out_in_place_does():
@@ -119,6 +119,5 @@ class OwnLoss(NextToken):
 
 
 def test_the_loss_that_a_language_model_computes_itself_is_followed():
-    assert_influence_is_the_derivative(
-        Case("GPT-2", {"net": partial(Logits, gpt2), "make_optimizer": adam}, make=OwnLoss, **SENTENCES)
-    )
+    case = Case("GPT-2", {"net": partial(Logits, gpt2), "make_optimizer": adam}, make=OwnLoss, **SENTENCES)
+    assert_influence_is_the_derivative(case, 3e-5)  # which it computes in float32
