@@ -130,6 +130,11 @@ class AnnealedByBatch(Annealed):
         self.factor *= 0.9
 
 
+class AnnealedBefore(Annealed):
+    def on_train_batch_start(self, *_):
+        self.factor *= 0.9
+
+
 class AnnealedByEpoch(Annealed):
     def on_train_epoch_end(self):
         self.factor *= 0.9
@@ -141,7 +146,9 @@ class Counting(Annealed):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("make", "num_steps"), [(AnnealedByBatch, 2), (Counting, 2), (AnnealedByEpoch, 15)], ids=str)
+@pytest.mark.parametrize(
+    ("make", "num_steps"), [(AnnealedByBatch, 2), (AnnealedBefore, 2), (Counting, 2), (AnnealedByEpoch, 15)], ids=str
+)
 def test_an_annealed_attribute_is_a_mismatch_that_says_so_after_two_steps_if_it_shows_by_then(make, num_steps):
     trainer = quiet_trainer([SGDInfluence("val_loss", epochs="all")])
     with pytest.raises(ReplayMismatchError, match=r"Step \d+ .*an attribute annealed in a hook"):
