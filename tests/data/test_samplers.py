@@ -89,11 +89,31 @@ class LookingAround(pl.Callback):
         setattr(self, hook, look)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end", "on_train_epoch_start"])
-@pytest.mark.parametrize("loader", [{"drop_last": True}, {"num_workers": 1}], ids=["even", "worker"])
-def test_somebody_else_who_goes_through_the_loader_changes_no_ids(hook, whole, loader):
-    plain = ranked(Case("alone", {}, {"max_epochs": 2}, loader))
-    trainer = {"max_epochs": 2}
-    looked = ranked(Case("watched", {}, trainer, loader, callbacks=lambda: [LookingAround(hook, whole)]))
-    assert looked.ranking == plain.ranking
+LOADERS_LOOKED_AT = {"even": {"drop_last": True}, "worker": {"num_workers": 1}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The rankings where nobody else goes through the loader."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {
+        name: ranked(Case("alone", {}, {"max_epochs": 2}, loader), dirpath=folder / name).ranking
+        for name, loader in LOADERS_LOOKED_AT.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("hook", "whole", "loader"),
+    [
+        ("on_train_start", False, "even"),
+        ("on_train_start", True, "worker"),
+        ("on_train_batch_end", False, "worker"),
+        ("on_train_batch_end", True, "even"),
+        ("on_train_epoch_start", False, "even"),
+        ("on_train_epoch_start", True, "worker"),
+    ],
+)
+def test_somebody_else_who_goes_through_the_loader_changes_no_ids(undisturbed, hook, whole, loader):
+    callbacks = {"callbacks": lambda: [LookingAround(hook, whole)]}
+    looked = ranked(Case("watched", {}, {"max_epochs": 2}, LOADERS_LOOKED_AT[loader], **callbacks))
+    assert looked.ranking == undisturbed[loader]
