@@ -19,7 +19,7 @@ def cost(monkeypatch):
 
 
 def test_recorded_steps_are_measured_beside_bare_ones(cost, tmp_path):
-    row = cost.measure_recording("Adam", 50, 256, tmp_path / "run")
+    row = cost.measure_recording("Adam", 150, 256, tmp_path / "run")
     assert set(row) == {*cost.RECORDED, *(f"{name}_free" for name in cost.FREE)}
     for one in row.values():
         assert one["ratio"] == pytest.approx(1 + (one["added_ms"] + one["held_up_ms"]) / one["bare_ms"])
