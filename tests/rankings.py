@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rankings and the summaries beside them may hold."""
 
+from lightning_sgdclean import Ranking
+
 STRANGE_IDS = [
     "plain",
     "a,b",
@@ -41,3 +43,8 @@ SUMMARY = {
     "precision": "32-true",
     "replay": {"words": "losses bit for bit in all 10 batches", "complaints": []},
 }
+
+
+def ranking_of(influence, ids=None, **columns):
+    ids = range(len(influence)) if ids is None else ids
+    return Ranking.from_influence(ids, influence, [1] * len(influence), columns)

@@ -13,17 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from cases import quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence, Training, cleanse, compare
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.cleansing.plan import Measured, Question
-from lightning_sgdclean.cleansing.result import Cleansing, judge
-from lightning_sgdclean.cleansing.trials import TrialStore
-from lightning_sgdclean.data.fetching import share_samples
 from processes import killed, search_path
 
 WRONG = 60
@@ -286,38 +281,6 @@ def test_a_killed_cleansing_goes_on(whole):
     killed(partial(run, short, verbose=True), when="training 3 ", after=0.05)
     assert 3 <= num_trained() < 6
     assert numbers_of(run(short)) == whole
-
-
-def test_a_cleansing_that_was_killed_before_its_first_training_can_begin_anew():
-    Path("cleansing", "trials").mkdir(parents=True)
-    Path("cleansing", ".cleansing.json.123.tmp").write_text('{"form', encoding="utf-8")
-    TrialStore(Path("cleansing"), {"build": "mine"})
-    assert sorted(path.name for path in Path("cleansing").iterdir()) == ["cleansing.json", "trials"]
-    with pytest.raises(RunDirectoryError, match="another build"):
-        TrialStore(Path("cleansing"), {"build": "other"})
-    Path("other", "trials").mkdir(parents=True)
-    Path("other", "trials", "mine.txt").touch()
-    with pytest.raises(RunDirectoryError, match="is not empty"):
-        TrialStore(Path("other"), {"build": "mine"})
-
-
-def test_a_figure_that_cannot_be_written_leaves_the_old_one(monkeypatch):
-    numbers = Measured(np.array([2.0, 3.0]), np.array([[1.0, 2.0]]), np.array([[[2.0], [3.0]]]), "min")
-    question = Question("test_loss", "min", "val_loss", "min", 0.95)
-    verdict = judge((5,), numbers, numbers, 0.95, False)
-    found = Cleansing(Path(), (0, 1), (5,), question, numbers, numbers, verdict, ())
-    found.save()
-    whole = Path("figure.png").read_bytes()
-
-    def disk_full(figure, path, **options):
-        Path(path).write_bytes(whole[:100])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Figure, "savefig", disk_full)
-    with pytest.raises(OSError, match="no space left"):
-        found.save()
-    assert Path("figure.png").read_bytes() == whole
-    assert sorted(path.name for path in Path().iterdir()) == ["figure.png", "report.json", "table.csv"]
 
 
 class Slow(importlib.import_module("pytorch_lightning.callbacks").ModelCheckpoint):
@@ -605,16 +568,3 @@ def test_more_than_the_harmful_samples_is_said():
     found = run(short, drop=(0.01, 295))
     assert found.counts == (3, 295)
     assert any("samples are harmful; beyond these, helpful ones were changed." in note for note in found.notes)
-
-
-def test_overlap_of_loaders():
-    def loaders(*datasets):
-        return [DataLoader(dataset) for dataset in datasets]
-
-    first, second = Subset(TEST, [0, 1, 2]), Subset(Subset(TEST, [2, 3, 4]), [1, 2])
-    assert share_samples(loaders(TEST), loaders(VAL, TEST))
-    assert share_samples(loaders(first), {"a": DataLoader(TEST)})
-    assert not share_samples(loaders(first), loaders(second))
-    assert share_samples(loaders(Subset(TEST, [4])), loaders(second))
-    assert not share_samples(loaders(TEST), loaders(VAL))
-    assert not share_samples([[torch.zeros(1)]], loaders(VAL))

@@ -3,13 +3,15 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
-from lightning_sgdclean.cleansing.plan import Measured
-from lightning_sgdclean.cleansing.result import estimate, judge
+from lightning_sgdclean.cleansing.plan import Measured, Question
+from lightning_sgdclean.cleansing.result import Cleansing, estimate, judge
 
 COUNTS = (10, 20)
 
@@ -91,3 +93,22 @@ def test_luck_is_rarely_taken_for_improvement():
     assert outcomes["improvement"] / 2000 < 0.025
     assert (outcomes["improvement"] + outcomes["no more than random"]) / 2000 < 0.05
     assert naive / 2000 > 0.05
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(monkeypatch):
+    numbers = Measured(np.array([2.0, 3.0]), np.array([[1.0, 2.0]]), np.array([[[2.0], [3.0]]]), "min")
+    question = Question("test_loss", "min", "val_loss", "min", 0.95)
+    verdict = judge((5,), numbers, numbers, 0.95, False)
+    found = Cleansing(Path(), (0, 1), (5,), question, numbers, numbers, verdict, ())
+    found.save()
+    whole = Path("figure.png").read_bytes()
+
+    def disk_full(figure, path, **options):
+        Path(path).write_bytes(whole[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        found.save()
+    assert Path("figure.png").read_bytes() == whole
+    assert sorted(path.name for path in Path().iterdir()) == ["figure.png", "report.json", "table.csv"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints tell batches apart, sample by sample; copies share nothing."""
+"""Fingerprints tell batches apart, sample by sample."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,29 +126,6 @@ def test_a_padded_sample_has_the_same_fingerprint_in_any_batch_that_is_padded_as
     assert first.rows[1] == second.rows[1]
     assert first.rows[0] == second.rows[2]
     assert first.setting == second.setting != shorter.setting
-
-
-def test_a_copy_shares_nothing_but_what_the_batch_itself_shares():
-    x = torch.arange(6.0).reshape(2, 3)
-    batch = {"x": x, "again": x, "n": Node(x[0]), "a": np.zeros(2), "p": Pair(torch.ones(2), [Slotted(torch.ones(2))])}
-    copy = cloned(batch)
-    for tensor in (x, batch["a"], batch["p"].x, batch["p"].y[0].x):
-        tensor.__iadd__(1)
-    assert torch.equal(copy["x"], torch.arange(6.0).reshape(2, 3))
-    assert copy["x"] is copy["again"]
-    assert torch.equal(copy["n"].x, torch.arange(3.0))
-    assert copy["n"].me is copy["n"]
-    assert not copy["a"].any()
-    assert copy["p"].x.tolist() == copy["p"].y[0].x.tolist() == [1, 1]
-
-
-def test_a_copy_of_a_view_does_not_copy_what_lies_behind_it():
-    assert cloned([torch.zeros(1000, 1000)[3]])[0].untyped_storage().nbytes() == 4000
-
-
-def test_what_cannot_be_copied_is_shared():
-    batch = [(letter for letter in "ab"), torch.zeros(2)]
-    assert cloned(batch) is batch
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])

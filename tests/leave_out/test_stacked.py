@@ -11,7 +11,6 @@ import split_losses
 from cases import CASES, NUM_CLASSES, Case, Plain, adam
 from left_out import ByHand, again, by_hand, without
 from lightning_sgdclean import register_update
-from lightning_sgdclean.adjoint.optimizers import clipped
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.leave_out import stacked
 from reference import ranked
@@ -220,19 +219,3 @@ def test_optimizers_from_outside_are_run_one_by_one():
     case = Case("own", {"make_optimizer": lambda params, **options: Own(params, lr=0.1, **options)})
     found = again(ranked(case), case, without=SOME)
     assert found.words.endswith("one after another: a step of Own may mix the numbers of a tensor")
-
-
-@pytest.mark.parametrize("how", [None, ("norm", 1.0), ("norm", 100.0), ("value", 0.3)])
-def test_each_run_is_clipped_by_itself_as_torch_clips(how):
-    gradients = {"a": torch.randn(4, 3, 2), "b": torch.randn(4, 5), "c": torch.randn(4), "unused": None}
-    gradients["a"][1] *= 1e-3
-    found = clipped(gradients, how)
-    assert found["unused"] is None
-    for run in range(4):
-        params = [nn.Parameter(torch.zeros_like(g[run])) for g in gradients.values() if g is not None]
-        for param, gradient in zip(params, [g for g in gradients.values() if g is not None], strict=True):
-            param.grad = gradient[run].clone()
-        if how is not None:
-            {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}[how[0]](params, how[1])
-        for name, param in zip("abc", params, strict=True):
-            torch.testing.assert_close(found[name][run], param.grad)

@@ -1,92 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who owns which row: rules found by replacing samples, held against every batch, and refused where there are none."""
+"""Whose row is whose: found by replacing samples, held against every batch, and refused where it is not clear."""
 
 import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from cases import TRAIN, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.data.batches import of_one_shape, with_neighbours
-from lightning_sgdclean.losses.loss_functions import OwnerRule, codes_of, consistent_rules, owners_by, replacement_masks
 from reference import assert_influence_is_the_derivative
-
-
-@pytest.mark.parametrize("num", [2, 3, 5, 32, 64, 70, 71, 1000])
-def test_what_moves_with_several_samples_is_never_taken_for_another_samples(num):
-    codes = codes_of(replacement_masks(num)).tolist()
-    assert len(set(codes)) == num
-    pairs = codes[:40]
-    assert all(a | b not in codes for a in pairs for b in pairs if a != b)
-    assert len(replacement_masks(num)) <= 2 + 1.3 * num.bit_length()
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "owners"),
-    [
-        (OwnerRule(0, outer=1), (4,), [0, 1, 2, 3]),
-        (OwnerRule(0, outer=1), (8,), [0, 0, 1, 1, 2, 2, 3, 3]),
-        (OwnerRule(0, inner=1), (8,), [0, 1, 2, 3, 0, 1, 2, 3]),
-        (OwnerRule(1, outer=1), (3, 4), [0, 1, 2, 3]),
-        (OwnerRule(0, outer=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
-        (OwnerRule(0, inner=2), (16,), [0, 0, 1, 1, 2, 2, 3, 3] * 2),
-    ],
-)
-def test_rule_of_the_owners_is_found_and_holds_for_other_lengths(layout, shape, owners):
-    codes = codes_of(replacement_masks(4))
-    view = [-1 if dim == layout.dim else 1 for dim in range(len(shape))]
-    seen = codes[torch.tensor(owners)].view(view).expand(shape).clone()
-    found = consistent_rules(seen, codes)
-    assert layout in found
-    assert owners_by(found, shape, 4).flatten().tolist() == owners
-    seen.view(-1)[0] = 0  # a row that did not move, as in padding, speaks for no one
-    assert layout in consistent_rules(seen, codes)
-
-
-def test_rules_that_part_ways_on_another_length_give_no_owner():
-    codes = codes_of(replacement_masks(3))
-    found = consistent_rules(codes.clone(), codes)
-    assert owners_by(found, (3,), 3).tolist() == [0, 1, 2]
-    assert owners_by(found, (6,), 3) is None
-    assert owners_by(found, (5,), 3) is None
-
-
-def test_neighbours_take_the_place_of_samples_in_nested_batches():
-    mask = torch.tensor([True, False, True])
-    batch = {
-        "x": torch.arange(6).view(3, 2),
-        "time first": torch.arange(6).view(2, 3),
-        "names": ["a", "b", "c"],
-        "sequences": [torch.arange(2), torch.arange(4), torch.arange(1)],
-        "other": torch.arange(4),
-        "pair": (torch.arange(3), 1.5),
-    }
-    changed = with_neighbours(batch, mask)
-    assert changed["x"].tolist() == [[4, 5], [2, 3], [2, 3]]
-    assert changed["time first"].tolist() == [[2, 1, 1], [5, 4, 4]]
-    assert changed["names"] == ["c", "b", "b"]
-    assert [len(sequence) for sequence in changed["sequences"]] == [1, 4, 4]
-    assert changed["other"].tolist() == [0, 1, 2, 3]
-    assert changed["pair"][0].tolist() == [2, 1, 1]
-    assert batch["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_variants_before_collating_keep_the_padded_length():
-    items = [torch.arange(length) for length in (2, 5, 3, 1)]
-
-    def variant(replaced):
-        chosen = [items[i - 1] if replaced[i] else items[i] for i in range(4)]
-        return nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1)
-
-    shaped = of_one_shape(variant, 4)
-    for mask in replacement_masks(4):
-        assert shaped(mask).shape == (4, 5)
-    assert shaped(torch.tensor([True, False, True, False]))[0].tolist() == [0, -1, -1, -1, -1]
 
 
 def refused(match, step, trainer=None, train=None, module=None, **options):

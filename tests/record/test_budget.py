@@ -12,9 +12,7 @@ import torch
 
 from cases import Plain, adam, adamw, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
-from lightning_sgdclean.base import resources
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.base.resources import StepTimer
 from lightning_sgdclean.record.budget import Needs, budget_for, expected_state_bytes, window_length
 from lightning_sgdclean.trajectory.live_state import current_state, trained_parameters
 from lightning_sgdclean.trajectory.schedule import reversal, revolve
@@ -97,19 +95,6 @@ class Wide(Plain):
     def __init__(self):
         super().__init__(adam)
         self.net[0], self.net[4] = torch.nn.Linear(5, 8000), torch.nn.Linear(8000, 3)
-
-
-def test_pace_is_the_median_of_the_first_batches_without_what_lies_between_epochs(monkeypatch):
-    times = iter([0.0, 5.0, 6.0, 7.0, 20.0, *(21.0 + i for i in range(20))])
-    monkeypatch.setattr(resources, "perf_counter", lambda: next(times))
-    pace, told = StepTimer(), []
-    for number in range(14):
-        told.append(pace.batch_begins())
-        if number == 3:
-            pace.is_interrupted()  # before the batch at 20
-    assert pace.seconds == 1.0
-    assert told.index(True) == 11
-    assert told.count(True) == 1
 
 
 def test_minutes_at_a_pace():

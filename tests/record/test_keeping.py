@@ -9,7 +9,6 @@ import torch
 
 from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, UnsupportedTrainingError
 from lightning_sgdclean.base.randomness import RandomStates
-from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.data.fingerprints import fingerprint
 from lightning_sgdclean.record.keeping import BatchKeeper, KeepPlan, RandomnessWatch
 
@@ -128,8 +127,3 @@ def test_epochs_of_the_window_that_are_gone_are_named_and_others_are_not():
         assert (f"batches of {lost}, which the window reaches, are gone already" in str(warned[0].message)) == bool(
             lost
         )
-
-
-@pytest.mark.parametrize(("number", "words"), [(0, "0 B"), (999, "999 B"), (4200, "4.2 kB"), (3.2e12, "3.2 TB")])
-def test_bytes_are_given_in_a_unit_that_reads_well(number, words):
-    assert in_bytes(number) == words

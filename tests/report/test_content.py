@@ -1,36 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's content: sums against brute force, data that stay data, and what is said of trust."""
-
-import json
-import math
-import os
-import re
-from html.parser import HTMLParser
+"""The page's content: sums against brute force, and what the rows hold."""
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from lightning_sgdclean import Ranking
-from lightning_sgdclean.data.datasets import class_names_of, listed_labels, names_by_label
 from lightning_sgdclean.ranking.ranking import run_id
 from lightning_sgdclean.report import content
 from lightning_sgdclean.report.appearance import Appearance
 from lightning_sgdclean.report.content import (
     coded,
     concentration,
-    embedded,
     groups_of_sources,
     histogram,
     page_data,
     running_sum,
     tally,
 )
-from lightning_sgdclean.report.page import write_page
-from lightning_sgdclean.report.samples import Shown, ids_to_show
-from lightning_sgdclean.report.words import trust_lines
-from rankings import SUMMARY
+from lightning_sgdclean.report.samples import Shown
+from rankings import ranking_of
 
 RANDOM = np.random.default_rng(0)
 INFLUENCES = {
@@ -39,45 +26,6 @@ INFLUENCES = {
     "few": np.array([-0.5, -0.25, 0.0, 0.0, 0.125]),
     "all harmful": -RANDOM.random(40),
 }
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    "<!--<script>",
-    '=HYPERLINK("http://x","y")',
-    "\u2028\u2029",
-    "'\"&amp;",
-    "{{ 7 * 7 }}",
-    "__proto__",
-]
-
-
-def ranking_of(influence, ids=None, **columns):
-    ids = range(len(influence)) if ids is None else ids
-    return Ranking.from_influence(ids, influence, [1] * len(influence), columns)
-
-
-class Page(HTMLParser):
-    """Tags and the text of scripts, as a browser's parser sees them."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.scripts, self.text, self._inside = [], [], [], None
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, text):
-        if self._inside == "script":
-            self.scripts[-1] += text
-        else:
-            self.text.append(text)
 
 
 # --- sums
@@ -143,27 +91,6 @@ def test_values_are_coded_in_order_and_none_has_no_code():
 def test_sources_are_grouped_by_part_and_folder():
     sources = ["dataset 1[7]", "dataset 1[8]", "dataset[0]", "cats/1.png", None]
     assert groups_of_sources(sources) == ["dataset 1", "dataset 1", "dataset", "cats", None]
-
-
-# --- the run's id
-
-
-def test_the_id_of_a_run_survives_the_csv_and_further_columns(tmp_path):
-    ranking = ranking_of(INFLUENCES["heavy tail"])
-    assert run_id(Ranking.load(ranking.save(tmp_path / "influence.csv"))) == run_id(ranking)
-    assert run_id(ranking.with_columns({"label": [1] * len(ranking)})) == run_id(ranking)
-
-
-def test_other_rankings_have_other_ids():
-    influence = np.array([-1.0, 0.5])
-    rankings = [
-        ranking_of(influence),
-        ranking_of(influence, ["0", "1"]),
-        ranking_of(influence, [0, 2]),
-        ranking_of(np.nextafter(influence, 0)),
-        Ranking.from_influence([0, 1], influence, [1, 2]),
-    ]
-    assert len({run_id(ranking) for ranking in rankings}) == len(rankings)
 
 
 # --- the data
@@ -267,177 +194,3 @@ def test_a_shown_sample_leaves_out_what_is_not_known():
     assert data["samples"] == {
         0: {"text": "hello", "label": "no", "labelText": "0", "prediction": "yes", "disagrees": True}
     }
-
-
-def test_the_worst_and_the_best_are_shown_and_never_the_same_twice():
-    ranking = ranking_of(np.array([-2.0, -1.0, 0.0, 1.0, 2.0]))
-    assert ids_to_show(ranking) == [0, 1, 4, 3]
-    assert ids_to_show(ranking, 1, 1) == [0, 4]
-
-
-# --- classes and labels of datasets
-
-
-class Listed(Dataset):
-    classes = ("cat", "dog")
-
-    def __init__(self, labels, targets=None):
-        self.labels_, self.targets = labels, list(labels) if targets is None else targets
-
-    def __len__(self):
-        return len(self.labels_)
-
-    def __getitem__(self, index):
-        return f"text {index}", self.labels_[index]
-
-
-def test_class_names_are_found_behind_subsets_and_unions():
-    listed = Listed([0, 1])
-    assert class_names_of(Subset(ConcatDataset([listed, Subset(listed, [0])]), [1])) == ["cat", "dog"]
-    assert class_names_of(TensorDataset(torch.zeros(1))) == []
-
-
-def test_names_are_taken_from_a_list_or_a_mapping():
-    assert names_by_label(["a", "b"]) == {"0": "a", "1": "b"}
-    assert names_by_label({torch.tensor(3): "three", "x": "ex"}) == {"3": "three", "x": "ex"}
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        TensorDataset(torch.zeros(6, 2), torch.arange(6)),
-        TensorDataset(torch.zeros(6, 2), torch.arange(6), torch.arange(6) + 10),
-        Listed(range(6)),
-        Listed(torch.arange(6)),
-        Subset(Listed([*range(9, -1, -1)]), [9, 8, 7, 6, 5, 4]),
-        ConcatDataset([Listed([0, 1, 2]), TensorDataset(torch.zeros(3, 2), torch.arange(3, 6))]),
-    ],
-    ids=["tensors", "three tensors", "targets", "targets as a tensor", "subset", "union"],
-)
-def test_listed_labels_are_those_of_the_samples(dataset):
-    assert listed_labels(dataset, [5, 0, 3]) == [5, 0, 3]
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        [("text", 1), ("text", 0)],
-        Listed([0, 1], targets=[1, 0]),
-        Listed([0, 1], targets=[0]),
-        TensorDataset(torch.zeros(2, 2), torch.zeros(2, 3)),
-    ],
-    ids=["no list", "list of others", "list of another length", "several values a sample"],
-)
-def test_labels_are_not_known_where_the_list_is_not_of_the_samples(dataset):
-    assert listed_labels(dataset, [0, 1]) is None
-
-
-def test_looking_at_labels_leaves_the_random_states_alone():
-    class Drawing(Listed):
-        def __getitem__(self, index):
-            np.random.rand(), torch.rand(1)  # an augmentation, say
-            return super().__getitem__(index)
-
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2]
-    assert listed_labels(Drawing([0, 1]), [1, 0]) == [1, 0]
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert np.random.get_state()[2] == before[2]
-
-
-# --- the file
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_embedded_data_come_back_and_cannot_get_out(text):
-    script = embedded({"value": text})
-    assert json.loads(script) == {"value": text}
-    assert not re.search(r"[<>&\u2028\u2029]", script)
-
-
-def test_hostile_data_stay_data(tmp_path):
-    ranking = ranking_of(np.arange(-4.0, 4.0), HOSTILE, label=HOSTILE)
-    shown = [Shown(name, Appearance(text=name, features=((name, name),), note=name), label=name) for name in HOSTILE]
-    summary = SUMMARY | {
-        "objective": SUMMARY["objective"] | {"name": HOSTILE[1]},
-        "replay": {"words": HOSTILE[0], "complaints": HOSTILE},
-    }
-    harmless = Page(write_page(tmp_path / "a.html", ranking_of(np.arange(-4.0, 4.0)), SUMMARY))
-    page = Page(write_page(tmp_path / "b.html", ranking, summary, shown, class_names={HOSTILE[0]: HOSTILE[1]}))
-    assert len(page.scripts) == 2
-    assert page.scripts[1] == harmless.scripts[1]
-    assert {tag for tag, _ in page.tags} == {tag for tag, _ in harmless.tags}
-    assert json.loads(page.scripts[0])["ids"] == HOSTILE
-    assert HOSTILE[1] in "".join(page.text)
-
-
-def test_the_page_loads_nothing(tmp_path):
-    page = Page(write_page(tmp_path / "report.html", ranking_of(np.arange(-4.0, 4.0)), SUMMARY))
-    addresses = [attrs[name] for _, attrs in page.tags for name in ("src", "href") if name in attrs]
-    assert set(addresses) == {"data:,", "#samples", "#meaning"}
-    (policy,) = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
-
-
-def test_the_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = write_page(tmp_path / "report.html", ranking_of(np.arange(3.0)), SUMMARY)
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        write_page(path, ranking_of(np.arange(4.0)), SUMMARY)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-
-
-@pytest.mark.parametrize("summary", [{}, SUMMARY], ids=["no summary", "summary"])
-@pytest.mark.parametrize("influence", [[], [0.0], [1.0]], ids=["empty", "zero", "helpful"])
-def test_any_ranking_makes_a_page(tmp_path, summary, influence):
-    text = write_page(tmp_path / "report.html", ranking_of(np.array(influence)), summary).read_text(encoding="utf-8")
-    assert text.rstrip().endswith("</html>")
-
-
-# --- trust
-
-
-def test_trust_is_told_line_by_line():
-    lines = trust_lines(SUMMARY)
-    assert [(line.term, line.state) for line in lines] == [
-        ("Replay", "good"),
-        ("Window", "plain"),
-        ("Model", "plain"),
-        ("Objective", "plain"),
-        ("Engine", "plain"),
-    ]
-    assert lines[3].words == "val_loss = 0.25, evaluated anew; 0.25 was logged for the same weights"
-
-
-def test_what_speaks_against_trust_is_a_warning():
-    summary = SUMMARY | {
-        "replay": {"words": "off", "complaints": ["step 3 differs"]},
-        "engine": "none",
-        "float32_agreement": {"cosine": 0.5, "num_steps": 8},
-        "window": {"words": "steps 5 to 9", "first_step": 5},
-        "batches": {"kept": 3, "why": "random data", "bytes": 9},
-    }
-    found = {(line.term, line.state): line.words for line in trust_lines(summary)}
-    assert found["Replay", "warning"] == "step 3 differs"
-    assert "cosine 0.500" in found["Rounding", "warning"]
-    assert "Hessian" in found["Engine", "warning"]
-    assert "earlier steps" in found["Window", "plain"]
-    assert "may look different" in found["Data", "plain"]
-
-
-@pytest.mark.parametrize("cosine", [None, math.nan])  # as summary.json holds it, and as the callback does
-def test_a_cosine_that_is_no_number_is_a_warning(cosine):
-    summary = SUMMARY | {"float32_agreement": {"cosine": cosine, "num_steps": 8}}
-    (line,) = [line for line in trust_lines(summary) if line.term == "Rounding"]
-    assert line.state == "warning"
-    assert line.words.startswith("cosine nan with a retrace")
-
-
-@pytest.mark.parametrize(
-    ("trust", "words"),
-    [({"words": "tau 0.9 of 30"}, "tau 0.9 of 30"), ({"kendall_tau": 0.9, "num": 30}, "kendall tau 0.9; num 30")],
-)
-def test_leave_one_out_runs_are_told_where_they_were_made(trust, words):
-    assert trust_lines(SUMMARY | {"trust": trust})[-1].words == words

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A segment's file gives back what was written, however its steps differ, and is written without torch's threads."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from lightning_sgdclean.data.packing import pack_batch, unpack_batch
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
-from lightning_sgdclean.trajectory.segments import Segment, write_segment
+from lightning_sgdclean.trajectory.segments import Segment, in_full, in_short, write_segment
 from processes import python
 
 BATCH = {"x": torch.arange(6.0).view(2, 3), "words": ["a", "b"], "n": 2}
@@ -133,3 +134,27 @@ def test_the_thread_that_writes_has_no_team_of_threads_of_its_own(tmp_path):
     done = python("-c", THREADS, tmp_path / "x.safetensors")
     before, after = map(int, done.stdout.split())
     assert after == before
+
+
+SERIES = {
+    "none": ([], []),
+    "one": ([(7, 0)], [[7, 1, 1, 0]]),
+    "every step's": ([(n, 1) for n in range(256, 512)], [[256, 256, 1, 1]]),
+    "one in five": ([(10, 0), (15, 0), (20, 0)], [[10, 3, 5, 0]]),
+    "another layout from the second on": ([(0, 0), (1, 1), (2, 1)], [[0, 1, 1, 0], [1, 2, 1, 1]]),
+    "another distance": ([(0, 0), (4, 0), (8, 0), (9, 0)], [[0, 3, 4, 0], [9, 1, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize(("states", "rows"), SERIES.values(), ids=SERIES.keys())
+def test_states_at_equal_distances_make_one_row(states, rows):
+    assert in_short(states) == rows
+    assert in_full(rows) == states
+
+
+def test_any_states_are_found_again():
+    rng = random.Random(0)
+    for _ in range(200):
+        numbers = sorted(rng.sample(range(40), rng.randrange(20)))
+        states = [(number, rng.randrange(2)) for number in numbers]
+        assert in_full(in_short(states)) == states

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written is what is read; what cannot be read says so."""
 
-import json
 import math
 from functools import partial
 
@@ -10,9 +9,7 @@ import torch
 
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.data.packing import unpack_batch
-from lightning_sgdclean.trajectory.flat_state import DTYPES, Flattener, flatten, nbytes_of, unflatten
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off
-from lightning_sgdclean.trajectory.records import State, first_epoch_kept, window_in_words
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 from small_steps import state, step
@@ -157,60 +154,6 @@ def test_dropped_epochs_go_and_the_first_kept_step_still_has_its_state(tmp_path)
     assert len(list(tmp_path.glob("segment-*"))) == 1
 
 
-def test_flatten_and_unflatten_are_inverse():
-    layout, flat = flatten(state(3.0, True))
-    assert set(flat) == {"float32", "int64"}
-    back = unflatten(json.loads(json.dumps(layout)), flat)
-    assert torch.equal(back.params["a"], torch.full((2, 3), 3.0))
-    assert back.params["b"].shape == ()
-
-
-def test_complex_tensors_are_held_as_pairs():
-    one = State({"odd": torch.ones(3)}, {"freqs": torch.polar(torch.ones(4), torch.arange(4.0)), "z": torch.tensor(1j)})
-    layout, flat = flatten(one)
-    assert set(flat) == {"float32"}
-    assert nbytes_of(layout) == one.nbytes == flat["float32"].nbytes
-    back = unflatten(json.loads(json.dumps(layout)), flat)
-    assert all(torch.equal(back.buffers[name], tensor) for name, tensor in one.buffers.items())
-
-
-def buffer_for(dtype, length):
-    return torch.empty(length, dtype=DTYPES[dtype])
-
-
-def test_a_flattener_sees_what_became_of_the_tensors_of_a_state():
-    params = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
-    flattener, now = Flattener(), State(params, {"n": torch.tensor(1)})
-
-    def agrees():
-        found, truth = flattener.flatten(now, buffer_for), flatten(now)
-        assert found[0] == truth[0]
-        return all(torch.equal(found[1][dtype], tensor) for dtype, tensor in truth[1].items())
-
-    assert agrees()
-    params["a"].add_(1)
-    assert agrees()
-    params["a"].data = torch.full((2, 3), 5.0)  # another memory
-    assert agrees()
-    params["b"].data = params["b"].data.reshape(2, 2)  # another shape
-    assert agrees()
-    params["a"].t_()  # not contiguous: no view of it can be kept
-    assert agrees()
-    params["a"].mul_(2)
-    assert agrees()
-    now.buffers["n"].add_(1)
-    assert agrees()
-
-
-def test_a_flattener_sees_another_state():
-    flattener, one = Flattener(), torch.arange(4.0)
-    states = [{"a": one}, {"a": torch.ones(4)}, {"b": one}, {"a": one, "b": torch.ones(2)}, {"a": one.view(2, 2).T}]
-    for params in states:
-        found, truth = flattener.flatten(State(params), buffer_for), flatten(State(params))
-        assert found[0] == truth[0]
-        assert torch.equal(found[1]["float32"], truth[1]["float32"])
-
-
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_ctrl_c_while_a_state_is_copied_leaves_what_was_there(tmp_path, interval):
     """The state that lies before the step stays what it is; none is made up for the one after it."""
@@ -230,14 +173,3 @@ def test_ctrl_c_while_a_state_is_copied_leaves_what_was_there(tmp_path, interval
     assert trajectory.kept == [index for index in range(4) if index % interval == 0]
     for index in trajectory.kept:
         assert torch.equal(trajectory.state(index).params["b"], torch.tensor(float(index)))
-
-
-def test_window_counts_completed_epochs_besides_a_started_one():
-    assert first_epoch_kept(9, True, 1) == 9
-    assert first_epoch_kept(10, False, 1) == 9
-    assert first_epoch_kept(10, True, "all") == 0
-    assert first_epoch_kept(0, False, 3) == 0
-    first, last = step(812, 9, False), step(1010, 10, False)
-    assert window_in_words(first, last, 40) == "steps 812 to 1010: epoch 9 and 40 steps of epoch 10"
-    assert window_in_words(step(0, 0, False), step(9, 1, True), 5) == "steps 0 to 9: epochs 0 to 1"
-    assert window_in_words(step(0, 0, False), step(3, 0, False), 4) == "steps 0 to 3: 4 steps of epoch 0"
