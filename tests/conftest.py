@@ -6,13 +6,16 @@ The cases that many tests look at are trained once.
 
 import logging
 import os
+import shutil
 
 import pytest
 import torch
 
 from cases import CASES
+from commands import EXAMPLE
 from lightning_sgdclean.adjoint import optimizers
 from lightning_sgdclean.base.randomness import random_state, set_random_state
+from processes import python
 from reference import ranked
 
 # The tests' networks are tiny. One thread, here and in the processes that tests start, adds in one order everywhere.
@@ -48,3 +51,18 @@ def recorded(tmp_path_factory):
         return runs[key]
 
     return recorded
+
+
+@pytest.fixture(scope="session")
+def trained_example(tmp_path_factory):
+    """A copy of the example's folder in which it was trained as a user trains it, from a shell."""
+    folder = tmp_path_factory.mktemp("example") / "lightning_cli"
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    python("main.py", "fit", "--config", "config.yaml", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def example(trained_example, tmp_path):
+    """A copy of it for one test."""
+    return shutil.copytree(trained_example, tmp_path / "example")
