@@ -1,10 +1,11 @@
 # make demo     train on MNIST with flipped labels, find them, train again without them
 # make test     lint, format, types, documentation, tests
+# make lowest   the core tests on the lowest versions that setup.cfg allows, in .venv-lowest
 # make docs     the documentation as a site: build/docs/index.html
 # make bench    measure what recording and retracing cost
 # make clean    remove the environment, builds and caches
 #
-# Everything runs in .venv, made on the first call with the versions of constraints.txt and
+# Everything else runs in .venv, made on the first call with the versions of constraints.txt and
 # PyTorch's CPU build. Another build of PyTorch (give it on every call, or export it):
 #   make demo TORCH="torch==2.13.0"
 # Another Python:                make demo PYTHON=python3.12
@@ -15,10 +16,11 @@ TORCH ?=
 ARGS ?=
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test docs bench clean FORCE
+.PHONY: demo test lowest core docs bench clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/all.done
@@ -31,6 +33,18 @@ test: $(VENV)/test.done $(VENV)/zoo.done docs
 	$(PY) -m mypy
 	$(PY) -m pytest -n auto --dist worksteal
 
+lowest:
+	$(MAKE) core VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# What is computed and recorded, and each library that setup.cfg names. Warnings count for nothing
+# here: old versions are warned of by what is newer.
+CORE := fit_central_differences unrolled engines optimizers segments store writer fit outcome \
+        ranking parquet figures appearance page progress loggers configured_options
+
+core: $(VENV)/all.done
+	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest
+	$(PY) -m pytest -W ignore $(CORE:%=tests/test_%.py)
+
 # From scratch, since a page that did not change can still link to one that did. Warnings are errors.
 docs: $(VENV)/docs.done
 	$(PY) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
@@ -39,7 +53,7 @@ bench: $(VENV)/all.done
 	$(PY) benchmarks/cost.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -51,15 +65,15 @@ $(VENV)/torch.choice: FORCE | $(VENV)/pyvenv.cfg
 
 # PyTorch alone and first, so that nothing else can pull in another build of it. On Linux the
 # constraint asks for the "+cpu" build; pip's usual index has none, but uv knows where it lies.
-$(VENV)/torch.done: constraints.txt $(VENV)/torch.choice
+$(VENV)/torch.done: $(CONSTRAINTS) $(VENV)/torch.choice
 ifeq ($(strip $(TORCH)),)
-	cp constraints.txt $(VENV)/constraints.txt
+	cp $(CONSTRAINTS) $(VENV)/constraints.txt
 	$(PIP) install -c $(VENV)/constraints.txt torch || { \
 	    echo "pip's index has no CPU build of PyTorch: asking uv for it." && \
 	    $(PIP) install -q -c $(VENV)/constraints.txt uv && \
 	    $(VENV)/bin/uv pip install --python $(PY) --torch-backend cpu -c $(VENV)/constraints.txt torch; }
 else
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PIP) install -c $(VENV)/constraints.txt '$(TORCH)'
 endif
 	touch $@
