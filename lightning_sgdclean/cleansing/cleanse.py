@@ -62,8 +62,8 @@ def cleanse(
             the ranking is by.
         influence: Options of :class:`SGDInfluence`, if the Trainer that ``build`` makes has none among its callbacks.
         action: ``"relabel"`` gives samples the class that the ranked model predicts, instead of leaving them out.
-        set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see
-            :func:`lightning_sgdclean.data.relabelling.with_label`.
+        set_label: Callable ``(sample, label)`` to the sample with that label; by default
+            :func:`lightning_sgdclean.data.labels.with_label`, which says what samples need none.
         on: ``"val"`` measures on validation data. Where they are those of the ranking, there is no verdict.
         ckpt_path: Weights that are measured: None for those after ``fit``, ``"best"`` for those of the checkpoint. Each
             training writes checkpoints to a folder of its own, whatever ``dirpath`` they were to have, which is removed

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.base.lightning import CALLBACK_BASES
-from lightning_sgdclean.data.relabelling import RelabelledDataset
+from lightning_sgdclean.data.labels import RelabelledDataset
 from lightning_sgdclean.data.samplers import DrawnSamples, over_dataset, without_samples
 
 
@@ -28,12 +28,14 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
     Args:
         drop: Positions in the training loader's dataset that are not drawn.
         labels: New labels by position.
-        set_label: Callable ``(sample, label)`` to the sample with that label, where it is not plain how; see
-            :func:`lightning_sgdclean.data.relabelling.with_label`.
+        set_label: Callable ``(sample, label)`` to the sample with that label; by default
+            :func:`lightning_sgdclean.data.labels.with_label`, which says what samples need none.
         expected: Labels by position that the samples have to have so far, if that is to be checked.
 
     Raises:
-        TypeError: If something is given for a position that is no whole number: a name, or a mask of truth values.
+        TypeError: If something is given for a position that is no whole number: a name, or a mask of truth values;
+            from ``fit``, if it is not clear where the label of a sample stands.
+        ValueError: From ``fit``, if a new label does not fit the old one's type, or the old one is not as expected.
         UnsupportedTrainingError: From ``fit``, if the loader cannot be followed.
     """
 

@@ -7,21 +7,19 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lightning_sgdclean.base.files import check_dataset, read_summary
 from lightning_sgdclean.data.labels import (
     Label,
+    LabelSetter,
     Place,
-    converted_label,
+    RelabelledDataset,
     label_of,
     likely_place_of_label,
-    place_or_refuse,
-    with_label,
 )
-from lightning_sgdclean.data.relabelling import RelabelledDataset
 from lightning_sgdclean.ranking.ranking import Ranking, run_id
 from lightning_sgdclean.ranking.table import CSV_NAME, SampleId
 
@@ -30,6 +28,10 @@ DECISION_COLUMNS = ("sample_id", "decision", "label", "was", "run")
 CHOICES = ("keep", "drop", "relabel")
 
 Relabel = Callable[[Any, str], Any]
+
+_WAY_OUT = (
+    "give label=, its index or key, or a callable from the sample and the new label's text to the relabelled sample"
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,16 @@ def apply_decisions(
 ) -> "Subset[Any]":
     """The dataset as decided: without what was to be dropped, with new labels where they were to be changed.
 
-    The label of a sample is the second of a pair (tuple or list), or what a dict has under the only one of the keys
-    ``label``, ``labels``, ``target``, ``targets``, ``y`` and ``class`` that it has. A new label gets the type of the
-    old one. All of it is checked before anything is returned; the dataset itself is left as it is.
+    Which part of a sample is its label is found as :func:`lightning_sgdclean.data.labels.with_label` says, or given by
+    ``label``. A new label gets the type of the old one. All of it is checked before anything is returned; the dataset
+    itself is left as it is.
 
     Args:
         dataset: The dataset that the ranked training drew from.
         path: ``decisions.csv``, as the page ``report.html`` gave it.
         run: The run that was decided on: its :class:`Ranking`, its directory or its ``influence.csv``. By default
             the directory that ``path`` lies in.
-        label: Where a sample has its label, if not as said above: an index or a key; or a callable from the sample
+        label: Where a sample has its label, if not as said there: an index or a key; or a callable from the sample
             and the new label, as text, to the relabelled sample.
         ids: The id of each of the dataset's samples in order, if ids are not positions (``sample_ids=`` of the
             callback).
@@ -93,16 +95,17 @@ def apply_decisions(
     if ids is None:
         check_dataset(summary, dataset, "ids=, the id of each of the dataset's samples")
     position_of = _positions(decisions, len(dataset), ids)
+    set_label = label if callable(label) else LabelSetter(_WAY_OUT, label)
     dropped, labels = set(), {}
     for decision in decisions:
         position = position_of[decision.sample_id]
         if decision.choice == "relabel" or (decision.choice == "drop" and decision.was):
-            _check_sample(dataset[position], decision, label, getattr(dataset, "classes", None))
+            _check_sample(dataset[position], decision, set_label, getattr(dataset, "classes", None))
         if decision.choice == "drop":
             dropped.add(position)
         elif decision.choice == "relabel":
             labels[position] = decision.label
-    changed = RelabelledDataset(dataset, labels, _change_by(label)) if labels else dataset
+    changed = RelabelledDataset(dataset, labels, set_label) if labels else dataset
     return Subset(changed, [position for position in range(len(dataset)) if position not in dropped])
 
 
@@ -193,15 +196,15 @@ def _positions(decisions: list[Decision], size: int, ids: "Sequence[SampleId] | 
     return position_of
 
 
-def _check_sample(sample: Any, decision: Decision, label: "Place | Relabel | None", classes: Any) -> None:
+def _check_sample(sample: Any, decision: Decision, set_label: "LabelSetter | Relabel", classes: Any) -> None:
     """Is the sample the one that was decided on, and can it get the new label?"""
-    if callable(label):
+    if not isinstance(set_label, LabelSetter):
         return
     try:
-        place = place_or_refuse(sample, label)
-    except TypeError:
+        place = set_label.place_in(sample)
+    except TypeError as error:
         if decision.choice == "relabel":
-            raise
+            raise TypeError(f"{decision.where}: {error}.") from error
         return
     now = label_of(sample, place)
     likely = label_of(sample, likely_place_of_label(sample))  # where the page looked, which was not told of label=
@@ -214,10 +217,10 @@ def _check_sample(sample: Any, decision: Decision, label: "Place | Relabel | Non
     if decision.choice != "relabel":
         return
     try:
-        new = converted_label(decision.label, sample[place])
-    except ValueError as error:
+        new = label_of(set_label(sample, decision.label), place)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{decision.where}: {error}.") from error
-    if isinstance(now, int) and isinstance(classes, Sequence) and not 0 <= int(new) < len(classes):
+    if isinstance(new, int) and isinstance(classes, Sequence) and not 0 <= new < len(classes):
         raise ValueError(f"{decision.where}: the new label is {decision.label}, but there are {len(classes)} classes.")
 
 
@@ -226,18 +229,3 @@ def _same(text: str, label: Label) -> bool:
         return float(text) == label if isinstance(label, float) else text == str(label)
     except ValueError:
         return False
-
-
-def _change_by(label: "Place | Relabel | None") -> Relabel:
-    return label if callable(label) else _AtPlace(label)
-
-
-@dataclass(frozen=True)
-class _AtPlace:
-    """Puts a label where the user or the rule says; a class, so that workers can be sent it."""
-
-    label: Place | None
-
-    def __call__(self, sample: Any, text: str) -> Any:
-        place = place_or_refuse(sample, self.label)
-        return with_label(sample, place, converted_label(text, cast(Any, sample)[place]))

@@ -209,10 +209,18 @@ def test_more_labels_than_predictions_differ_from_are_not_changed():
 
 
 def numbered(seed):
-    """Samples whose second entry is no label."""
+    """Samples whose second entry is not the label."""
     x, y = TRAIN.tensors
     made = short(seed, train=TensorDataset(x, torch.arange(len(y)) + 5, y))
     made.model.training_step = lambda batch, batch_idx: made.model.loss((batch[0], batch[2]))
+    return made
+
+
+def shifted(seed):
+    """Pairs whose second entry becomes the label only in training_step."""
+    x, y = TRAIN.tensors
+    made = short(seed, train=TensorDataset(x, y + 5))
+    made.model.training_step = lambda batch, batch_idx: made.model.loss((batch[0], batch[1] - 5))
     return made
 
 
@@ -221,8 +229,10 @@ def set_third(sample, label):
 
 
 def test_labels_that_stand_elsewhere_are_not_overwritten_by_mistake():
-    with pytest.raises(ValueError, match=r"The loss held sample \d+ to the label \d, but .* set_label="):
+    with pytest.raises(TypeError, match=r"Sample \d+: .* not clear: found tuple of 3 items; give set_label="):
         run(numbered, action="relabel", drop=(30,))
+    with pytest.raises(ValueError, match=r"Sample \d+: the loss held it to the label \d, but .* set_label="):
+        run(shifted, "shifted", action="relabel", drop=(30,))
     found = run(numbered, "third", action="relabel", drop=(30,), set_label=set_third)
     assert numbers_of(found) == numbers_of(run(short, "second", action="relabel", drop=(30,)))
 

@@ -18,10 +18,16 @@ from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.cleansing.cleansed import Cleansed
 
 SIZE, DROP = 23, (0, 4, 5, 17, 22)
+
+
 KEPT = [position for position in range(SIZE) if position not in DROP]
 
 
+# In a Trainer ------------------------------------------------------------------------------------------
+
 X, Y = torch.randn(SIZE, 5, generator=torch.Generator().manual_seed(1)), torch.arange(SIZE) % 3
+
+
 TRAIN, VAL = TensorDataset(X, Y), TensorDataset(X[:6], Y[:6])
 
 

@@ -4,12 +4,14 @@
 import collections
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_sgdclean import Ranking
 from lightning_sgdclean.cleansing.decisions import DECISION_COLUMNS, apply_decisions, read_decisions
+from lightning_sgdclean.data.labels import converted_label, place_of_label
 from lightning_sgdclean.ranking.ranking import run_id
 
 RANKING = Ranking.from_influence(range(6), [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0], [1] * 6)
@@ -82,6 +84,24 @@ def test_the_label_is_changed_where_it_lies(tmp_path, sample, label, relabelled)
     assert type(changed) is type(sample)
 
 
+@pytest.mark.parametrize(
+    "old",
+    [torch.tensor(1), torch.tensor([1]), torch.tensor(1, dtype=torch.uint8), np.int16(1), np.array(1), np.float32(1)],
+    ids=repr,
+)
+def test_a_new_label_has_the_type_of_the_old_one(old):
+    before = old.item()
+    new = converted_label("2", old)
+    assert type(new) is type(old)
+    assert (new.dtype, new.shape, new.item()) == (old.dtype, old.shape, 2)
+    assert old.item() == before
+
+
+def test_truth_values_stay_truth_values():
+    assert converted_label("0", True) is False
+    assert converted_label("True", False) is True
+
+
 def test_a_cleaned_dataset_goes_through_workers(tmp_path):
     data = TensorDataset(torch.arange(6.0), torch.arange(6) % 3)
     cleaned = apply_decisions(data, write(tmp_path, "1,relabel,0,1", "2,drop,,2"), run=RANKING)
@@ -109,6 +129,13 @@ def test_what_a_spreadsheet_makes_of_the_file_is_read(tmp_path):
     path = write(tmp_path, "0,drop,,", '"1",relabel,"2",1')
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     assert [decision.choice for decision in read_decisions(path, RANKING)] == ["drop", "relabel"]
+
+
+def test_the_rule_for_the_place_of_a_label():
+    assert place_of_label(("a", 1)) == 1
+    assert place_of_label({"target": 1, "x": 0}) == "target"
+    for unclear in [("a", 1, 2), {"label": 1, "y": 2}, {"x": 1}, "ab", torch.zeros(2)]:
+        assert place_of_label(unclear) is None
 
 
 # --- refusals
@@ -179,9 +206,9 @@ def test_names_without_positions_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (("a", "b", 1), "a tuple of 3 items, so where its label lies is not clear"),
-        ({"label": 1, "y": 2}, "a dict with the keys 'label', 'y', so"),
-        (3, "a int, so"),
+        (("a", "b", 1), "not clear: found tuple of 3 items; give label="),
+        ({"label": 1, "y": 2}, "not clear: found dict with the keys 'label', 'y'; give label="),
+        (3, "not clear: found int; give label="),
     ],
 )
 def test_where_a_label_lies_is_asked_rather_than_guessed(tmp_path, sample, message):
@@ -209,6 +236,17 @@ def test_classes_that_do_not_exist_are_refused(tmp_path):
     data = Samples([("a", 1)] * 6, classes=["cat", "dog"])
     with pytest.raises(ValueError, match="the new label is 2, but there are 2 classes"):
         apply_decisions(data, write(tmp_path, "0,relabel,2,"), run=RANKING)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="does not fit into"):
+        converted_label("300", torch.tensor(1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="does not fit into"):
+        converted_label("300", np.uint8(1))
+    with pytest.raises(ValueError, match="expected a finite number"):
+        converted_label("nan", 1.0)
+    with pytest.raises(ValueError, match="expected True or False"):
+        converted_label("maybe", True)
 
 
 def test_a_stream_has_no_samples_to_drop(tmp_path):
