@@ -3,9 +3,9 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,88 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.labels import Label, label_of, likely_place_of_label, plain_label
+from lightning_sgdclean.data.labels import Label, RelabelledDataset, label_of, likely_place_of_label, plain_label
+
+
+class Part(NamedTuple):
+    """What one dataset contributes, when the subsets and unions around it are taken away.
+
+    Attributes:
+        dataset: The dataset, neither a Subset nor a ConcatDataset.
+        path: Which part of a union it is, which part of a union within that part, and so on.
+        positions: The positions in it; None for all.
+        rows: For each of these, its index among the positions that were asked for.
+    """
+
+    dataset: Any
+    path: tuple[int, ...]
+    positions: Sequence[Any] | None
+    rows: Sequence[int] | None
+
+
+def innermost_parts(dataset: Any, positions: Sequence[Any] | None = None) -> Iterator[Part]:
+    """Follow positions through Subset and ConcatDataset, however nested, to the datasets that hold the samples.
+
+    Args:
+        dataset: Any dataset.
+        positions: Positions in it; by default all.
+
+    Returns:
+        One part for each way that leads to at least one of the positions. Rows are those of ``positions``, or else of
+        the outermost subset on the way.
+
+    Raises:
+        IndexError, TypeError, ValueError: If there is no such position.
+    """
+    return _parts(dataset, (), positions, None if positions is None else range(len(positions)))
+
+
+def _parts(
+    dataset: Any, path: tuple[int, ...], positions: Sequence[Any] | None, rows: Sequence[int] | None
+) -> Iterator[Part]:
+    if isinstance(dataset, Subset):
+        indices = dataset.indices
+        if positions is None or rows is None:
+            yield from _parts(dataset.dataset, path, indices, range(len(indices)))
+        else:
+            yield from _parts(dataset.dataset, path, [int(indices[position]) for position in positions], rows)
+    elif isinstance(dataset, ConcatDataset):
+        if positions is None or rows is None:
+            for number, inner in enumerate(dataset.datasets):
+                yield from _parts(inner, (*path, number), None, None)
+        else:
+            for number, (within, their_rows) in sorted(_by_part(dataset, positions, rows).items()):
+                yield from _parts(dataset.datasets[number], (*path, number), within, their_rows)
+    else:
+        yield Part(dataset, path, positions, rows)
+
+
+def _by_part(
+    union: "ConcatDataset[Any]", positions: Sequence[Any], rows: Sequence[int]
+) -> dict[int, tuple[list[int], list[int]]]:
+    """Positions and rows by the number of the part that they lead to, positions counted from its start."""
+    ends, size = union.cumulative_sizes, len(union)
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for position, row in zip(map(int, positions), rows, strict=True):
+        if not -size <= position < size:
+            raise IndexError(f"Position {position} of {size} samples.")
+        from_start = position % size
+        number = bisect_right(ends, from_start)
+        within, their_rows = found.setdefault(number, ([], []))
+        within.append(from_start - (ends[number - 1] if number else 0))
+        their_rows.append(row)
+    return found
+
+
+def innermost_datasets(dataset: Any) -> Iterator[Any]:
+    """All datasets behind Subset and ConcatDataset, also those that no position leads to; positions are not read."""
+    if isinstance(dataset, Subset):
+        yield from innermost_datasets(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from innermost_datasets(part)
+    else:
+        yield dataset
 
 
 def source_of(dataset: Any, position: int) -> str | None:
@@ -36,22 +117,12 @@ def source_of(dataset: Any, position: int) -> str | None:
         >>> source_of(ConcatDataset([numbers, Subset(numbers, [7, 8])]), 11)
         'dataset 1[8]'
     """
-    parts: list[str] = []
     try:
-        while True:
-            if isinstance(dataset, Subset):
-                dataset, position = dataset.dataset, int(dataset.indices[position])
-            elif isinstance(dataset, ConcatDataset):
-                position = position + len(dataset) if position < 0 else position
-                part = bisect_right(dataset.cumulative_sizes, position)
-                parts.append(str(part))
-                position -= dataset.cumulative_sizes[part - 1] if part else 0
-                dataset = dataset.datasets[part]
-            else:
-                break
+        ((inner, path, positions, _),) = innermost_parts(dataset, [position])
     except (IndexError, TypeError, ValueError):
         return None
-    return _file_of(dataset, position) or f"{' '.join(['dataset', '.'.join(parts)]).strip()}[{position}]"
+    assert positions is not None
+    return _file_of(inner, positions[0]) or f"{' '.join(['dataset', '.'.join(map(str, path))]).strip()}[{positions[0]}]"
 
 
 def _file_of(dataset: Any, position: int) -> str | None:
@@ -77,12 +148,11 @@ def class_names_of(dataset: Any) -> list[str]:
 
     Datasets of the datasets library have them in ``features``.
     """
-    while isinstance(dataset, Subset | ConcatDataset):
-        if isinstance(dataset, Subset):
-            dataset = dataset.dataset
-            continue
-        found = [class_names_of(part) for part in dataset.datasets]
-        return found[0] if found and all(names == found[0] for names in found) else []
+    found = [_class_names(inner) for inner in innermost_datasets(dataset)]
+    return found[0] if found and all(names == found[0] for names in found) else []
+
+
+def _class_names(dataset: Any) -> list[str]:
     names = getattr(dataset, "classes", None)
     if names is None:
         features = getattr(dataset, "features", None)
@@ -117,10 +187,15 @@ def listed_labels(dataset: Any, positions: Sequence[Any]) -> list[Label | None] 
 
 
 def _checked_labels(dataset: Any, positions: Sequence[Any]) -> list[Label | None] | None:
-    label_at = _label_getter(dataset)
-    if label_at is None:
+    listings = {id(inner): _listing_of(inner) for inner in innermost_datasets(dataset)}
+    if None in listings.values():
         return None
-    labels = [label_at(position) for position in positions]
+    labels: list[Label | None] = [None] * len(positions)
+    for inner, _, within, rows in innermost_parts(dataset, positions):
+        listing = listings[id(inner)]
+        assert listing is not None and within is not None and rows is not None  # noqa: PT018 - positions were given
+        for row, position in zip(rows, within, strict=True):
+            labels[row] = plain_label(listing[position])
     for i in range(0, len(positions), max(1, len(positions) // _NUM_CHECKED)):
         sample = dataset[positions[i]]
         if labels[i] is None or label_of(sample, likely_place_of_label(sample)) != labels[i]:
@@ -128,39 +203,19 @@ def _checked_labels(dataset: Any, positions: Sequence[Any]) -> list[Label | None
     return labels
 
 
-def _label_getter(dataset: Any) -> Callable[[Any], Label | None] | None:
-    if isinstance(dataset, Subset):
-        inner, indices = _label_getter(dataset.dataset), dataset.indices
-        return None if inner is None else lambda position: inner(indices[position])
-    if isinstance(dataset, ConcatDataset):
-        return _getter_of_union(dataset)
+def _listing_of(dataset: Any) -> Sequence[Any] | None:
+    """The label of each sample, in order, as the dataset itself has it."""
+    if isinstance(dataset, RelabelledDataset):  # whose attributes are those of the dataset with the old labels
+        return None
     if isinstance(dataset, TensorDataset):
-        found = [tensor for tensor in dataset.tensors[1:] if tensor.ndim == 1]
-        return _listed(found[0].tolist()) if found else None
+        columns = [tensor for tensor in dataset.tensors[1:] if tensor.ndim == 1]
+        return columns[0].tolist() if columns else None
     for name in _LABEL_ATTRIBUTES:
         values = getattr(dataset, name, None)
         values = values.tolist() if isinstance(values, Tensor | np.ndarray) and values.ndim == 1 else values
         if isinstance(values, list | tuple) and len(values) == len(dataset):
-            return _listed(values)
+            return values
     return None
-
-
-def _listed(values: Sequence[Any]) -> Callable[[Any], Label | None]:
-    return lambda position: plain_label(values[position])
-
-
-def _getter_of_union(dataset: "ConcatDataset[Any]") -> Callable[[Any], Label | None] | None:
-    getters, ends = [_label_getter(part) for part in dataset.datasets], dataset.cumulative_sizes
-    if None in getters:
-        return None
-
-    def label_at(position: Any) -> Label | None:
-        part = bisect_right(ends, position)
-        getter = getters[part]
-        assert getter is not None
-        return getter(position - (ends[part - 1] if part else 0))
-
-    return label_at
 
 
 _SMALLEST = 4  # pixels a side; what is flatter is a table or a vector

@@ -7,11 +7,12 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from lightning_sgdclean.base.errors import ReplayMismatchError
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.datasets import innermost_parts
 from lightning_sgdclean.data.fingerprints import batch_digest
 
 
@@ -124,7 +125,7 @@ def fetched_variants(
 
 
 def share_samples(one: Any, other: Any) -> bool:
-    """Whether loaders, single or nested, go over a common dataset, and over a common position where both are subsets.
+    """Whether loaders, single or nested, go over a common sample of a dataset, also behind subsets and unions.
 
     Two datasets that hold the same data in other objects are taken for different ones.
     """
@@ -133,17 +134,11 @@ def share_samples(one: Any, other: Any) -> bool:
 
 
 def _datasets(loaders: Any) -> list[tuple[Any, set[int] | None]]:
-    return [_innermost(loader.dataset) for loader in loaders_in(loaders) if hasattr(loader, "dataset")]
-
-
-def _innermost(dataset: Any) -> tuple[Any, set[int] | None]:
-    """The dataset behind subsets, and which of its positions they hold; None for all."""
-    positions: list[int] | None = None
-    while isinstance(dataset, Subset):
-        indices = [int(index) for index in dataset.indices]
-        positions = indices if positions is None else [indices[position] for position in positions]
-        dataset = dataset.dataset
-    return dataset, None if positions is None else set(positions)
+    """The datasets behind subsets and unions, and which of their positions are in use; None for all."""
+    parts = [
+        part for loader in loaders_in(loaders) if hasattr(loader, "dataset") for part in innermost_parts(loader.dataset)
+    ]
+    return [(dataset, None if within is None else set(map(int, within))) for dataset, _, within, _ in parts]
 
 
 def _meet(one: set[int] | None, other: set[int] | None) -> bool:
