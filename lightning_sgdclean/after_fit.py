@@ -15,13 +15,14 @@ from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.rehearsal import float32_agreement
 from lightning_sgdclean.base.errors import ReplayMismatchError
 from lightning_sgdclean.base.lightning import shown_bar
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.leave_out.trust import put_to_the_test
 from lightning_sgdclean.losses.evaluate import is_low
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.inspection import predicted_labels, sample_columns
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
 from lightning_sgdclean.replay.sample_order import prove_ids
-from lightning_sgdclean.replay.walk import Adjoint, RetraceOptions, Walk, adjoint_of
+from lightning_sgdclean.replay.walk import Adjoint, Walk, adjoint_of
 from lightning_sgdclean.report.progress import retrace_bar, runs_bar
 from lightning_sgdclean.report.words import replay_in_words
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
@@ -31,7 +32,7 @@ def rank_run(
     trainer: Any,
     module: Any,
     run: RecordedRun,
-    options: RetraceOptions,
+    options: Options,
     ready: Callable[[OpenedRun, Ranking, dict[str, Any]], None],
 ) -> list[str]:
     """Rank the samples of a run that has just ended; the module is left as it was found.
@@ -135,7 +136,7 @@ def _columns(found: Influences, this: OpenedRun) -> dict[str, Any]:
     return columns | ({"relabel": changes} if "relabel" in wanted else {})
 
 
-def _compare_objective(value: float, last: Step, run: RecordedRun, walk: Walk, options: RetraceOptions) -> list[str]:
+def _compare_objective(value: float, last: Step, run: RecordedRun, walk: Walk, options: Options) -> list[str]:
     """Hold the recomputed value against the logged one, where both are of the same weights and data."""
     if options.objective is not None or options.val_dataloaders is not None:
         return []
@@ -155,7 +156,7 @@ def _compare_objective(value: float, last: Step, run: RecordedRun, walk: Walk, o
 
 
 def _about(
-    objectives: list[ObjectiveGradient], steps: list[Step], walk: Walk, run: RecordedRun, options: RetraceOptions
+    objectives: list[ObjectiveGradient], steps: list[Step], walk: Walk, run: RecordedRun, options: Options
 ) -> dict[str, Any]:
     last, fidelity = steps[-1], walk.fidelity
     names = list(options.objectives)
@@ -197,7 +198,7 @@ def _dataset_size(batches: list[MicroBatch], run: RecordedRun) -> int | None:
     return len(dataset) if are_positions and hasattr(dataset, "__len__") else None
 
 
-def _end_point_in_words(last: Step, run: RecordedRun, options: RetraceOptions) -> str:
+def _end_point_in_words(last: Step, run: RecordedRun, options: Options) -> str:
     """Which weights the objective is of, e.g. ``after step 811, the ModelCheckpoint's best model``."""
     words = f"after step {last.index}, {'the last' if options.at == 'last' else 'at which the best model was saved'}"
     if run.averaging:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,7 @@ from lightning_sgdclean.after_fit import rank_run
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
 from lightning_sgdclean.base.files import check_free, fresh_directory, write_json
 from lightning_sgdclean.base.lightning import CALLBACK_BASES, check_optimizers, gradient_hooks, shown_bar
-from lightning_sgdclean.base.options import (
-    check_choice,
-    check_columns,
-    check_count,
-    check_formats,
-    check_objective,
-    check_render,
-    loaders_given,
-)
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.evaluate import surroundings_of
@@ -34,9 +27,8 @@ from lightning_sgdclean.ranking.figures import Exhibit, worst_pictures
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.record import checks
 from lightning_sgdclean.record.loaders import TrainLoaders
-from lightning_sgdclean.record.recording import Recording, RecordingOptions
+from lightning_sgdclean.record.recording import Recording
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun
-from lightning_sgdclean.replay.walk import RetraceOptions
 from lightning_sgdclean.report.page import PageOfRun
 from lightning_sgdclean.report.publish import publish
 from lightning_sgdclean.report.words import closing_text
@@ -111,11 +103,13 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         keep_trajectory: Whether to keep the recorded steps once the ranking is written.
 
     Attributes:
+        options: What was asked for, checked. Each option can be read as an attribute of the callback, too.
         ranking: The :class:`Ranking` of the last fit.
         run_dir: Where its files lie.
         summary: What ``summary.json`` holds.
 
     Raises:
+        ValueError: If an option is wrong.
         SGDInfluenceError: One of its subclasses, from ``fit``, each saying what was found and what to do.
     """
 
@@ -151,39 +145,35 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         keep_trajectory: bool = True,
     ) -> None:
         super().__init__()
-        check_choice("mode", mode, ("min", "max"))
-        check_choice("retrace_precision", retrace_precision, ("auto", "run", "float32"))
-        check_choice("at", at, ("last", "best"))
-        check_choice("curvature", curvature, ("exact", "finite", "none"))
-        check_choice("on_mismatch", on_mismatch, ("raise", "warn"))
-        if keep_batches not in (True, False, "auto"):
-            raise ValueError(f'keep_batches must be True, False or "auto", got {keep_batches!r}.')
-        if epochs != "all" and not (type(epochs) is int and epochs >= 1):
-            raise ValueError(f'epochs must be a positive int or "all", got {epochs!r}.')
-        if snapshots not in ("auto", "every", "sqrt") and not (type(snapshots) is int and snapshots >= 1):
-            raise ValueError(f'snapshots must be "auto", "every", "sqrt" or a positive int, got {snapshots!r}.')
-        if max_bytes is not None and not max_bytes > 0:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes!r}.")
-        if finite_radius <= 0:
-            raise ValueError(f"finite_radius must be positive, got {finite_radius}.")
-        check_objective(objective)
-        check_columns(columns)
-        check_count("verify", verify)
-        check_count("rerank", rerank)
-        check_formats(formats)
-        check_render(render)
-        self.monitor, self.mode, self.objective = monitor, mode, objective
-        self.val_dataloaders = loaders_given(val_dataloaders)
-        self.epochs, self.at, self.curvature, self.finite_radius = epochs, at, curvature, finite_radius
-        self.dirpath, self.overwrite, self.keep_trajectory = dirpath, overwrite, keep_trajectory
-        self.sample_ids, self.keep_batches, self.sample_losses = sample_ids, keep_batches, sample_losses
-        self.snapshots, self.max_bytes = snapshots, max_bytes
-        self.on_mismatch, self.tolerance = on_mismatch, tolerance
-        self.retrace_precision, self.columns = retrace_precision, tuple(columns)
-        self.verify, self.rerank = verify, rerank
-        self.show_samples = show_samples
-        self.formats = tuple(dict.fromkeys(("csv", *formats)))
-        self.page, self.render, self.class_names = page, render, class_names
+        self.options = Options(
+            monitor=monitor,
+            mode=mode,
+            objective=objective,
+            val_dataloaders=val_dataloaders,
+            epochs=epochs,
+            at=at,
+            curvature=curvature,
+            finite_radius=finite_radius,
+            dirpath=dirpath,
+            overwrite=overwrite,
+            sample_ids=sample_ids,
+            keep_batches=keep_batches,
+            sample_losses=sample_losses,
+            snapshots=snapshots,
+            max_bytes=max_bytes,
+            on_mismatch=on_mismatch,
+            tolerance=tolerance,
+            retrace_precision=retrace_precision,
+            verify=verify,
+            rerank=rerank,
+            columns=columns,
+            formats=formats,
+            page=page,
+            render=render,
+            class_names=class_names,
+            show_samples=show_samples,
+            keep_trajectory=keep_trajectory,
+        )
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
@@ -192,7 +182,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _forget(self) -> None:
         """Be as before any fit."""
         # Lightning asks for it at every hook, a dozen times a step.
-        options = {"monitor": self.monitor, "curvature": self.curvature, "dirpath": str(self.dirpath)}
+        options = {
+            "monitor": self.options.monitor,
+            "curvature": self.options.curvature,
+            "dirpath": str(self.options.dirpath),
+        }
         self._state_key: str = self._generate_state_key(**options)
         self._active = False
         self._mark: dict[str, Any] = {}  # what the checkpoint says that a fit goes on from
@@ -211,8 +205,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if trainer.fast_dev_run:
             return
         checks.check_alone(trainer, SGDInfluence)
-        checks.check_module(trainer, pl_module, self.objective is not None)
-        self._loaders = TrainLoaders(self.sample_ids, may_keep=self.keep_batches is not False)
+        checks.check_module(trainer, pl_module, self.options.objective is not None)
+        self._loaders = TrainLoaders(self.options.sample_ids, may_keep=self.options.keep_batches is not False)
         self._loaders.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -221,17 +215,16 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._loaders is None:
             return
         check_optimizers(trainer)
-        checks.check_validation(trainer, self.objective is not None, self.val_dataloaders is not None)
-        self.run_dir = join(self._mark, self.dirpath, Path(log_dir), self.overwrite) if self._mark else None
+        checks.check_validation(trainer, self.options.objective is not None, self.options.val_dataloaders is not None)
+        self.run_dir = (
+            join(self._mark, self.options.dirpath, Path(log_dir), self.options.overwrite) if self._mark else None
+        )
         joined = self._mark if self.run_dir else {}
         if self.run_dir is None:
-            check_free(self.dirpath, self.overwrite)
-            self.run_dir = fresh_directory(self.dirpath, Path(log_dir), self.overwrite)
-        options = RecordingOptions(self.keep_batches, self.snapshots, self.max_bytes)
+            check_free(self.options.dirpath, self.options.overwrite)
+            self.run_dir = fresh_directory(self.options.dirpath, Path(log_dir), self.options.overwrite)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
-        self._recording = Recording(
-            trainer, pl_module, self._loaders, self.run_dir, options, self._options(), say, joined
-        )
+        self._recording = Recording(trainer, pl_module, self._loaders, self.run_dir, self.options, say, joined)
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 
@@ -246,19 +239,23 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _may_reach_before(self, trainer: Any) -> bool:
         """Whether the window may begin before what this fit records."""
         is_endless = trainer.max_epochs in (None, -1)
-        return self.epochs == "all" or is_endless or trainer.max_epochs - self.epochs < trainer.current_epoch
+        return (
+            self.options.epochs == "all"
+            or is_endless
+            or trainer.max_epochs - self.options.epochs < trainer.current_epoch
+        )
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """In the sanity check already: is there a value of that name, and can it be differentiated?"""
-        wanted = trainer.sanity_checking and self.objective is None and self.val_dataloaders is None
+        wanted = trainer.sanity_checking and self.options.objective is None and self.options.val_dataloaders is None
         if not self._active or self._checked_validation or not wanted:
             return
         num_loaders = len(trainer.num_sanity_val_batches)
         batch = cloned(batch), batch_idx, dataloader_idx
         self._checked_validation = logs_value(
-            pl_module, batch, self.monitor, num_loaders, surroundings_of(trainer, pl_module)
+            pl_module, batch, self.options.monitor, num_loaders, surroundings_of(trainer, pl_module)
         )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -350,7 +347,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             as_delivered=self._loaders.as_delivered,
             fit=self._recording.writer.fit,
         )
-        page = PageOfRun(self.page, self.show_samples, self.render, self.class_names)
+        page = PageOfRun(self.options.page, self.options.show_samples, self.options.render, self.options.class_names)
 
         def ready(this: OpenedRun, ranking: Ranking, about: dict[str, Any]) -> None:
             """Files first: whatever comes behind them cannot cost the ranking."""
@@ -359,19 +356,16 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
         try:
             self._recording.recorder.check_frozen()
-            complaints = rank_run(trainer, pl_module, run, self._options(), ready)
+            complaints = rank_run(trainer, pl_module, run, self.options, ready)
         except (Exception, KeyboardInterrupt) as error:
             self._tell_how_to_go_on(error)
             raise
         self._show(trainer, page, complaints)
 
-    def _options(self) -> RetraceOptions:
-        return RetraceOptions(**{option.name: getattr(self, option.name) for option in fields(RetraceOptions)})
-
     def _tell_how_to_go_on(self, error: BaseException) -> None:
         text = (
             f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
-            f"the cause is gone: {call_of(self.run_dir, self._options())}"
+            f"the cause is gone: {call_of(self.run_dir, self.options)}"
         )
         error.add_note(text)
         if isinstance(error, KeyboardInterrupt):  # of which Lightning shows nothing: it ends the process
@@ -392,15 +386,19 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             "num_harmful": int((ranking.influence < 0).sum()),
             "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
             "precision": str(trainer.precision),
-            "engine": self.curvature,
+            "engine": self.options.curvature,
             **about,
-            "options": {"epochs": self.epochs, "finite_radius": self.finite_radius, "tolerance": self.tolerance},
+            "options": {
+                "epochs": self.options.epochs,
+                "finite_radius": self.options.finite_radius,
+                "tolerance": self.options.tolerance,
+            },
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "batches": self._recording.keeper.summary(),
             "budget": self._recording.outlook.summary(trainer),
             "trajectory_bytes": self._recording.writer.bytes_written,
         }
-        for kind in self.formats:
+        for kind in self.options.formats:
             ranking.save(self.run_dir / f"influence.{kind}")
         write_json(self.run_dir / "summary.json", self.summary)
         self.ranking = ranking
@@ -409,7 +407,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """The page, the loggers, the last word; warnings at the very end, since they may be errors."""
         assert self.ranking is not None and self.run_dir is not None  # noqa: PT018
         complaints = complaints + page.write(self.run_dir, self.ranking, self.summary)
-        names = [*(f"influence.{kind}" for kind in self.formats), "summary.json", "report.html"]
+        names = [*(f"influence.{kind}" for kind in self.options.formats), "summary.json", "report.html"]
         if trainer.is_global_zero:
             complaints += publish(
                 trainer.loggers,
@@ -419,7 +417,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
                 step=trainer.global_step,
                 pictures=partial(self._pictures, self.ranking),
             )
-        if not self.keep_trajectory:
+        if not self.options.keep_trajectory:
             shutil.rmtree(self.run_dir / "trajectory")
         if shown_bar(trainer) is not None:
             tqdm.write(closing_text(self.ranking, self.summary, self.run_dir))
@@ -428,6 +426,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def _pictures(self, ranking: Ranking) -> list[Exhibit]:
         """The worst samples, where the ids are known to be positions in the one dataset that there was."""
         loaders = self._loaders.loaders if self._loaders is not None else []
-        if not self.show_samples or self.summary["dataset_size"] is None or len(loaders) != 1:
+        if not self.options.show_samples or self.summary["dataset_size"] is None or len(loaders) != 1:
             return []
         return worst_pictures(ranking, loaders[0].dataset)
+
+
+for _option in fields(Options):  # read as attributes; an assignment is an error, since it would not be checked
+    setattr(SGDInfluence, _option.name, property(attrgetter(f"options.{_option.name}")))

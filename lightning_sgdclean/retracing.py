@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrace a recorded run on another day, in another process, without training again."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,10 +12,9 @@ from torch import Tensor
 from lightning_sgdclean.after_fit import rank_opened
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
-from lightning_sgdclean.base.options import check_choice, check_columns, check_count, check_objective
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.reopened import reopened
-from lightning_sgdclean.replay.walk import RetraceOptions
 
 
 def retrace(
@@ -76,15 +76,11 @@ def retrace(
         The ranking; nothing is written.
 
     Raises:
+        ValueError: If an option is wrong.
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
-    check_objective(objective)
-    check_choice("at", at, ("last", "best"))
-    check_columns(columns)
-    check_count("verify", verify)
-    check_count("rerank", rerank)
-    options = RetraceOptions(
+    options = Options(
         monitor=monitor,
         mode=mode,
         objective=objective,
@@ -98,7 +94,7 @@ def retrace(
         retrace_precision=retrace_precision,
         verify=verify,
         rerank=rerank,
-        columns=tuple(columns),
+        columns=columns,
     )
     ranking, _, complaints = reopened(
         run_dir,
@@ -115,10 +111,11 @@ def retrace(
     return ranking
 
 
-def call_of(run_dir: Path | None, options: RetraceOptions) -> str:
+def call_of(run_dir: Path | None, options: Options) -> str:
     """The call of :func:`retrace` that ranks a run as its fit would have; ``...`` stands for what the fit was given."""
-    others = [option for option in fields(options) if option.name != "val_dataloaders"]
-    given = {option.name: getattr(options, option.name) for option in others}
+    taken = inspect.signature(retrace).parameters
+    others = [one for one in fields(options) if one.name in taken and one.name != "val_dataloaders"]
+    given = {one.name: getattr(options, one.name) for one in others}
     differing = [f"{one.name}={_as_written(given[one.name])}" for one in others if given[one.name] != one.default]
     arguments = [repr(str(run_dir)), "model", "train_dataloaders=...", "val_dataloaders=...", *differing]
     return f"lightning_sgdclean.retrace({', '.join(arguments)})"

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.adjoint.backward import retrace_step, retrace_steps
 from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import as_float32, cloned, summable
 from lightning_sgdclean.losses.evaluate import Surroundings, plain_training_loss, widened
@@ -21,7 +22,7 @@ from lightning_sgdclean.losses.module_state import eagerly, untouched_module
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.replay.forward import borrowed, live_state, load_all, repeat_step
 from lightning_sgdclean.replay.states import compare
-from lightning_sgdclean.replay.walk import Adjoint, RetraceOptions, Walk, load_state, walk_of
+from lightning_sgdclean.replay.walk import Adjoint, Walk, load_state, walk_of
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
@@ -129,7 +130,7 @@ class Rehearsal:
         module: Any,
         optimizer: Any,
         surroundings: Surroundings,
-        options: RetraceOptions,
+        options: Options,
         hooks: list[str],
         *,
         forward: bool = False,

@@ -1,111 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the callback, checked when they are given."""
+"""The options of the callback, of ``retrace`` and of ``counterfactual``: one class, checked when it is made."""
 
 import inspect
+import math
+import os
 import pkgutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor
+from lightning_sgdclean.base.files import pyarrow
 
-from lightning_sgdclean.base.resources import pyarrow
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Is an option of the callback one of those that there are?"""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Is an option a number of things?"""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}.")
-
+SampleId = int | str
+ObjectiveFn = Callable[[Any, Any], Any]  # (pl_module, batch) -> scalar, or scalar and weight
+SampleLosses = Callable[[Any, Any], Any]  # (pl_module, batch) -> losses (B,)
 
 FORMATS = ("csv", "parquet")
 FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
 
 
-def check_objective(objective: Any) -> None:
-    """One callable, several by name, or none.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """What can be set; each option is described at :class:`~lightning_sgdclean.SGDInfluence`.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If an option has the wrong type or value; names it, what was expected and what was given.
+        ImportError: If ``formats`` asks for Parquet and pyarrow is not installed.
     """
-    several = isinstance(objective, dict)
-    if several and not objective:
-        raise ValueError("objective is an empty dict; expected callables (pl_module, batch) -> scalar by name.")
-    for name, one in objective.items() if several else [("objective", objective)]:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"objective has the name {name!r}; expected text.")
+
+    monitor: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None
+    val_dataloaders: Any = None
+    epochs: int | Literal["all"] = 1
+    at: Literal["last", "best"] = "last"
+    curvature: Literal["exact", "finite", "none"] = "exact"
+    finite_radius: float = 0.01
+    dirpath: str | Path | None = None
+    overwrite: bool = False
+    sample_ids: Callable[[Any], Any] | None = None
+    keep_batches: bool | Literal["auto"] = "auto"
+    sample_losses: SampleLosses | None = None
+    snapshots: Literal["auto", "every", "sqrt"] | int = "auto"
+    max_bytes: int | None = None
+    on_mismatch: Literal["raise", "warn"] = "raise"
+    tolerance: float | None = None
+    retrace_precision: Literal["auto", "run", "float32"] = "auto"
+    verify: int = 0
+    rerank: int = 0
+    columns: Sequence[str] = ()
+    formats: Sequence[str] = ("csv",)
+    page: bool = True
+    render: Callable[[Any], Any] | None = None
+    class_names: Sequence[str] | Mapping[Any, str] | None = None
+    show_samples: bool = True
+    keep_trajectory: bool = True
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, checked(option.name, getattr(self, option.name)))
+
+    @property
+    def objectives(self) -> dict[str, ObjectiveFn | None]:
+        """What the samples are ranked by, first, and what else their influence on is wanted; None: what is logged."""
+        if self.objective is None:
+            return {self.monitor: None}
+        if isinstance(self.objective, dict):
+            return dict(self.objective)
+        return {getattr(self.objective, "__name__", "objective"): self.objective}
+
+
+def checked(name: str, value: Any) -> Any:
+    """An option's value as it is kept, e.g. a sequence as a tuple.
+
+    Raises:
+        ValueError: If the value has the wrong type, or is none of those that there are.
+    """
+    return _CHECKS[name](name, value)
+
+
+def _wrong(name: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"{name} must be {expected}, got {value!r:.200}.")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Is a value one of these words?
+
+    Raises:
+        ValueError: If not.
+    """
+    if not (isinstance(value, str) and value in allowed):
+        raise _wrong(name, f"one of {', '.join(map(repr, allowed))}", value)
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        check_choice(name, value, allowed)
+        return value
+
+    return check
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, "True or False", value)
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and value):
+        raise _wrong(name, "a name", value)
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise _wrong(name, "a whole number, 0 or more", value)
+    return value
+
+
+def _positive_int_or(*allowed: str) -> Callable[[str, Any], Any]:
+    """A positive int, or one of these words."""
+    words = ", ".join(f'"{word}"' for word in allowed)
+    expected = f"{words} or a positive int" if len(allowed) > 1 else f"a positive int or {words}"
+
+    def check(name: str, value: Any) -> Any:
+        if not (isinstance(value, str) and value in allowed) and not (type(value) is int and value >= 1):
+            raise _wrong(name, expected, value)
+        return value
+
+    return check
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _radius(name: str, value: Any) -> float:
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise _wrong(name, "positive and finite", value)
+    return float(value)
+
+
+def _tolerance(name: str, value: Any) -> float | None:
+    if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+        raise _wrong(name, "a finite number, 0 or more, or None", value)
+    return value  # type: ignore[no-any-return]
+
+
+def _bytes(name: str, value: Any) -> Any:
+    if value is not None and not (_is_number(value) and value > 0):
+        raise _wrong(name, "positive, or None", value)
+    return value
+
+
+def _path(name: str, value: Any) -> Any:
+    if value is not None and not (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        raise _wrong(name, "a path or None", value)
+    return value
+
+
+def _keep_batches(name: str, value: Any) -> Any:
+    if not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
+        raise _wrong(name, 'True, False or "auto"', value)
+    return value
+
+
+def _callable(described: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} must be a callable {described}, got {type(value).__name__}.")
+        return value
+
+    return check
+
+
+def _objective(name: str, value: Any) -> Any:
+    """One callable, several by name, or none."""
+    several = isinstance(value, dict)
+    if several and not value:
+        raise ValueError(f"{name} is an empty dict; expected callables (pl_module, batch) -> scalar by name.")
+    for key, one in value.items() if several else [(name, value)]:
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"{name} has the name {key!r}; expected text.")
         if not callable(one) and (several or one is not None):
-            where = f"objective[{name!r}]" if several else "objective"
+            where = f"{name}[{key!r}]" if several else name
             raise ValueError(f"{where} must be a callable (pl_module, batch) -> scalar, got {type(one).__name__}.")
+    return value
 
 
-def check_columns(columns: Any) -> None:
-    """Names of further columns that there are.
+def _some_of(*allowed: str) -> Callable[[str, Any], Any]:
+    """A sequence of these names, each once."""
 
-    Raises:
-        ValueError: If one is unknown.
-    """
-    unknown = [columns] if isinstance(columns, str) else [name for name in columns if name not in FURTHER_COLUMNS]
-    if unknown:
-        raise ValueError(f"columns holds {unknown[0]!r}; expected a sequence of some of {', '.join(FURTHER_COLUMNS)}.")
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        unknown = [one for one in value if one not in allowed] if is_sequence else [value]
+        if unknown:
+            raise ValueError(f"{name} holds {unknown[0]!r}; expected a sequence of some of {', '.join(allowed)}.")
+        return tuple(dict.fromkeys(value))
+
+    return check
 
 
-def check_formats(formats: Any) -> None:
-    """Files that the ranking can be written as, and what that needs.
-
-    Raises:
-        ValueError: If one is unknown.
-        ImportError: If pyarrow is needed and not installed.
-    """
-    unknown = [formats] if isinstance(formats, str) else [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"formats holds {unknown[0]!r}; expected a sequence of some of {', '.join(FORMATS)}.")
-    if "parquet" in formats:
+def _formats(name: str, value: Any) -> tuple[str, ...]:
+    """CSV in any case, since it is what everything else reads."""
+    found = tuple(dict.fromkeys(("csv", *_some_of(*FORMATS)(name, value))))
+    if "parquet" in found:
         pyarrow()
+    return found
 
 
-def check_render(render: Any) -> None:
-    """What the page shows of a sample.
-
-    Raises:
-        ValueError: If it cannot be called.
-    """
-    if render is not None and not callable(render):
-        raise ValueError(f"render must be a callable from a sample to what is shown, got {type(render).__name__}.")
+def _class_names(name: str, value: Any) -> Any:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if value is not None and not is_list and not isinstance(value, Mapping):
+        raise _wrong(name, "a sequence of names, or names by label", value)
+    return value
 
 
-def loaders_given(given: Any) -> Any:
-    """Loaders for the objective, in a list, tuple or dict or alone; one that is an import path, as in YAML, is made.
-
-    Raises:
-        ValueError: If something is no loader, or nothing can be found at an import path.
-    """
+def _loaders(name: str, given: Any) -> Any:
+    """Loaders in a list, tuple or dict or alone; one that is an import path, as in YAML, is made."""
     if isinstance(given, dict):
-        return {name: loaders_given(one) for name, one in given.items()}
+        return {key: _loaders(name, one) for key, one in given.items()}
     if isinstance(given, list | tuple):
-        return [loaders_given(one) for one in given]
+        return [_loaders(name, one) for one in given]
     found = given
     if isinstance(given, str):
         try:
             found = pkgutil.resolve_name(given)
         except (ValueError, ImportError, AttributeError) as error:
             raise ValueError(
-                f"val_dataloaders is {given!r}, at which nothing can be imported ({error}). Expected loaders, or the "
+                f"{name} is {given!r}, at which nothing can be imported ({error}). Expected loaders, or the "
                 "import path of a loader or of a function that makes it."
             ) from error
         found = found() if inspect.isroutine(found) else found
     if found is not None and (isinstance(found, str | type) or not hasattr(found, "__iter__")):
         raise ValueError(
-            f"val_dataloaders must be loaders such as torch's DataLoader, got {given!r} of type {type(found).__name__}."
+            f"{name} must be loaders such as torch's DataLoader, got {given!r} of type {type(found).__name__}."
         )
     return found
 
 
-SampleId = int | str
-ObjectiveFn = Callable[[Any, Any], Any]
-SampleLosses = Callable[[Any, Any], Tensor]
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "monitor": _text,
+    "mode": _one_of("min", "max"),
+    "objective": _objective,
+    "val_dataloaders": _loaders,
+    "epochs": _positive_int_or("all"),
+    "at": _one_of("last", "best"),
+    "curvature": _one_of("exact", "finite", "none"),
+    "finite_radius": _radius,
+    "dirpath": _path,
+    "overwrite": _yes_or_no,
+    "sample_ids": _callable("from a batch to its samples' ids"),
+    "keep_batches": _keep_batches,
+    "sample_losses": _callable("(pl_module, batch) -> losses (B,)"),
+    "snapshots": _positive_int_or("auto", "every", "sqrt"),
+    "max_bytes": _bytes,
+    "on_mismatch": _one_of("raise", "warn"),
+    "tolerance": _tolerance,
+    "retrace_precision": _one_of("auto", "run", "float32"),
+    "verify": _count,
+    "rerank": _count,
+    "columns": _some_of(*FURTHER_COLUMNS),
+    "formats": _formats,
+    "page": _yes_or_no,
+    "render": _callable("from a sample to what is shown"),
+    "class_names": _class_names,
+    "show_samples": _yes_or_no,
+    "keep_trajectory": _yes_or_no,
+}
+
+# Those whose value can be written down, in YAML say; the others are objects of the user's.
+PLAIN_OPTIONS = _CHECKS.keys() - {"objective", "val_dataloaders", "sample_ids", "sample_losses", "render"}

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -113,17 +113,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def pyarrow() -> Any:
-    """``pyarrow`` and ``pyarrow.parquet``.
-
-    Raises:
-        ImportError: If they are not installed.
-    """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install lightning-sgdclean[parquet]") from error
-    return pa, parquet

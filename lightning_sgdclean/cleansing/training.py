@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,9 +186,10 @@ def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
     if not own:
         own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
         training.trainer.callbacks.insert(0, own[0])
-    own[0].dirpath, own[0].overwrite = settings.ranking_of(seed), True
+    own[0].options = replace(own[0].options, dirpath=settings.ranking_of(seed), overwrite=True)
     if settings.action == "relabel":
-        own[0].columns = tuple(dict.fromkeys((*own[0].columns, "label", "prediction")))
+        columns = (*own[0].columns, "label", "prediction")
+        own[0].options = replace(own[0].options, columns=columns)
     training.fit()
     return own[0]
 
@@ -197,7 +199,7 @@ def _facts(influence: SGDInfluence, training: Training, settings: Settings, name
     ranking = influence.ranking
     if ranking is None:
         raise ValueError("The training was not ranked. Do not use fast_dev_run.")
-    named = influence.sample_ids is not None and influence.summary["dataset_size"] is None
+    named = influence.options.sample_ids is not None and influence.summary["dataset_size"] is None
     if named and not names_will_do:
         raise ValueError(
             "The ids that sample_ids= gives are names, not positions in the training loader's dataset, so the samples "
@@ -210,8 +212,8 @@ def _facts(influence: SGDInfluence, training: Training, settings: Settings, name
         "num_changeable": int(can_change.sum()),
         "num_harmful": int((ranking.influence[can_change] < 0).sum()),
         "num_samples": len(dataset) if hasattr(dataset, "__len__") else len(ranking),
-        "monitor": influence.monitor if influence.objective is None else None,
-        "mode": influence.mode,
+        "monitor": influence.options.monitor if influence.options.objective is None else None,
+        "mode": influence.options.mode,
     }
 
 
@@ -221,7 +223,11 @@ def _train_loader(training: Training) -> Any:
 
 def _ranked_on(influence: SGDInfluence, training: Training) -> Any:
     """The data of the objective; the Trainer forgets them when it measures."""
-    return training.trainer.val_dataloaders if influence.val_dataloaders is None else influence.val_dataloaders
+    return (
+        training.trainer.val_dataloaders
+        if influence.options.val_dataloaders is None
+        else influence.options.val_dataloaders
+    )
 
 
 def _change(ranking: Ranking, changed: list[Any], settings: Settings) -> Cleansed:

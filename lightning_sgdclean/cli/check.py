@@ -73,7 +73,7 @@ def _tried(training: Any) -> tuple[Any, "Findings"]:
 
 
 def _in_words(callback: Any, found: "Findings") -> list[tuple[str, str]]:
-    lines = [("objective", ", ".join(callback._options().objectives)), *_split(callback, found)]
+    lines = [("objective", ", ".join(callback.options.objectives)), *_split(callback, found)]
     if found.first_ids:
         lines.append(("first batch", _first_ids(found)))
     if found.budget is not None:
@@ -84,7 +84,7 @@ def _in_words(callback: Any, found: "Findings") -> list[tuple[str, str]]:
 
 
 def _split(callback: Any, found: "Findings") -> list[tuple[str, str]]:
-    if callback.sample_losses is not None:
+    if callback.options.sample_losses is not None:
         return [("split", "by sample_losses=")]
     if found.split is None:
         return []
@@ -119,7 +119,7 @@ def _as_json(callback: Any, found: "Findings") -> dict[str, Any]:
     budget = found.budget
     seconds = None if budget is None or found.step_seconds is None else budget.cost * found.step_seconds
     return {
-        "monitor": callback.monitor,
+        "monitor": callback.options.monitor,
         "refusal": None if found.refusal is None else str(found.refusal),
         "error": None if found.refusal is None else type(found.refusal).__name__,
         "notes": found.notes,

@@ -5,8 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_sgdclean.base.files import appearing_whole
-from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.base.files import appearing_whole, pyarrow
 from lightning_sgdclean.cli.look import whole_number
 from lightning_sgdclean.cli.terminal import RUN_HELP, FinishedRun, read_run
 from lightning_sgdclean.ranking.parquet import SUFFIX

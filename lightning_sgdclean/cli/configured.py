@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean.base.lightning import package_of, silent_logger
+from lightning_sgdclean.base.options import PLAIN_OPTIONS, checked
 from lightning_sgdclean.cleansing.training import Training
+
+_CALLBACKS = ("lightning_sgdclean.SGDInfluence", "lightning_sgdclean.callback.SGDInfluence")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ConfiguredTraining:
             ImportError: If jsonargparse, or a class of the file's, cannot be imported.
             ValueError: If the file does not fit the classes.
         """
+        self._check_options()
         with _own_arguments():
             module_class = imported(self.model or self._class_path("model"))
             cli_class = _cli_class(package_of(module_class).__name__, dict(trainer or {}), seeded)
@@ -86,6 +90,20 @@ class ConfiguredTraining:
             raise ValueError(f"{self.path}: no dataset can be seen in a training loader of {type(loader).__name__}.")
         return loader.dataset
 
+    def _check_options(self) -> None:
+        """Check the callback's options as the callback does: jsonargparse would say it in other words, or let it pass.
+
+        What stands for a callable or a loader is an import path here, which jsonargparse resolves.
+        """
+        trainer = self._content().get("trainer")
+        callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            if not isinstance(callback, dict) or callback.get("class_path") not in _CALLBACKS:
+                continue
+            for name, value in (callback.get("init_args") or {}).items():
+                if name in PLAIN_OPTIONS:
+                    checked(name, _number(value))
+
     def _class_path(self, key: str) -> str:
         found = self._content().get(key)
         path = found.get("class_path") if isinstance(found, dict) else found
@@ -103,6 +121,16 @@ class ConfiguredTraining:
         if not isinstance(content, dict):
             raise ValueError(f"{self.path} is no configuration of a LightningCLI: {type(content).__name__}.")
         return content
+
+
+def _number(value: Any) -> Any:
+    """``1e-5`` as the number that jsonargparse takes it for; to YAML 1.1 it is text, as it has no dot."""
+    if isinstance(value, str) and "e" in value:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def imported(path: str) -> Any:

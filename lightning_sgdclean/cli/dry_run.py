@@ -4,7 +4,7 @@
 import statistics
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def dry_run(trainer: Any, module: Any, datamodule: Any, callback: SGDInfluence, 
 def _redirect(trainer: Any, callback: SGDInfluence, folder: Path) -> None:
     """Let everything that is written go to the folder, and the walk start where the few steps end."""
     trainer.loggers = [silent_logger(trainer)]  # some callbacks want one
-    callback.dirpath, callback.at, callback.overwrite = folder / "run", "last", False
+    callback.options = replace(callback.options, dirpath=folder / "run", at="last", overwrite=False)
     for number, checkpoint in enumerate(trainer.checkpoint_callbacks):
         checkpoint.dirpath = str(folder / f"checkpoints-{number}")
 

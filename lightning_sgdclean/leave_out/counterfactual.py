@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_sgdclean.base.errors import warn_of
-from lightning_sgdclean.base.options import ObjectiveFn, SampleId, check_choice, check_objective
+from lightning_sgdclean.base.options import ObjectiveFn, Options, SampleId
 from lightning_sgdclean.leave_out.leave_out import Batched, leave_out
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.open import OpenedRun
 from lightning_sgdclean.replay.reopened import reopened
 from lightning_sgdclean.replay.sample_order import prove_ids
-from lightning_sgdclean.replay.walk import RetraceOptions
 from lightning_sgdclean.trajectory.records import Step, window_in_words
 
 SampleGroups = Iterable[Any] | Mapping[Any, Iterable[SampleId]]
@@ -189,14 +188,12 @@ def counterfactual(
         UnsupportedOperationError: If the runs are to be made at once and cannot.
         TypeError: If ``without`` is something else, a mask of bool, or holds str where the run's ids are integers, or
             integers where they are str.
-        ValueError: If ``batched`` is.
+        ValueError: If an option is wrong.
     """
-    check_objective(objective)
-    check_choice("at", at, ("last", "best"))
     names, groups = named_groups(without)
     if batched not in (True, False, "auto"):
         raise ValueError(f'batched must be True, False or "auto", got {batched!r}.')
-    options = RetraceOptions(
+    options = Options(
         monitor=monitor,
         mode=mode,
         objective=objective,

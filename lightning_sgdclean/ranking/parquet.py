@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sgdclean.base.files import appearing_whole
-from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.base.files import appearing_whole, pyarrow
 from lightning_sgdclean.ranking.table import COLUMNS, Table, effect_of
 
 SUFFIX = ".parquet"

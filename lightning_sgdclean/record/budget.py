@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.base.errors import BudgetError
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import StepTimer, in_bytes, in_time, slots_for
 from lightning_sgdclean.record.keeping import KeepPlan
-from lightning_sgdclean.replay.walk import RetraceOptions
 from lightning_sgdclean.trajectory.records import State
 from lightning_sgdclean.trajectory.schedule import interval_of, num_snapshots, repeated_steps
 
@@ -232,9 +232,7 @@ class Forecast:
 
     Args:
         folder: Where the trajectory goes.
-        snapshots: The callback's option.
-        max_bytes: The callback's option.
-        retrace: Options of the retrace that is to follow.
+        options: The callback's.
         say: Prints a line.
 
     Attributes:
@@ -244,13 +242,11 @@ class Forecast:
     def __init__(
         self,
         folder: Path,
-        snapshots: SnapshotPolicy,
-        max_bytes: int | None,
-        retrace: RetraceOptions,
+        options: Options,
         say: Callable[[str], None],
     ) -> None:
-        self._folder, self._snapshots, self._max_bytes, self._say = folder, snapshots, max_bytes, say
-        self._epochs, self._curvature, self._is_at_best = retrace.epochs, retrace.curvature, retrace.at == "best"
+        self._folder, self._snapshots, self._max_bytes, self._say = folder, options.snapshots, options.max_bytes, say
+        self._epochs, self._curvature, self._is_at_best = options.epochs, options.curvature, options.at == "best"
         self.budget: Budget | None = None
         self._pace = StepTimer()
 

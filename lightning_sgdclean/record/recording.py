@@ -4,10 +4,9 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from lightning_sgdclean.base.errors import (
     warn_of,
 )
 from lightning_sgdclean.base.lightning import gradient_hooks
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import RandomStates
 from lightning_sgdclean.data.fetching import loaders_in
 from lightning_sgdclean.data.fingerprints import fingerprints
@@ -28,10 +28,9 @@ from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.record import checks
 from lightning_sgdclean.record.budget import Forecast
-from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, KeepBatches, Taken
+from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
 from lightning_sgdclean.record.recorder import Recorder
-from lightning_sgdclean.replay.walk import RetraceOptions
 from lightning_sgdclean.trajectory.joining import CheckpointMark
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, first_epoch_kept
@@ -74,15 +73,6 @@ class BestModel:
         return self._checkpoint.best_model_path, self._checkpoint.best_model_score
 
 
-@dataclass(frozen=True)
-class RecordingOptions:
-    """The callback's options that matter while training; see there."""
-
-    keep_batches: KeepBatches
-    snapshots: Literal["auto", "every", "sqrt"] | int
-    max_bytes: int | None
-
-
 class Recording:
     """From the first batch to the last: names, fingerprints, steps and snapshots, on disk.
 
@@ -104,18 +94,17 @@ class Recording:
         module: Any,
         loaders: TrainLoaders,
         folder: Path,
-        options: RecordingOptions,
-        retrace: RetraceOptions,
+        options: Options,
         say: Callable[[str], None],
         joined: dict[str, Any] | None = None,
     ) -> None:
         joined = joined or {}  # what the checkpoint said that this fit goes on from, a CheckpointMark as a dict
-        self._loaders, self._folder, self._options, self._retrace = loaders, folder, options, retrace
+        self._loaders, self._folder, self._options = loaders, folder, options
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
         self.averaging = checks.check_callbacks(trainer)
         self.best = (
-            BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if retrace.at == "best" else None
+            BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if options.at == "best" else None
         )
         self.split: SplitPlan | None = None
         optimizer = trainer.optimizers[0]
@@ -127,7 +116,7 @@ class Recording:
         self._waiting = FingerprintQueue(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         self.recorder = Recorder(module, optimizer, self.writer)
-        self.outlook = Forecast(folder, options.snapshots, options.max_bytes, retrace, say)
+        self.outlook = Forecast(folder, options, say)
         self.keeper = BatchKeeper(
             options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
         )
@@ -145,7 +134,7 @@ class Recording:
         """
         budget = self.outlook.plan(trainer, self.recorder.state(), self.writer.bytes_written)
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
-        self.writer.keeps_epochs = self._retrace.epochs != "all"
+        self.writer.keeps_epochs = self._options.epochs != "all"
 
     def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample.
@@ -183,7 +172,7 @@ class Recording:
         self.recorder.begin_batch(micro)
         if self._rehearsal is not None:
             self._rehearsal.begin_batch(micro, batch, self.recorder.state())
-        if is_first and self._retrace.sample_losses is None:
+        if is_first and self._options.sample_losses is None:
             params = list(trained_parameters(module, trainer.optimizers[0]).values())
             self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
 
@@ -235,7 +224,7 @@ class Recording:
             module,
             trainer.optimizers[0],
             surroundings_of(trainer, module),
-            self._retrace,
+            self._options,
             gradient_hooks(trainer, module),
             forward=self.writer.interval != 1,
         )
@@ -245,7 +234,7 @@ class Recording:
         """Keep what was logged, to hold the recomputed objective against."""
         self.keeper.watch.is_interrupted()
         self.outlook.is_interrupted()
-        value = trainer.callback_metrics.get(self._retrace.monitor)
+        value = trainer.callback_metrics.get(self._options.monitor)
         if not trainer.sanity_checking and value is not None:
             self.logged[trainer.global_step] = float(value)
 
@@ -259,7 +248,7 @@ class Recording:
         if self.recorder.has_pending:
             ends_epoch = _is_at_end_of_epoch(trainer)
             self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
-        epochs = self._retrace.epochs
+        epochs = self._options.epochs
         windows = [(first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), epochs), math.inf)]
         if self.best is not None and self.best.epoch is not None and self.best.step is not None:
             windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
@@ -292,7 +281,7 @@ class Recording:
         """What is known when the fit is over."""
         num_val_batches = _limits_of_validation(trainer)
         best = None if self.best is None else self.best.step
-        return FitEnd(self._retrace.monitor, self.logged, best, num_val_batches, is_complete)
+        return FitEnd(self._options.monitor, self.logged, best, num_val_batches, is_complete)
 
     def mark(self) -> CheckpointMark | None:
         """What a checkpoint written now is to say of the trajectory."""

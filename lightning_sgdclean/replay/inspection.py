@@ -235,7 +235,7 @@ def _split_by_user(this: OpenedRun, calls: WatchedLosses, content: Any) -> Tenso
     walk, context = this.walk, this.surroundings.train_context
     assert walk.sample_losses is not None
     with eagerly(), logging_to(walk.module, lambda *_, **__: None), context(), calls:
-        losses = walk.sample_losses(walk.module, cloned(content)).detach()
+        losses: Tensor = walk.sample_losses(walk.module, cloned(content)).detach()
     walk.restore_attributes()
     calls.own(losses)
     return losses

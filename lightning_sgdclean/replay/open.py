@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients
 from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.fetching import ValidationBatch, fetch_batch, loaders_in, validation_batches
 from lightning_sgdclean.data.packing import Classes, unpack_batch
@@ -19,7 +20,7 @@ from lightning_sgdclean.losses.evaluate import Surroundings, surroundings_of
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.replay.sample_order import check_positions
 from lightning_sgdclean.replay.states import RecomputedStates
-from lightning_sgdclean.replay.walk import RetraceOptions, Walk, check_finite, load_state, walk_of
+from lightning_sgdclean.replay.walk import Walk, check_finite, load_state, walk_of
 from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
 
@@ -76,7 +77,7 @@ class OpenedRun:
     """
 
     run: RecordedRun
-    options: RetraceOptions
+    options: Options
     trajectory: Trajectory
     steps: list[Step]
     walk: Walk
@@ -109,7 +110,7 @@ class OpenedRun:
 
 
 @contextmanager
-def opened(trainer: Any, module: Any, run: RecordedRun, options: RetraceOptions) -> Iterator[OpenedRun]:
+def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Iterator[OpenedRun]:
     """Open a run whose fit has ended; module and random states are as they were afterwards.
 
     Raises:
@@ -128,7 +129,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: RetraceOptions)
 def _opened(
     module: Any,
     run: RecordedRun,
-    options: RetraceOptions,
+    options: Options,
     surroundings: Surroundings,
     restore: Callable[[], None],
 ) -> OpenedRun:
@@ -169,7 +170,7 @@ def _opened(
     )
 
 
-def _window(trajectory: Trajectory, run: RecordedRun, options: RetraceOptions) -> tuple[list[Step], list[str]]:
+def _window(trajectory: Trajectory, run: RecordedRun, options: Options) -> tuple[list[Step], list[str]]:
     """The steps to retrace, the last of which is the end point, and what is missing of a fit's.
 
     Raises:
@@ -196,7 +197,7 @@ def _window(trajectory: Trajectory, run: RecordedRun, options: RetraceOptions) -
     return [step for step in steps if step.epoch >= first_epoch], complaints
 
 
-def _missing(trajectory: Trajectory, first_epoch: int, options: RetraceOptions) -> list[str]:
+def _missing(trajectory: Trajectory, first_epoch: int, options: Options) -> list[str]:
     """That the window begins before what was kept, if so."""
     first = trajectory.steps[0]
     if first.epoch < first_epoch or (first.epoch == first_epoch and trajectory.begins_epoch):
@@ -208,7 +209,7 @@ def _missing(trajectory: Trajectory, first_epoch: int, options: RetraceOptions) 
     ]
 
 
-def _validation(run: RecordedRun, options: RetraceOptions) -> tuple[Iterator[ValidationBatch], int]:
+def _validation(run: RecordedRun, options: Options) -> tuple[Iterator[ValidationBatch], int]:
     own = options.val_dataloaders is not None
     loaders = options.val_dataloaders if own else run.val_dataloaders
     if loaders is None:

@@ -17,12 +17,12 @@ from lightning_sgdclean.base.lightning import (
     one_loader,
     quiet_trainer,
 )
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.fetching import loaders_in
 from lightning_sgdclean.data.packing import Classes, classes_of
 from lightning_sgdclean.losses.evaluate import surroundings_of
 from lightning_sgdclean.replay.open import OpenedRun, RecordedRun, opened
-from lightning_sgdclean.replay.walk import RetraceOptions
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def reopened(
     run_dir: str | Path,
     model: Any,
-    options: RetraceOptions,
+    options: Options,
     use: Callable[[OpenedRun], T],
     *,
     train_dataloaders: Any = None,
@@ -95,7 +95,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
         self,
         run_dir: Path,
         trajectory: Trajectory,
-        options: RetraceOptions,
+        options: Options,
         use: Callable[[OpenedRun], T],
         val_dataloaders: Any,
         limit: float | None,

@@ -16,7 +16,7 @@ from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
 from lightning_sgdclean.base.errors import NonFiniteError
-from lightning_sgdclean.base.options import ObjectiveFn, SampleId, SampleLosses
+from lightning_sgdclean.base.options import Options, SampleId, SampleLosses
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.batches import summable
 from lightning_sgdclean.losses.evaluate import Surroundings, in_float32, in_half, is_low
@@ -24,36 +24,6 @@ from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import State, Step
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetraceOptions:
-    """The callback's options that matter to a retrace; see there."""
-
-    monitor: str = "val_loss"
-    mode: str = "min"
-    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None
-    val_dataloaders: Any = None
-    epochs: int | str = 1
-    at: str = "last"
-    curvature: str = "exact"
-    finite_radius: float = 0.01
-    sample_losses: SampleLosses | None = None
-    on_mismatch: str = "raise"
-    tolerance: float | None = None
-    retrace_precision: str = "auto"
-    verify: int = 0
-    rerank: int = 0
-    columns: tuple[str, ...] = ()
-
-    @property
-    def objectives(self) -> dict[str, ObjectiveFn | None]:
-        """What the samples are ranked by, first, and what else their influence on is wanted; None: what is logged."""
-        if self.objective is None:
-            return {self.monitor: None}
-        if isinstance(self.objective, dict):
-            return dict(self.objective)
-        return {getattr(self.objective, "__name__", "objective"): self.objective}
 
 
 @dataclass
@@ -99,7 +69,7 @@ def walk_of(
     module: Any,
     optimizer: Optimizer,
     surroundings: Surroundings,
-    options: RetraceOptions,
+    options: Options,
     hooks: list[str],
     *,
     batch_of: Callable[[Step, int], Any],
