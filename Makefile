@@ -1,6 +1,7 @@
 # make demo     train on MNIST with flipped labels, find them, train again without them
 # make test     lint, format, types, documentation, tests
 # make lowest   the core tests on the lowest versions that setup.cfg allows, in .venv-lowest
+# make house    the package's layout in figures: files, lines, floors
 # make docs     the documentation as a site: build/docs/index.html
 # make bench    measure what recording and retracing cost
 # make clean    remove the environment, builds and caches
@@ -20,7 +21,7 @@ CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test lowest core docs bench clean FORCE
+.PHONY: demo test lowest core house docs bench clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/all.done
@@ -38,12 +39,16 @@ lowest:
 
 # What is computed and recorded, and each library that setup.cfg names. Warnings count for nothing
 # here: old versions are warned of by what is newer.
-CORE := fit_central_differences unrolled engines optimizers segments store writer fit outcome \
-        ranking parquet figures appearance page progress loggers configured_options
+CORE := adjoint trajectory ranking fits/test_central_differences.py fits/test_unrolled.py test_retracing_outcome.py \
+        report/test_appearance.py report/test_content.py report/test_page.py report/test_destinations.py \
+        report/test_progress.py cli/test_configured_options.py
 
 core: $(VENV)/all.done
 	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest
-	$(PY) -m pytest -W ignore $(CORE:%=tests/test_%.py)
+	$(PY) -m pytest -W ignore $(CORE:%=tests/%)
+
+house:
+	$(PYTHON) tests/house.py
 
 # From scratch, since a page that did not change can still link to one that did. Warnings are errors.
 docs: $(VENV)/docs.done

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from cost_page import markdown
-from lightning_sgdclean import SGDInfluence, after_fit
+from lightning_sgdclean import SGDInfluence, retracing
 from lightning_sgdclean.trajectory.store import Trajectory
 from recording_cost import recording_ratio
 from silent import silent_trainer
@@ -105,7 +105,7 @@ def fit(optimizer, train, val, callback=None):
 
 def timed_retrace(optimizer, train, val, folder, engine):
     """Fit with the callback: seconds of the walk's steps."""
-    ticks, retrace_steps = [], after_fit.retrace_steps
+    ticks, retrace_steps = [], retracing.retrace_steps
 
     def ticking(states, steps, adjoints, walk, progress, bookmark):
         def tick(influence):
@@ -116,11 +116,11 @@ def timed_retrace(optimizer, train, val, folder, engine):
 
     options = {"dirpath": folder, "overwrite": True, "curvature": engine, "snapshots": "every"}
     callback = SGDInfluence("val_loss", epochs="all", **options)
-    after_fit.retrace_steps = ticking
+    retracing.retrace_steps = ticking
     try:
         fit(optimizer, train, val, callback)
     finally:
-        after_fit.retrace_steps = retrace_steps
+        retracing.retrace_steps = retrace_steps
     return list(np.diff(ticks)), callback
 
 

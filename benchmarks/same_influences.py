@@ -92,7 +92,7 @@ def loss_on(*labels: int) -> Callable[..., Any]:
 
     def objective(module, batch):
         x, y = batch
-        chosen = torch.isin(y, torch.tensor(labels))
+        chosen = torch.isin(y, torch.tensor(labels, device=y.device))
         return F.cross_entropy(module.net(x[chosen]), y[chosen]), int(chosen.sum())
 
     return objective

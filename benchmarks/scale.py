@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.adjoint import backward
-from lightning_sgdclean.replay.states import RecomputedStates
+from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.trajectory.schedule import interval_of, num_snapshots, repeated_steps
 from lightning_sgdclean.trajectory.store import Trajectory
 from silent import silent_trainer
@@ -202,7 +202,7 @@ def markdown(constants):
         f"{constants['states_around']['SGD']} states with SGD and {constants['states_around']['Adam']} with Adam, for",
         "the live model, its optimizer, gradients, the adjoint and the states at work; activations come on top.",
         "How many snapshots there are and how often a step is repeated are formulas",
-        "(`lightning_sgdclean/schedule.py`), which a simulation of a million steps bears out",
+        "(`lightning_sgdclean/trajectory/schedule.py`), which a simulation of a million steps bears out",
         "(`tests/trajectory/test_schedule.py`). The window is the whole training. *Cost of a step* is in training",
         f"steps: {WALK} for the walk itself ([cost.md](cost.md)) and one for each time that the step is repeated.",
         f"What exceeds {in_units(DISK)} of disk or {in_units(MEMORY)} of memory is marked with an exclamation mark.",

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank the training samples of a Lightning run by the harm they did to the validation loss."""
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +58,17 @@ _HOMES = {
     "write_report": "report.page",
 }
 
+# Modules that have an address in the documentation of the API, and the rooms that they moved to.
+_MOVED = {
+    "agreement": "ranking.agreement",
+    "cleansing_plan": "cleansing.plan",
+    "cleansing_result": "cleansing.result",
+    "comparison": "ranking.comparison",
+    "errors": "base.errors",
+    "gains": "cleansing.result",
+    "relabelling": "data.labels",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for: what needs no torch, as the command line, does not wait for it."""
@@ -65,3 +81,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Addresses(MetaPathFinder, Loader):
+    """Lets modules be imported under their addresses in the documentation, as the very modules that they are now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(f"{__name__}.{_MOVED[module.__name__.partition('.')[2]]}")
+
+
+sys.meta_path.append(_Addresses())

@@ -15,25 +15,38 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_sgdclean.adjoint.objective import logs_value
-from lightning_sgdclean.after_fit import rank_run
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
 from lightning_sgdclean.base.files import check_free, fresh_directory, write_json
-from lightning_sgdclean.base.lightning import CALLBACK_BASES, check_optimizers, gradient_hooks, shown_bar
+from lightning_sgdclean.base.lightning import (
+    CALLBACK_BASES,
+    check_alone,
+    check_module,
+    check_optimizers,
+    check_validation,
+    gradient_hooks,
+    shown_bar,
+)
 from lightning_sgdclean.base.options import Options
-from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.losses.evaluate import surroundings_of
+from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.surroundings import surroundings_of
+from lightning_sgdclean.losses.verified import VerifiedSplit
+from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.ranking.figures import Exhibit, worst_pictures
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.record import checks
 from lightning_sgdclean.record.loaders import TrainLoaders
-from lightning_sgdclean.record.recording import Recording
-from lightning_sgdclean.replay.open import OpenedRun, RecordedRun
+from lightning_sgdclean.record.recording import EarlyFindings, Recording
+from lightning_sgdclean.replay.open import opened
+from lightning_sgdclean.replay.replay import RecordedRun
 from lightning_sgdclean.report.page import PageOfRun
 from lightning_sgdclean.report.publish import publish
 from lightning_sgdclean.report.words import closing_text
-from lightning_sgdclean.retracing import call_of
-from lightning_sgdclean.trajectory.joining import join, without_mark
+from lightning_sgdclean.retracing import call_of, rank
+from lightning_sgdclean.trajectory.joining import join
+from lightning_sgdclean.trajectory.live_state import trained_parameters
+from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch
 
 
 class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
@@ -45,8 +58,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     the sample.
 
     Followed: most of torch's optimizers with any options, groups and schedules, gradient
-    accumulation and clipping, BatchNorm with its running statistics, dropout, any sampler. What
-    cannot be followed is refused, before the first step where it can be known by then.
+    accumulation and clipping, BatchNorm with its running statistics, dropout, any sampler. Training loops
+    that are not supported raise an error, before the first step where that can be known.
 
     Example::
 
@@ -144,54 +157,24 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         show_samples: bool = True,
         keep_trajectory: bool = True,
     ) -> None:
+        given = dict(locals())
         super().__init__()
-        self.options = Options(
-            monitor=monitor,
-            mode=mode,
-            objective=objective,
-            val_dataloaders=val_dataloaders,
-            epochs=epochs,
-            at=at,
-            curvature=curvature,
-            finite_radius=finite_radius,
-            dirpath=dirpath,
-            overwrite=overwrite,
-            sample_ids=sample_ids,
-            keep_batches=keep_batches,
-            sample_losses=sample_losses,
-            snapshots=snapshots,
-            max_bytes=max_bytes,
-            on_mismatch=on_mismatch,
-            tolerance=tolerance,
-            retrace_precision=retrace_precision,
-            verify=verify,
-            rerank=rerank,
-            columns=columns,
-            formats=formats,
-            page=page,
-            render=render,
-            class_names=class_names,
-            show_samples=show_samples,
-            keep_trajectory=keep_trajectory,
-        )
+        self.options = Options.among(given)
         self.ranking: Ranking | None = None
         self.run_dir: Path | None = None
         self.summary: dict[str, Any] = {}
+        # Lightning asks for it at every hook, a dozen times a step.
+        self._state_key: str = self._generate_state_key(monitor=monitor, curvature=curvature, dirpath=str(dirpath))
         self._forget()
 
     def _forget(self) -> None:
         """Be as before any fit."""
-        # Lightning asks for it at every hook, a dozen times a step.
-        options = {
-            "monitor": self.options.monitor,
-            "curvature": self.options.curvature,
-            "dirpath": str(self.options.dirpath),
-        }
-        self._state_key: str = self._generate_state_key(**options)
         self._active = False
         self._mark: dict[str, Any] = {}  # what the checkpoint says that a fit goes on from
         self._loaders: TrainLoaders | None = None
         self._recording: Recording | None = None
+        self._split = VerifiedSplit()
+        self._plan: SplitPlan | None = None  # of the first batch's loss
         self._checked_validation = False
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
@@ -204,8 +187,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._forget()
         if trainer.fast_dev_run:
             return
-        checks.check_alone(trainer, SGDInfluence)
-        checks.check_module(trainer, pl_module, self.options.objective is not None)
+        check_alone(trainer, SGDInfluence)
+        check_module(trainer, pl_module, self.options.objective is not None)
         self._loaders = TrainLoaders(self.options.sample_ids, may_keep=self.options.keep_batches is not False)
         self._loaders.watch(trainer)
 
@@ -215,16 +198,26 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._loaders is None:
             return
         check_optimizers(trainer)
-        checks.check_validation(trainer, self.options.objective is not None, self.options.val_dataloaders is not None)
-        self.run_dir = (
-            join(self._mark, self.options.dirpath, Path(log_dir), self.options.overwrite) if self._mark else None
-        )
+        update_of(trainer.optimizers[0])
+        check_validation(trainer, self.options.objective is not None, self.options.val_dataloaders is not None)
+        dirpath, overwrite = self.options.dirpath, self.options.overwrite
+        self.run_dir = join(self._mark, dirpath, Path(log_dir), overwrite) if self._mark else None
         joined = self._mark if self.run_dir else {}
         if self.run_dir is None:
-            check_free(self.options.dirpath, self.options.overwrite)
-            self.run_dir = fresh_directory(self.options.dirpath, Path(log_dir), self.options.overwrite)
+            check_free(dirpath, overwrite)
+            self.run_dir = fresh_directory(dirpath, Path(log_dir), overwrite)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
-        self._recording = Recording(trainer, pl_module, self._loaders, self.run_dir, self.options, say, joined)
+        self._recording = Recording(
+            trainer,
+            pl_module,
+            self._loaders,
+            self.run_dir,
+            self.options,
+            say,
+            on_first_batch=partial(self._prove_split, trainer, pl_module),
+            rehearse=partial(self._rehearse, trainer, pl_module),
+            joined=joined,
+        )
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 
@@ -232,18 +225,31 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Check the training loader, which exists by now, and say what recording takes."""
         if self._active and self._recording is not None and self._loaders is not None:
             self._loaders.check(trainer)
-            if not self._mark and trainer.global_step and self._may_reach_before(trainer):
-                warn_of([without_mark(trainer.global_step)])
+            if not self._mark:
+                self._recording.check_reach(trainer)
             self._recording.plan_snapshots(trainer)
 
-    def _may_reach_before(self, trainer: Any) -> bool:
-        """Whether the window may begin before what this fit records."""
-        is_endless = trainer.max_epochs in (None, -1)
-        return (
-            self.options.epochs == "all"
-            or is_endless
-            or trainer.max_epochs - self.options.epochs < trainer.current_epoch
-        )
+    def _prove_split(self, trainer: Any, pl_module: Any, micro: MicroBatch, content: Any) -> None:
+        """On the first batch: does the loss split by sample?"""
+        if self.options.sample_losses is None:
+            params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
+            around = surroundings_of(trainer, pl_module)
+            batch = RecordedBatch(pl_module, params, micro, content, around, restore=lambda: None)
+            self._plan = self._split.prove(batch)
+
+    def _rehearse(self, trainer: Any, pl_module: Any, kept: KeptStep, forward: bool) -> list[str]:
+        """Retrace an early step; what to warn of."""
+        around, hooks = surroundings_of(trainer, pl_module), gradient_hooks(trainer, pl_module)
+        optimizer = trainer.optimizers[0]
+        return rehearse(kept, pl_module, optimizer, around, self.options, hooks, self._split, forward=forward)
+
+    @property
+    def early_findings(self) -> EarlyFindings:
+        """What is known of a training by its first steps."""
+        recording = self._recording
+        if recording is None:
+            return EarlyFindings()
+        return EarlyFindings(self._plan, recording.first_ids, recording.outlook.budget)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -261,7 +267,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
         if self._active and self._recording is not None:
-            self._recording.begin_batch(trainer, pl_module, batch, batch_idx)
+            self._recording.begin_batch(trainer, batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss, as it is differentiated."""
@@ -273,7 +279,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if self._active and self._recording is not None:
             if batch is None:
                 self._recording.skip_batch(trainer)
-            self._recording.end_batch(trainer, pl_module)
+            self._recording.end_batch()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
@@ -346,17 +352,15 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
             fit=self._recording.writer.fit,
+            split=self._split,
         )
-        page = PageOfRun(self.options.page, self.options.show_samples, self.options.render, self.options.class_names)
-
-        def ready(this: OpenedRun, ranking: Ranking, about: dict[str, Any]) -> None:
-            """Files first: whatever comes behind them cannot cost the ranking."""
-            self._write(trainer, ranking, about)
-            page.look(this, ranking)
-
+        page = PageOfRun(self.options)
         try:
             self._recording.recorder.check_frozen()
-            complaints = rank_run(trainer, pl_module, run, self.options, ready)
+            with opened(trainer, pl_module, run, self.options) as this:
+                ranking, about, complaints = rank(this, bar=shown_bar(trainer))
+                self._write(trainer, ranking, about)  # files first: whatever comes after cannot cost the ranking
+                page.look(this, ranking)
         except (Exception, KeyboardInterrupt) as error:
             self._tell_how_to_go_on(error)
             raise
@@ -377,27 +381,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         if not len(ranking):
             raise NonFiniteError("No sample was drawn in the window, so there is nothing to rank.")
         self._seconds["retrace"] += time.perf_counter()
-        optimizer = trainer.optimizers[0]
-        self.summary = {
-            "format": 1,
-            "versions": versions(),
-            "id_type": "int" if ranking.sample_id.dtype != object else "str",
-            "num_samples": len(ranking),
-            "num_harmful": int((ranking.influence < 0).sum()),
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "precision": str(trainer.precision),
-            "engine": self.options.curvature,
-            **about,
-            "options": {
-                "epochs": self.options.epochs,
-                "finite_radius": self.options.finite_radius,
-                "tolerance": self.options.tolerance,
-            },
-            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
-            "batches": self._recording.keeper.summary(),
-            "budget": self._recording.outlook.summary(trainer),
-            "trajectory_bytes": self._recording.writer.bytes_written,
-        }
+        seconds = {name: round(value, 3) for name, value in self._seconds.items()}
+        self.summary = {**about, "seconds": seconds, **self._recording.summary(trainer)}
         for kind in self.options.formats:
             ranking.save(self.run_dir / f"influence.{kind}")
         write_json(self.run_dir / "summary.json", self.summary)

@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrace a recorded run on another day, in another process, without training again."""
+"""From a recorded run to a ranking: where its fit has just ended, or with :func:`retrace` on another day."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from lightning_sgdclean.after_fit import rank_opened
-from lightning_sgdclean.base.errors import warn_of
+from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
+from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
+from lightning_sgdclean.base.errors import ReplayMismatchError, warn_of
 from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.base.options import Options
+from lightning_sgdclean.base.resources import versions
+from lightning_sgdclean.leave_out.trust import put_to_the_test
+from lightning_sgdclean.losses.surroundings import Surroundings, is_low
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.replay.reopened import reopened
+from lightning_sgdclean.replay.inspection import predicted_labels, sample_columns
+from lightning_sgdclean.replay.open import reopened
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, Replay
+from lightning_sgdclean.replay.sample_order import prove_ids
+from lightning_sgdclean.report.words import replay_in_words, retrace_bar, runs_bar
+from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
 
 
 def retrace(
@@ -53,22 +65,23 @@ def retrace(
         val_dataloaders: The data that the objective is the mean over. Where its value is not the one that the fit
             logged, a warning tells.
         datamodule: Instead of the two.
-        monitor: As for :class:`SGDInfluence`, and so are the rest.
-        mode: See there.
-        objective: See there.
+        monitor: Name of the value that ``validation_step`` logs. This option and those below are described in full at
+            :class:`SGDInfluence`.
+        mode: Whether the value should be low (``"min"``) or high (``"max"``).
+        objective: A callable, or several by name, instead of ``monitor``.
         limit_val_batches: How many validation batches of each loader count, or as a float which share; by default as
             many as the fit took.
-        epochs: See there; the window has to lie in what was kept.
-        at: See there; ``"best"`` needs a run that was recorded with it.
-        curvature: See there.
-        finite_radius: See there.
-        sample_losses: See there.
-        on_mismatch: See there.
-        tolerance: See there.
-        retrace_precision: See there.
-        verify: See there; the samples chosen have a column ``real``.
-        rerank: See there.
-        columns: See there.
+        epochs: How many of the last epochs to retrace, or ``"all"``; no more than were kept.
+        at: End point, ``"last"`` or ``"best"``; the latter needs a run that was recorded with it.
+        curvature: Engine: ``"exact"``, ``"finite"`` or ``"none"``.
+        finite_radius: Radius of ``"finite"``, relative to the parameters' length.
+        sample_losses: Callable to the samples' losses, where these cannot be found.
+        on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.
+        tolerance: Largest relative difference of a loss.
+        retrace_precision: Precision of the derivatives of a run in 16 bits.
+        verify: How many samples to really leave out; they get a column ``real``.
+        rerank: How many of the worst samples to rank by what leaving them out really does.
+        columns: Further columns.
         trainer: The Trainer to retrace under; it takes no step, and is afterwards as it was. By default a quiet one
             with the precision and the kind of device that the run had.
 
@@ -80,27 +93,12 @@ def retrace(
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
-    options = Options(
-        monitor=monitor,
-        mode=mode,
-        objective=objective,
-        epochs=epochs,
-        at=at,
-        curvature=curvature,
-        finite_radius=finite_radius,
-        sample_losses=sample_losses,
-        on_mismatch=on_mismatch,
-        tolerance=tolerance,
-        retrace_precision=retrace_precision,
-        verify=verify,
-        rerank=rerank,
-        columns=columns,
-    )
+    options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
     ranking, _, complaints = reopened(
         run_dir,
         model,
         options,
-        lambda this: rank_opened(this, bar=None if trainer is None else shown_bar(trainer)),
+        lambda this: rank(this, bar=None if trainer is None else shown_bar(trainer)),
         train_dataloaders=train_dataloaders,
         val_dataloaders=val_dataloaders,
         datamodule=datamodule,
@@ -125,3 +123,168 @@ def _as_written(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name!r}: ..." for name in value) + "}"
     return "..." if callable(value) else repr(value)
+
+
+def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:
+    """Rank the samples of an opened run, under a bar in the style of ``bar``.
+
+    Returns:
+        The ranking, the summary's entries about it, and complaints to warn of.
+    """
+    replay, steps, run, options = this.replay, this.steps, this.run, this.options
+    walk = walk_of(replay, run.optimizer, options)
+
+    def objectives_within(surroundings: Surroundings) -> list[ObjectiveGradient]:
+        return objectives_at(this.end, replay, *this.validation(), options, surroundings)
+
+    objectives = objectives_within(replay.surroundings)
+    complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
+    if not run.averaging:
+        complaints += _compare_objective(objectives[0].value, steps[-1], run, replay, options)
+    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
+
+    def start(walk: Walk) -> list[Adjoint]:
+        """The objectives' gradients, in the precision that the walk takes derivatives in."""
+        with walk.pulling() as wide:
+            at_end = objectives if wide is replay.surroundings else objectives_within(wide)
+        return [adjoint_of(one, replay.params, sign=1.0 if options.mode == "min" else -1.0) for one in at_end]
+
+    with replay.surroundings.as_stage("train"), retrace_bar(bar, len(steps)) as advance:
+        agreement = None
+        if is_low(replay.surroundings, replay.module) and not walk.widens:
+            agreement = float32_agreement(this.states, steps, walk, start)
+            if agreement.is_noise:
+                complaints.append(agreement.complaint(replay.surroundings.precision))
+        if "relabel" in options.columns:
+            drawn = (name for step in steps for micro in step.micro for name in micro.ids)
+            labels_of, problems = predicted_labels(this, drawn)
+            walk = replace(walk, labels_of=labels_of)
+            complaints += problems
+        adjoints = start(walk)
+        bookmark = Bookmark(this.trajectory.folder, _key(this, walk, adjoints))
+        found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
+        columns, gaps = sample_columns(this, found.ids, options.columns)
+    about = _about(objectives, this)
+    about["float32_agreement"] = agreement and asdict(agreement)
+    ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
+    ranking, about["trust"], doubts = _tested(this, ranking, bar)
+    return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]
+
+
+def _tested(this: OpenedRun, ranking: Ranking, bar: Any) -> tuple[Ranking, dict[str, Any] | None, list[str]]:
+    """The ranking put to the test, if that is wanted; what came of it, and why it could not be."""
+    if not len(ranking) or not (this.options.verify or this.options.rerank):
+        return ranking, None, []
+    try:
+        with runs_bar(bar) as progress:
+            return *put_to_the_test(this, ranking, progress), []
+    except (Exception, KeyboardInterrupt) as error:  # the ranking is there, and right: nothing here may cost it
+        cause = "it was interrupted." if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        return ranking, None, [f"The ranking is there, but could not be put to the test (verify=, rerank=): {cause}"]
+
+
+def _key(this: OpenedRun, walk: Walk, adjoints: list[Adjoint]) -> str:
+    """What tells this walk from others over the same run."""
+    options = this.options
+    matters = {
+        "curvature": [options.curvature, options.finite_radius],
+        "widens": walk.widens,
+        "sample_losses": options.sample_losses,
+        "relabel": "relabel" in options.columns,
+        # A bookmark made under "warn" must not be resumed under "raise".
+        "refuses": [options.on_mismatch, walk.replay.fidelity.tolerance],
+    }
+    return key_of(this.trajectory.run, [step.index for step in this.steps], matters, adjoints)
+
+
+def _columns(found: Influences, walk: Walk, options: Options) -> dict[str, Any]:
+    """Influences on the further objectives, and what each epoch and another label did, where that was asked for."""
+    wanted, others = options.columns, list(options.objectives)[1:]
+    columns: dict[str, Any] = {
+        f"influence:{name}": values for name, values in zip(others, found.values[1:], strict=True)
+    }
+    by_epoch = {f"by_epoch:{epoch}": values for epoch, values in found.by_epoch.items()}
+    columns |= by_epoch if "by_epoch" in wanted else {}
+    changes = [None] * len(found.ids) if walk.labels_of is None else found.relabelled
+    return columns | ({"relabel": changes} if "relabel" in wanted else {})
+
+
+def _compare_objective(value: float, last: Step, run: RecordedRun, replay: Replay, options: Options) -> list[str]:
+    """Hold the recomputed value against the logged one, where both are of the same weights and data."""
+    if options.objective is not None or options.val_dataloaders is not None:
+        return []
+    at_end = run.ending.logged_at(options.monitor, last.index + 1)
+    # Lightning sums over batches in the precision of what is logged.
+    slack = 4 * max(torch.finfo(param.dtype).eps for param in replay.params.values())
+    if at_end is None or math.isclose(value, at_end, rel_tol=max(1e-4, slack), abs_tol=1e-12):
+        return []
+    text = (
+        f"{options.monitor!r} recomputed on the final weights is {value!r}, but {at_end!r} was logged for them. "
+        "Likely causes: random validation data, weights moved after the last step, "
+        f"{'' if run.is_of_fit else 'other validation data than the fit had, '}or a value not averaged by batch size."
+    )
+    if options.on_mismatch == "raise" and run.is_of_fit:
+        raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
+    return [text]
+
+
+def _of_ranking(ranking: Ranking) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "versions": versions(),
+        "id_type": "int" if ranking.sample_id.dtype != object else "str",
+        "num_samples": len(ranking),
+        "num_harmful": int((ranking.influence < 0).sum()),
+    }
+
+
+def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, Any]:
+    run, options, steps, fidelity = this.run, this.options, this.steps, this.replay.fidelity
+    last = steps[-1]
+    names = list(options.objectives)
+    return {
+        "engine": options.curvature,
+        "options": {name: getattr(options, name) for name in ("epochs", "finite_radius", "tolerance")},
+        "objective": {
+            "name": names[0],
+            "mode": options.mode,
+            "recomputed": objectives[0].value,
+            "logged": run.ending.logged_at(options.monitor, last.index + 1),
+            "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
+        },
+        "end_point": _end_point_in_words(last, run, options),
+        "dataset_size": _dataset_size([micro for step in steps for micro in step.micro], run),
+        "window": {
+            "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
+            "first_step": steps[0].index,
+            "last_step": last.index,
+            "num_steps": sum(step.is_update for step in steps),
+            "num_without_update": sum(not step.is_update for step in steps),
+        },
+        "replay": {
+            "words": replay_in_words(fidelity),
+            "loss_error": fidelity.loss,
+            "update_error": fidelity.update,
+            "batches": fidelity.num_batches,
+            "batches_bit_for_bit": fidelity.num_bitwise,
+            "segments": fidelity.num_segments,
+            "segments_bit_for_bit": fidelity.segments_bitwise,
+            "complaints": fidelity.complaints,
+        },
+    }
+
+
+def _dataset_size(batches: list[MicroBatch], run: RecordedRun) -> int | None:
+    """How many positions the ids could be of; None where they are names."""
+    dataset = run.loaders[batches[-1].loader].dataset
+    # A name may equal a position by chance, hence all batches are asked.
+    are_positions = all(micro.ids == micro.positions for micro in batches)
+    return len(dataset) if are_positions and hasattr(dataset, "__len__") else None
+
+
+def _end_point_in_words(last: Step, run: RecordedRun, options: Options) -> str:
+    """Which weights the objective is of, e.g. ``after step 811, the ModelCheckpoint's best model``."""
+    words = f"after step {last.index}, {'the last' if options.at == 'last' else 'at which the best model was saved'}"
+    if run.averaging:
+        words += f"; the averaged weights of {', '.join(run.averaging)} are not what is ranked"
+    return words

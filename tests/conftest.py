@@ -55,7 +55,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_example(tmp_path_factory):
-    """A copy of the example's folder in which it was trained as a user trains it, from a shell."""
+    """A copy of the example of a LightningCLI in which it was trained as a user trains it, from a shell."""
     folder = tmp_path_factory.mktemp("example") / "lightning_cli"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     python("main.py", "fit", "--config", "config.yaml", cwd=folder)

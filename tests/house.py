@@ -6,6 +6,7 @@ python tests/house.py
 
 import ast
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ class House:
 
     def _taken_by(self, name: str) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for node in ast.walk(self.trees[name]):
+        for node in self._running(self.trees[name]):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
                 source = (node.module or "").partition(".")[2]
                 for alias in node.names:
@@ -53,6 +54,13 @@ class House:
                         self._note(found, source, "")
         found.pop(name, None)
         return found
+
+    def _running(self, tree: ast.AST) -> Iterator[ast.AST]:
+        """All nodes but those for type checkers alone."""
+        for node in ast.iter_child_nodes(tree):
+            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+                yield node
+                yield from self._running(node)
 
     def _note(self, found: dict[str, set[str]], source: str, taken: str) -> None:
         """A name taken from a file; where the name is a file itself, that file as a whole."""

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
 from datasets import noisy_collate
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
-from lightning_sgdclean.adjoint import backward, bookmark
+from lightning_sgdclean.adjoint import backward
+from lightning_sgdclean.adjoint import walk as bookmark
 from lightning_sgdclean.base.errors import (
     ObjectiveError,
     ReplayMismatchError,

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch.nn import functional as F
 
 from cases import Plain, loaders, quiet_trainer
-from lightning_sgdclean import Ranking, SGDInfluence, after_fit
+from lightning_sgdclean import Ranking, SGDInfluence, retracing
 from lightning_sgdclean.base.errors import SGDInfluenceWarning, warn_of
 
 FILES = {"influence.csv", "summary.json", "report.html"}
@@ -92,7 +92,7 @@ def test_a_retrace_that_breaks_off_says_how_it_is_finished(error, tmp_path, monk
         raise error("out")
 
     callback = SGDInfluence(dirpath=tmp_path / "run")
-    monkeypatch.setattr(after_fit, "retrace_steps", breaks)
+    monkeypatch.setattr(retracing, "retrace_steps", breaks)
     with pytest.raises((error, SystemExit)) as caught:  # Lightning makes an exit of an interrupt
         quiet_trainer([callback], **OPTIONS).fit(Plain(), *loaders())
     told = "".join(getattr(caught.value, "__notes__", [])) or capsys.readouterr().err

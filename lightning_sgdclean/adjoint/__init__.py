@@ -1,2 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wing of the house."""
+"""The walk back: objective, curvature, the optimizers' transposed steps, an influence for every sample."""
+
+# What other wings may take, each name from the room that defines it. Nothing is imported here, so that looking at a
+# run does not wait for torch.
+__all__ = [
+    "Adjoint",
+    "Bookmark",
+    "Gradients",
+    "Influences",
+    "ObjectiveGradient",
+    "Update",
+    "Walk",
+    "adjoint_of",
+    "clipped",
+    "float32_agreement",
+    "is_elementwise",
+    "key_of",
+    "logs_value",
+    "objective_values",
+    "objectives_at",
+    "register_update",
+    "rehearse",
+    "retrace_steps",
+    "update_of",
+    "walk_of",
+]

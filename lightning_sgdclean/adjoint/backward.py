@@ -14,22 +14,25 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.bookmark import Bookmark, Carried
-from lightning_sgdclean.adjoint.curvature import Linearised
-from lightning_sgdclean.adjoint.influences import Influences
-from lightning_sgdclean.adjoint.micro_step import MicroStep, open_all
+from lightning_sgdclean.adjoint.curvature import Finite, Linearised
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
+from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Carried, Influences, Walk
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.data.batches import summable
+from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
-from lightning_sgdclean.replay.fidelity import Changes
-from lightning_sgdclean.replay.walk import Adjoint, Walk, load_state
+from lightning_sgdclean.losses.surroundings import Surroundings
+from lightning_sgdclean.losses.weighting import Evaluated
+from lightning_sgdclean.replay.fidelity import Changes, Fidelity
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
@@ -49,7 +52,7 @@ def retrace_steps(
         states: Those between the steps.
         steps: The window, in order.
         adjoints: One an objective, at the end of the last step; carried to the window's first step in place.
-        walk: Module, engine, optimizer's rule and tolerances.
+        walk: Replay, engine and optimizer's rule.
         progress: Called after every step with what was found so far.
         bookmark: Where the walk is marked, and goes on from.
 
@@ -58,7 +61,7 @@ def retrace_steps(
         NonFiniteError: If an influence is not finite.
     """
     found = Influences.none_yet(steps, len(adjoints))
-    carried = Carried(adjoints, found, walk.fidelity)
+    carried = Carried(adjoints, found, walk.replay.fidelity)
     done = 0 if bookmark is None else bookmark.restore(carried)
     for _ in range(done):
         progress(found)
@@ -66,7 +69,7 @@ def retrace_steps(
     for number, step in list(enumerate(reversed(steps)))[done:]:
         after = states.state(step.index + 1) if after is None else after
         before = states.state(step.index)
-        is_checked = number % _FULL_CHECK_EVERY == 0 or step.index in walk.fidelity.joints
+        is_checked = number % _FULL_CHECK_EVERY == 0 or step.index in walk.replay.fidelity.joints
         for micro, scores in retrace_step(step, before, after, adjoints, walk, is_checked):
             found.add(micro, scores)
         if not bool(torch.isfinite(found.values).all()):
@@ -92,7 +95,7 @@ def retrace_step(
         before: The state before it.
         after: The state after it, for comparison.
         adjoints: Those of what the step leaves behind; afterwards, of what it started from.
-        walk: Module, engine, optimizer's rule and tolerances.
+        walk: Replay, engine and optimizer's rule.
         check_update: Whether to compare the update also where that alone costs the gradient.
 
     Returns:
@@ -105,36 +108,79 @@ def retrace_step(
     """
     if not step.is_update and not any(adjoint.buffers for adjoint in adjoints):
         return []
-    load_state(walk.module, walk.params, before)
-    params = list(walk.params.values())
-    batches = [MicroStep(step, i, walk) for i in range(len(step.micro))]
+    replay, fidelity = walk.replay, walk.replay.fidelity
+    replay.load(before)
+    params = list(replay.params.values())
+    batches = [replay.batch(step, i) for i in range(len(step.micro))]
     if not step.is_update:
         with torch.no_grad():  # in the run's own precision, to compare
             for batch in batches:
-                batch.statistics(params, walk.surroundings)
-        walk.fidelity.compare_buffers(step, walk.module, after.buffers)
+                batch.evaluate_under(None, batch.weights())
+        fidelity.compare_buffers(step, replay.module, after.buffers)
         _pull_back_statistics(batches, params, adjoints, walk)
         return []
-    needs_gradient = not walk.update.is_linear or step.clip is not None or (check_update and len(batches) == 1)
-    opened, raw = open_all(batches, params, walk, needs_gradient)
-    walk.fidelity.compare_losses(step, [one.loss for one in opened])
-    walk.fidelity.compare_buffers(step, walk.module, after.buffers)
+    # Accumulated: the cotangent needs the sum over all batches first, and their graphs are not kept meanwhile.
+    is_alone = len(batches) == 1
+    needs_gradient = not is_alone or not walk.update.is_linear or step.clip is not None or check_update
+    first_engine = walk.engine if is_alone and not walk.widens else Finite()
+    opened, problems = [], [_Problem(batch, walk) for batch in batches]
+    for problem in problems:
+        evaluate = problem.within(replay.surroundings)
+        opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
+    fidelity.compare_losses(step, [one.loss for one in opened])
+    fidelity.compare_buffers(step, replay.module, after.buffers)
     check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
     scale = step.micro[0].scale
-    grads = None if raw is None else {n: summable(g) / scale for n, g in zip(walk.params, raw, strict=True)}
-    cotangents = _cotangents(step, before, after, grads, adjoints, walk)
+    cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
     shrink = 1.0 if walk.widens else scale
     scores = []
     with walk.pulling() as surroundings:
         pulls = [[(c / shrink).to(p.dtype) for c, p in zip(one, params, strict=True)] for one in cotangents]
-        for batch in reversed(batches):
-            keeps = len(batches) == 1 and not walk.widens
-            linearised = opened[0] if keeps else batch.open(params, walk.engine, surroundings)
+        for problem in reversed(problems):
+            linearised = opened[0]
+            if not is_alone or walk.widens:
+                linearised = walk.engine.open(problem.within(surroundings), params, problem.weights(), False)
             found = _pull_back(linearised, pulls, adjoints)
-            if walk.labels_of is not None:
-                found[:, len(batch.micro.ids) :][:, batch.unknown] = math.nan
-            scores.append((batch.micro, found))
+            if problem.labels is not None:
+                found[:, len(problem.batch) :][:, problem.unknown] = math.nan
+            scores.append((problem.batch.micro, found))
     return scores
+
+
+class _Problem:
+    """What an engine linearises: a batch's loss by its samples' weights, and by the amounts of other labels."""
+
+    def __init__(self, batch: RecordedBatch, walk: Walk) -> None:
+        self.batch = batch
+        self.labels = None if walk.labels_of is None else walk.labels_of(batch.micro.ids)
+
+    def within(self, surroundings: Surroundings) -> Callable[[Tensor], Evaluated]:
+        """The loss as a function of :meth:`weights`, in the run's precision or widened."""
+        return partial(self.batch.evaluate, labels=self.labels, surroundings=surroundings)
+
+    def weights(self) -> Tensor:
+        """Ones for the weights, zeros for the amounts; the engine treats both as inputs."""
+        ones = self.batch.weights()
+        if self.labels is None:
+            return ones
+        return torch.cat([ones, torch.zeros_like(ones)]).detach().requires_grad_()
+
+    @property
+    def unknown(self) -> Tensor:
+        """Which samples' labels could not be changed, ``(B,)``."""
+        assert self.labels is not None
+        return (self.labels < 0) | (not self.batch.is_relabelled)
+
+
+def _summed(opened: list[Linearised], params: dict[str, nn.Parameter], scale: float) -> dict[str, Tensor] | None:
+    """The step's gradient, unscaled, where it was computed."""
+    if len(opened) == 1:
+        total = opened[0].gradient
+    else:
+        total = [torch.zeros_like(param) for param in params.values()]
+        for one in opened:
+            torch._foreach_add_(total, one.gradient or [])
+    return None if total is None else {name: summable(g) / scale for name, g in zip(params, total, strict=True)}
 
 
 def _pull_back(linearised: Linearised, pulls: list[list[Tensor]], adjoints: list[Adjoint]) -> Tensor:
@@ -149,11 +195,12 @@ def _pull_back(linearised: Linearised, pulls: list[list[Tensor]], adjoints: list
 
 
 def _pull_back_statistics(
-    batches: list[MicroStep], params: list[nn.Parameter], adjoints: list[Adjoint], walk: Walk
+    batches: list[RecordedBatch], params: list[nn.Parameter], adjoints: list[Adjoint], walk: Walk
 ) -> None:
     """A step without an update moved running statistics alone: ``lambda += (dB/dtheta)^T nu``."""
     with walk.pulling() as surroundings:
-        updates = [update for batch in batches for update in batch.statistics(params, surroundings)]
+        evaluated = [batch.evaluate_under(None, batch.weights(), surroundings=surroundings) for batch in batches]
+        updates = [update for one in evaluated for update in one.updates]
         for adjoint in adjoints:
             values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
             moved = gradient(values, list(params), pulls, retain_graph=adjoint is not adjoints[-1])
@@ -167,7 +214,7 @@ def _cotangents(
     used = None if grads is None else {name: grad for name, grad in grads.items() if name not in step.unused}
     clipped = None if used is None else clip(used, step.clip)
     if clipped is not None:
-        walk.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
+        walk.replay.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
     cotangents = [{name: torch.zeros_like(lam) for name, lam in adjoint.params.items()} for adjoint in adjoints]
     for name, group, param, state in _updated(step, before, walk):
         # A linear rule reads no gradient; any tensor of its shape will do.
@@ -203,9 +250,61 @@ def _changes(step: Step, before: State, after: State, grads: dict[str, Tensor], 
 
 
 def _on(tensor: Tensor, walk: Walk) -> Tensor:
-    return summable(tensor.to(walk.surroundings.device))
+    return summable(tensor.to(walk.replay.surroundings.device))
 
 
 def _entries(state: State, name: str, walk: Walk) -> dict[str, Tensor]:
     entries = state.optimizer.get(name, {})
     return {key: value if key == "step" else _on(value, walk) for key, value in entries.items()}
+
+
+_MIN_STEPS, _SHARE = 16, 20  # compared: 16 steps at least, and every 20th of a long window
+_NOISE_BELOW = 0.9  # cosine
+
+
+@dataclass(frozen=True)
+class Float32Agreement:
+    """Influences over the last steps of the window, taken in the run's precision and in float32.
+
+    Attributes:
+        num_steps: How many steps were compared.
+        cosine: Of the two vectors of influences; 1 is perfect, and 0 is no relation at all.
+    """
+
+    num_steps: int
+    cosine: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the ranking should not be trusted."""
+        return not self.cosine >= _NOISE_BELOW
+
+    def complaint(self, precision: str) -> str:
+        """A warning in words."""
+        return (
+            f"The influences of this {precision} run are mostly rounding noise: over its last {self.num_steps} steps "
+            f"their cosine with those of a float32 retrace is {self.cosine:.2f}. Do not trust the ranking. "
+            'Use retrace_precision="float32".'
+        )
+
+
+def float32_agreement(
+    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], list[Adjoint]]
+) -> Float32Agreement:
+    """Retrace the end of the window twice.
+
+    Args:
+        states: Those between the steps.
+        steps: The window.
+        walk: The walk in the run's own precision.
+        start: Gives the adjoints that a walk starts with; the first is compared.
+    """
+    tail = steps[-max(_MIN_STEPS, len(steps) // _SHARE) :]
+    found = []
+    for widens in (False, True):
+        # Mismatches are ignored here; the walk itself checks these steps.
+        silent = replace(walk, widens=widens, replay=replace(walk.replay, fidelity=Fidelity(math.inf, "warn")))
+        found.append(retrace_steps(states, tail, start(silent)[:1], silent, lambda _: None).values[0].numpy())
+    lengths = [float(np.linalg.norm(values)) for values in found]
+    cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan
+    return Float32Agreement(len(tail), cosine)

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of torch's optimizers, those of SGD and Adam with their transposes written out."""
+"""The steps of torch's optimizers, those of SGD and Adam with their transposes written out.
+
+The transposes of SGD's and Adam's steps are cheap, and defined where autograd's would be NaN: the learning rate may be
+zero, the state absent (the first step) and the second moment zero. The other steps are functions that autograd can
+differentiate. Torch's own steps write in place; with ``differentiable=True`` they round Adam-like corrections to
+float32, give NaN where a second moment is zero, and refuse the flags that users train with. Numbers that no gradient
+moves are computed in the type in which torch keeps them, rounding included.
+"""
 
 import math
 from typing import Any

@@ -6,7 +6,6 @@ and gives a linearisation with two moments: first its gradient, which the optimi
 need to find ``c``, then :meth:`Linearised.pull_back`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.losses.evaluate import Evaluated
-from lightning_sgdclean.losses.kernels import gradient, refuse_cut_graphs, twice_differentiable_kernels
+from lightning_sgdclean.losses.kernels import gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
+from lightning_sgdclean.losses.weighting import Evaluated
 
 Problem = Callable[[Tensor], Evaluated]
 
@@ -50,9 +49,7 @@ class Linearised(Protocol):
 class Engine(Protocol):
     """A way to have the scores and the Hessian-vector product."""
 
-    def __call__(
-        self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
-    ) -> Linearised:
+    def open(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> Linearised:
         """Evaluate a batch; with ``needs_gradient`` also its gradient."""
 
 
@@ -66,20 +63,22 @@ class Exact:
     def __init__(self, with_hessian: bool = True) -> None:
         self._with_hessian = with_hessian
 
-    def __call__(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> "_Twice":
+    def open(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> "_Twice":
         """Evaluate the batch and its gradient, both with graph."""
-        return _Twice(problem, list(params), weights, self._with_hessian)
-
-
-class _Twice:
-    def __init__(self, problem: Problem, params: list[Tensor], weights: Tensor, with_hessian: bool) -> None:
-        self._params, self._weights, self._with_hessian = params, weights, with_hessian
         with twice_differentiable_kernels():
             evaluated = problem(weights)
             refuse_cut_graphs(evaluated.loss)
-            self._graph = gradient([evaluated.loss], params, create_graph=True)
+            graph = gradient([evaluated.loss], list(params), create_graph=True)
+        return _Twice(evaluated, graph, list(params), weights, self._with_hessian)
+
+
+class _Twice:
+    def __init__(
+        self, evaluated: Evaluated, graph: list[Tensor], params: list[Tensor], weights: Tensor, with_hessian: bool
+    ) -> None:
+        self._graph, self._params, self._weights, self._with_hessian = graph, params, weights, with_hessian
         self.loss, self.updates, self._leaves = evaluated.loss.detach(), evaluated.updates, evaluated.leaves
-        self.gradient: list[Tensor] | None = [grad.detach() for grad in self._graph]
+        self.gradient: list[Tensor] | None = [grad.detach() for grad in graph]
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
         values, pulls, before = pull_back_updates(self.updates, buffers)
@@ -110,29 +109,36 @@ class Finite:
     def __init__(self, radius: float = 0.01) -> None:
         self._radius = radius
 
-    def __call__(
+    def open(
         self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
     ) -> "_Difference":
         """Evaluate the batch, without a gradient unless it is needed."""
-        return _Difference(problem, params, weights, self._radius, needs_gradient)
+        found: list[Tensor] | None = None
+        with torch.set_grad_enabled(needs_gradient):
+            evaluated = problem(weights)
+            if needs_gradient:
+                found = gradient([evaluated.loss], list(params))
+        return _Difference(problem, evaluated, found, params, weights, self._radius)
 
 
 class _Difference:
     def __init__(
-        self, problem: Problem, params: list[nn.Parameter], weights: Tensor, radius: float, needs_gradient: bool
+        self,
+        problem: Problem,
+        evaluated: Evaluated,
+        found: list[Tensor] | None,
+        params: list[nn.Parameter],
+        weights: Tensor,
+        radius: float,
     ) -> None:
         self._problem, self._params, self._weights, self._radius = problem, params, weights, radius
-        self.gradient: list[Tensor] | None = None
-        with torch.set_grad_enabled(needs_gradient):
-            evaluated = problem(weights)
-            if needs_gradient:
-                self.gradient = gradient([evaluated.loss], list(params))
+        self.gradient = found
         self.loss, self.updates = evaluated.loss.detach(), evaluated.updates
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
-        length = _length(cotangent)
+        length = length_of(cotangent)
         start = [param.detach().clone() for param in self._params]
-        move = self._radius * (_length(start) or 1.0) / (length or 1.0)
+        move = self._radius * (length_of(start) or 1.0) / (length or 1.0)
         scores = torch.zeros_like(self._weights)
         adjoint = [torch.zeros_like(param) for param in self._params]
         before, read = dict(buffers), dict[str, Tensor]()
@@ -156,10 +162,6 @@ class _Difference:
             for param, origin in zip(self._params, start, strict=True):
                 param.copy_(origin)
         return Pulled(scores, adjoint, _read(before, read, list(read.values())))
-
-
-def _length(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.detach().double().pow(2).sum()) for tensor in tensors))
 
 
 def engine_named(name: str, radius: float) -> Engine:

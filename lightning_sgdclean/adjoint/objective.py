@@ -2,7 +2,7 @@
 """The objective and its gradient, where the walk starts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import NonFiniteError, ObjectiveError
 from lightning_sgdclean.base.lightning import batch_size_of
-from lightning_sgdclean.base.options import ObjectiveFn
-from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.base.options import ObjectiveFn, Options
+from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
-from lightning_sgdclean.losses.evaluate import Surroundings, takes_batch_idx
+from lightning_sgdclean.losses.evaluate import takes_batch_idx
 from lightning_sgdclean.losses.kernels import gradient
-from lightning_sgdclean.losses.module_state import eagerly, logging_to, untouched_module
 from lightning_sgdclean.losses.running_statistics import RunningStatistics
+from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, logging_to, untouched_module
+from lightning_sgdclean.replay.replay import Replay
+from lightning_sgdclean.trajectory.records import State
 
 
 @dataclass
@@ -146,6 +148,38 @@ def objective_gradients(
     return [mean.result(name, no_mean(name, objectives[name], monitor, names)) for name, mean in means.items()]
 
 
+def objectives_at(
+    state: State,
+    replay: Replay,
+    batches: Iterable[ValidationBatch],
+    num_loaders: int,
+    options: Options,
+    surroundings: Surroundings,
+) -> list[ObjectiveGradient]:
+    """The objectives in a state of the run; the module is in the modes of training afterwards.
+
+    Args:
+        state: The state.
+        replay: Its live module takes the state on.
+        batches: The validation set.
+        num_loaders: How many validation loaders there are.
+        options: The callback's.
+        surroundings: The run's, or those that widen it to float32.
+
+    Raises:
+        ObjectiveError: As :func:`objective_gradients`.
+        NonFiniteError: Likewise.
+    """
+    replay.load(state)
+    params = list(replay.params.values())
+    with surroundings.as_stage("validate"):
+        found = objective_gradients(
+            replay.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
+        )
+    replay.restore()  # validation had put the module into evaluation mode
+    return found
+
+
 def value_of(
     objective: ObjectiveFn | None,
     module: Any,
@@ -219,3 +253,74 @@ def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) 
     if not 0 <= weight < math.inf:
         raise ObjectiveError(f"objective= gave a weight of {weight}; expected a finite one that is not negative.")
     return value.reshape(()), weight, []
+
+
+Everywhere = Callable[[Callable[[], Tensor]], Tensor]
+
+
+def objective_values(
+    replay: Replay, batches: Iterable[ValidationBatch], num_loaders: int, options: Options, everywhere: Everywhere
+) -> list[float]:
+    """Mean over the validation set of the objective that ranks, in each of several states.
+
+    Args:
+        replay: Its live module is in the modes of training afterwards.
+        batches: The validation set.
+        num_loaders: How many validation loaders there are.
+        options: The callback's.
+        everywhere: Calls a function of the live module in each state, and gives its values ``(K,)``.
+
+    Raises:
+        ObjectiveError: If no batch gives such a value.
+    """
+    name, objective = next(iter(options.objectives.items()))
+    total, weights = torch.zeros(()), 0.0
+    names: dict[str, None] = {}
+    replay.module.eval()
+    with replay.surroundings.as_stage("validate"):
+        for content, batch_idx, number in batches:
+            batch = replay.surroundings.prepare(content, number), batch_idx, number
+            value = _Value(objective, replay, batch, options.monitor, num_loaders)
+            values = everywhere(value)
+            names |= dict.fromkeys(value.names)
+            if value.weight:
+                total, weights = total + value.weight * values, weights + value.weight
+    replay.restore()  # validation had put the module into evaluation mode
+    if not weights:
+        raise no_mean(name, objective, options.monitor, list(names))
+    means: list[float] = (total / weights).tolist()
+    return means
+
+
+class _Value:
+    """The objective of one batch, at the same random numbers wherever it is asked for.
+
+    Attributes:
+        weight: What it weighs in the mean, once it was asked for; zero if the batch says nothing of it.
+        names: All values that were logged.
+    """
+
+    def __init__(
+        self, objective: ObjectiveFn | None, replay: Replay, batch: ValidationBatch, monitor: str, num_loaders: int
+    ) -> None:
+        self._objective, self._replay, self._batch = objective, replay, batch
+        self._monitor, self._num_loaders = monitor, num_loaders
+        self._random = random_state(replay.surroundings.device)
+        self.weight = 0.0
+        self.names: list[str] = []
+
+    def __call__(self) -> Tensor:
+        """In float64, on the CPU."""
+        content, batch_idx, number = self._batch
+        surroundings = self._replay.surroundings
+        set_random_state(self._random, surroundings.device)
+        with eagerly(), surroundings.val_context():
+            found, self.weight, self.names = value_of(
+                self._objective,
+                self._replay.module,
+                (cloned(content), batch_idx, number),
+                self._monitor,
+                self._num_loaders,
+                needs_graph=False,
+            )
+        return torch.zeros((), dtype=torch.float64) if found is None else found.detach().double().cpu()

@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retraces one step while training is young."""
+"""Retraces one step while training is young.
 
-import math
+Part of it is a look at stopped gradients: a self-distillation target, a detached weight, DoRA's norm. Training follows
+``g(theta, s)`` with ``s(theta)`` behind ``detach`` or ``no_grad``. What a sample did to ``s`` travels on, too, but no
+derivative of the loss leads there. So the stopped values are nudged, to see whether the gradient depends on any.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_sgdclean.adjoint.backward import retrace_step, retrace_steps
+from lightning_sgdclean.adjoint.backward import retrace_step
+from lightning_sgdclean.adjoint.walk import Adjoint, walk_of
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.base.options import Options
-from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
-from lightning_sgdclean.data.batches import as_float32, cloned, summable
-from lightning_sgdclean.losses.evaluate import Surroundings, plain_training_loss, widened
+from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.losses.kernels import gradient
-from lightning_sgdclean.losses.module_state import eagerly, untouched_module
-from lightning_sgdclean.replay.fidelity import Fidelity
+from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module, widened
+from lightning_sgdclean.losses.verified import VerifiedSplit
+from lightning_sgdclean.replay.fidelity import compare
 from lightning_sgdclean.replay.forward import borrowed, live_state, load_all, repeat_step
-from lightning_sgdclean.replay.states import compare
-from lightning_sgdclean.replay.walk import Adjoint, Walk, load_state, walk_of
-from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
-from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
+from lightning_sgdclean.replay.replay import Replay, replay_of
+from lightning_sgdclean.trajectory.records import KeptStep, State, Step
 
 _STOPPING = (Tensor.detach, Tensor.data.__get__, Tensor.item, Tensor.__float__)  # type: ignore[attr-defined]
 _NUDGE = 0.01
@@ -88,108 +89,75 @@ def dependence_on_stops(
     return relative if relative > torch.finfo(plain[0].dtype).eps ** 0.5 else 0.0
 
 
-class Rehearsal:
-    """Keeps the first step that moved anything until the step after it was made, and then runs it again.
+def rehearse(
+    kept: KeptStep,
+    module: Any,
+    optimizer: Any,
+    surroundings: Surroundings,
+    options: Options,
+    hooks: list[str],
+    split: VerifiedSplit | None,
+    *,
+    forward: bool = False,
+) -> list[str]:
+    """Retrace an early step from an arbitrary adjoint, and if need be repeat it forward.
 
-    Only then, because what a hook changes between two steps shows only then.
+    The module, its optimizer and the random state stay as they are.
+
+    Args:
+        kept: The step, with its batches and the states around it.
+        module: The LightningModule.
+        optimizer: Its optimizer.
+        surroundings: What stands for the Trainer.
+        options: The callback's.
+        hooks: Hooks of the user's that could edit gradients.
+        split: What was proved of the loss on the first batch.
+        forward: Whether steps will have to be repeated forward.
+
+    Returns:
+        Complaints, where mismatches are only warned about.
+
+    Raises:
+        SGDInfluenceError: What the retrace of the whole window would raise at this step.
     """
-
-    def __init__(self) -> None:
-        self._batches: dict[int, Any] = {}
-        self._before: State | None = None
-        self._kept: tuple[Step, State, State] | None = None
-        self.is_due = False
-
-    def begin_batch(self, micro: MicroBatch, batch: Any, live: State) -> None:
-        """A batch is about to be trained on."""
-        if self._kept is not None:
-            return
-        if self._before is None:
-            self._before = _copy(live)
-        self._batches[id(micro)] = cloned(batch)
-
-    def commit(self, step: Step | None, live: State) -> None:
-        """The optimizer has stepped."""
-        if self._kept is not None:
-            self.is_due = True
-            return
-        if step is not None and self._before is not None and _is_telling(step):
-            self._kept = step, self._before, _copy(live)
-        else:
-            self._batches.clear()
-        self._before = None
-
-    def leave(self) -> None:
-        """The batches that waited will never make a step."""
-        if self._kept is None:
-            self._batches.clear()
-            self._before = None
-
-    def run(
-        self,
-        module: Any,
-        optimizer: Any,
-        surroundings: Surroundings,
-        options: Options,
-        hooks: list[str],
-        *,
-        forward: bool = False,
-    ) -> list[str]:
-        """Retrace the kept step from an arbitrary adjoint, and if need be repeat it forward.
-
-        The module, its optimizer and the random state stay as they are.
-
-        Returns:
-            Complaints, where mismatches are only warned about.
-
-        Raises:
-            SGDInfluenceError: What the retrace of the whole window would raise at this step.
-        """
-        assert self._kept is not None
-        step, before, after = self._kept
-        with (
-            torch.enable_grad(),
-            untouched_randomness(surroundings.device),
-            untouched_module(module) as restore,
-            surroundings.as_stage("train"),
-        ):
-            walk = walk_of(
-                module,
-                optimizer,
-                surroundings,
-                options,
-                hooks,
-                # Copies: a training_step may write into its batch.
-                batch_of=lambda step, i: cloned(self._batches[id(step.micro[i])]),
-                random_of=lambda step, i: step.micro[i].random,
-                restore_attributes=restore,
-            )
-            ones = {name: torch.ones_like(summable(param.detach())) for name, param in walk.params.items()}
-            retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)
-            _check_stops(step, before, walk)
-            if forward:
-                with borrowed(optimizer) as own:
-                    load_all(walk, own, before)
-                    repeat_step(step, walk, own)
-                    walk.fidelity.compare_segment([step], *compare(live_state(walk, own), after, before))
-        return walk.fidelity.complaints
+    step, before, after = kept.step, kept.before, kept.after
+    with (
+        torch.enable_grad(),
+        untouched_randomness(surroundings.device),
+        untouched_module(module) as restore,
+        surroundings.as_stage("train"),
+    ):
+        replay = replay_of(
+            module,
+            optimizer,
+            surroundings,
+            options,
+            hooks,
+            content_of=lambda step, i: cloned(kept.batches[i]),  # a training_step may write into its batch
+            random_of=lambda step, i: step.micro[i].random,
+            restore=restore,
+            split=split,
+        )
+        ones = {name: torch.ones_like(summable(param.detach())) for name, param in replay.params.items()}
+        walk = walk_of(replay, optimizer, options)
+        retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)
+        _check_stops(step, before, replay)
+        if forward:
+            with borrowed(optimizer) as own:
+                load_all(replay, own, before)
+                repeat_step(step, replay, own)
+                replay.fidelity.compare_segment([step], *compare(live_state(replay, own), after, before))
+    return replay.fidelity.complaints
 
 
-def _check_stops(step: Step, before: State, walk: Walk) -> None:
+def _check_stops(step: Step, before: State, replay: Replay) -> None:
     """Does the gradient depend on values that the parameters move behind ``detach`` or ``no_grad``?"""
-    micro, content, params = step.micro[0], walk.batch_of(step, 0), list(walk.params.values())
-    with widened(walk.module, walk.surroundings) as surroundings:
-        if surroundings is not walk.surroundings:
-            content = as_float32(content)
+    batch, params = replay.batch(step, 0), list(replay.params.values())
+    with widened(replay.module, replay.surroundings) as surroundings:
 
         def gradient_under(mode: TorchFunctionMode) -> list[Tensor]:
-            load_state(walk.module, walk.params, before)
-            set_random_state(walk.random_of(step, 0), surroundings.device)
-            surroundings.set_clock(micro.epoch, step.index)
-            with eagerly(), mode:
-                loss = plain_training_loss(walk.module, cloned(content), micro.batch_idx, surroundings)
-            walk.restore_attributes()
-            return gradient([loss], list(params))
+            replay.load(before)
+            return gradient([batch.call([mode], surroundings)], list(params))
 
         moved = dependence_on_stops(gradient_under, params)
     if moved:
@@ -199,73 +167,6 @@ def _check_stops(step: Step, before: State, walk: Walk) -> None:
             "sample's effect travels through such values is not followed. Let the gradient through, or compute them "
             "from what is not trained."
         )
-        if walk.fidelity.on_mismatch == "raise":
+        if replay.fidelity.on_mismatch == "raise":
             raise UnsupportedOperationError(f'{text} on_mismatch="warn" leaves that part of the effect out.')
-        walk.fidelity.complaints.append(text)
-
-
-def _is_telling(step: Step) -> bool:
-    """Whether the step moved anything, from losses that are numbers."""
-    finite = all(micro.loss is not None and math.isfinite(float(micro.loss)) for micro in step.micro)
-    return finite and step.is_update and any(_number(group.get("lr", 1.0)) != 0 for group in step.groups)
-
-
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)
-
-
-def _copy(live: State) -> State:
-    layout, flat = flatten(live)
-    return unflatten(layout, flat)
-
-
-_MIN_STEPS, _SHARE = 16, 20  # compared: 16 steps at least, and every 20th of a long window
-_NOISE_BELOW = 0.9  # cosine
-
-
-@dataclass(frozen=True)
-class Float32Agreement:
-    """Influences over the last steps of the window, taken in the run's precision and in float32.
-
-    Attributes:
-        num_steps: How many steps were compared.
-        cosine: Of the two vectors of influences; 1 is perfect, and 0 is no relation at all.
-    """
-
-    num_steps: int
-    cosine: float
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether the ranking should not be trusted."""
-        return not self.cosine >= _NOISE_BELOW
-
-    def complaint(self, precision: str) -> str:
-        """A warning in words."""
-        return (
-            f"The influences of this {precision} run are mostly rounding noise: over its last {self.num_steps} steps "
-            f"their cosine with those of a float32 retrace is {self.cosine:.2f}. Do not trust the ranking. "
-            'Use retrace_precision="float32".'
-        )
-
-
-def float32_agreement(
-    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], list[Adjoint]]
-) -> Float32Agreement:
-    """Retrace the end of the window twice.
-
-    Args:
-        states: Those between the steps.
-        steps: The window.
-        walk: The walk in the run's own precision.
-        start: Gives the adjoints that a walk starts with; the first is compared.
-    """
-    tail = steps[-max(_MIN_STEPS, len(steps) // _SHARE) :]
-    found = []
-    for widens in (False, True):
-        # The same steps are compared with the record again by the walk itself; here that is nobody's concern.
-        silent = replace(walk, widens=widens, fidelity=Fidelity(math.inf, "warn"))
-        found.append(retrace_steps(states, tail, start(silent)[:1], silent, lambda _: None).values[0].numpy())
-    lengths = [float(np.linalg.norm(values)) for values in found]
-    cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    return Float32Agreement(len(tail), cosine)
+        replay.fidelity.complaints.append(text)

@@ -185,17 +185,3 @@ def check_dataset(summary: dict[str, Any], dataset: Any, remedy: str) -> None:
             f"The run drew from a dataset of {summary['dataset_size']} samples, but this one has {len(dataset)}. "
             "Give the dataset that the training loader had."
         )
-
-
-def pyarrow() -> Any:
-    """``pyarrow`` and ``pyarrow.parquet``.
-
-    Raises:
-        ImportError: If they are not installed.
-    """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install lightning-sgdclean[parquet]") from error
-    return pa, parquet

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that imports Lightning, under either of its names, and what a Trainer is asked in several wings."""
+"""The one place that imports Lightning, under either name, and what a Trainer must be like to be followed."""
 
 import importlib
+import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -10,8 +12,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_sgdclean.adjoint.optimizers import update_of
-from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.base.errors import ObjectiveError, SGDInfluenceWarning, UnsupportedTrainingError
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -110,7 +111,7 @@ def check_optimizers(trainer: Any) -> None:
     """Once the optimizers exist.
 
     Raises:
-        UnsupportedTrainingError: Not exactly one, or one whose step has no transpose.
+        UnsupportedTrainingError: Not exactly one.
     """
     optimizers = trainer.optimizers
     if len(optimizers) != 1:
@@ -119,7 +120,6 @@ def check_optimizers(trainer: Any) -> None:
             f"configure_optimizers gave {len(optimizers)} optimizers ({names}); exactly one can be followed. "
             "Put all parameters into groups of one optimizer."
         )
-    update_of(optimizers[0])
 
 
 _MODULE_HOOKS = (
@@ -144,6 +144,11 @@ def gradient_hooks(trainer: Any, module: Any) -> list[str]:
     ]
 
 
+def combined_loader(trainer: Any) -> Any:
+    """The Trainer's training loaders, once they exist, as the CombinedLoader that it makes of them."""
+    return trainer.fit_loop._combined_loader
+
+
 def one_loader(trainer: Any) -> Callable[[Any], Any]:
     """Once the training loaders exist.
 
@@ -153,7 +158,7 @@ def one_loader(trainer: Any) -> Callable[[Any], Any]:
     Raises:
         UnsupportedTrainingError: There are several.
     """
-    combined = trainer.fit_loop._combined_loader
+    combined = combined_loader(trainer)
     num = len(combined.flattened)
     if num != 1:
         raise UnsupportedTrainingError(
@@ -168,3 +173,117 @@ def shown_bar(trainer: Any) -> Any:
     """The Trainer's progress bar, or None where it shows none, so that we show none either."""
     bar = trainer.progress_bar_callback
     return None if bar is None or getattr(bar, "is_disabled", False) else bar
+
+
+def rich_columns(bar: Any) -> list[Any]:
+    """The columns of a RichProgressBar, made anew."""
+    return list(bar.configure_columns(bar.trainer))
+
+
+def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
+    """Before anything is set up: the module's own ways.
+
+    Raises:
+        UnsupportedTrainingError: Manual optimization, ``dataloader_iter`` or several processes.
+        ObjectiveError: Nothing to validate by.
+    """
+    if not module.automatic_optimization:
+        raise UnsupportedTrainingError(
+            "The module optimizes manually (automatic_optimization=False), so what a step is made of cannot be seen. "
+            "Return the loss from training_step and let Lightning optimize."
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise UnsupportedTrainingError(
+            "training_step takes dataloader_iter, so batches cannot be told apart. Take (batch, batch_idx) instead."
+        )
+    if trainer.world_size > 1:
+        raise UnsupportedTrainingError(
+            f"Training runs in {trainer.world_size} processes; only one is followed. Use Trainer(devices=1)."
+        )
+    if not has_objective and str(type(module).validation_step.__module__).startswith(LIGHTNING_MODULES):
+        raise ObjectiveError("The module has no validation_step. Write one that logs the loss, or give objective=.")
+
+
+def check_alone(trainer: Any, kind: type) -> None:
+    """Before anything is set up: two of them would take each other's batches.
+
+    Raises:
+        UnsupportedTrainingError: The Trainer has several callbacks of this kind.
+    """
+    num = sum(isinstance(callback, kind) for callback in trainer.callbacks)
+    if num > 1:
+        raise UnsupportedTrainingError(
+            f"The Trainer has {num} {kind.__name__} callbacks; only one can watch a training. For several objectives "
+            "give it objective={name: callable, ...}; for other windows, engines or options rank the recorded run "
+            "again: lightning_sgdclean.retrace(run_dir, model, ...)."
+        )
+
+
+def check_callbacks(trainer: Any) -> list[str]:
+    """Once all callbacks are known: does another one move the weights or the optimizer's groups?
+
+    Returns:
+        Names of callbacks that put averaged weights in the place of the trained ones.
+
+    Raises:
+        UnsupportedTrainingError: A callback that adds parameters to the optimizer during the run.
+    """
+    averaging = []
+    for callback in trainer.callbacks:
+        names = {base.__name__ for base in type(callback).__mro__}
+        if "BaseFinetuning" in names:
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} adds parameters to the optimizer during the run, which is not followed. "
+                "Give the optimizer all parameters from the start, frozen ones with a learning rate of zero."
+            )
+        if names & {"StochasticWeightAveraging", "WeightAveraging"}:
+            averaging.append(type(callback).__name__)
+            warnings.warn(
+                f"{type(callback).__name__} replaces the weights when training ends. The ranking is of the weights "
+                "after the last optimizer step, not of the averaged ones.",
+                SGDInfluenceWarning,
+                stacklevel=2,
+            )
+    return averaging
+
+
+def best_model_checkpoint(trainer: Any) -> Any:
+    """The Trainer's ModelCheckpoint, which must know what is best.
+
+    Raises:
+        UnsupportedTrainingError: If there is none, or none that monitors a value and keeps a model.
+    """
+    callback = trainer.checkpoint_callback
+    if callback is None or getattr(callback, "monitor", None) is None or getattr(callback, "save_top_k", 1) == 0:
+        found = "no ModelCheckpoint" if callback is None else "a ModelCheckpoint that keeps no best model"
+        raise UnsupportedTrainingError(
+            f'at="best" ends the walk at the best model, but the Trainer has {found}. '
+            'Add ModelCheckpoint(monitor=...) to its callbacks, or use at="last".'
+        )
+    return callback
+
+
+def check_validation(trainer: Any, has_objective: bool, has_loaders: bool) -> None:
+    """Before the first step: is there anything to validate on?
+
+    Raises:
+        ObjectiveError: If the Trainer never validates and no loaders were given.
+    """
+    if has_loaders or trainer.enable_validation:
+        return
+    what = "val_dataloaders=" if has_objective else "a validation loader to fit (or val_dataloaders=)"
+    raise ObjectiveError(f"The Trainer has nothing to validate on (no loader, or limit_val_batches=0). Give {what}.")
+
+
+def clipping_of(trainer: Any) -> tuple[str, float] | None:
+    """How the Trainer clips gradients: ``"norm"`` or ``"value"``, and at what."""
+    if not trainer.gradient_clip_val:
+        return None
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    return str(getattr(algorithm, "value", algorithm)), float(trainer.gradient_clip_val)
+
+
+def is_at_end_of_epoch(trainer: Any) -> bool:
+    """Whether the batch at work is the epoch's last."""
+    loop = trainer.fit_loop.epoch_loop
+    return bool(loop.batch_progress.is_last_batch) or loop.batch_idx + 1 >= trainer.num_training_batches

@@ -8,14 +8,13 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from lightning_sgdclean.base.files import pyarrow
+from lightning_sgdclean.base.resources import pyarrow
 
-SampleId = int | str
+SampleId: TypeAlias = int | str
 ObjectiveFn = Callable[[Any, Any], Any]  # (pl_module, batch) -> scalar, or scalar and weight
 SampleLosses = Callable[[Any, Any], Any]  # (pl_module, batch) -> losses (B,)
-
 FORMATS = ("csv", "parquet")
 FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
 
@@ -60,6 +59,12 @@ class Options:
     def __post_init__(self) -> None:
         for option in fields(self):
             object.__setattr__(self, option.name, checked(option.name, getattr(self, option.name)))
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> "Options":
+        """The options among a function's arguments, by name; others are passed over."""
+        names = [option.name for option in fields(cls)]
+        return cls(**{name: arguments[name] for name in names if name in arguments})
 
     @property
     def objectives(self) -> dict[str, ObjectiveFn | None]:
@@ -271,5 +276,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "keep_trajectory": _yes_or_no,
 }
 
+
 # Those whose value can be written down, in YAML say; the others are objects of the user's.
 PLAIN_OPTIONS = _CHECKS.keys() - {"objective", "val_dataloaders", "sample_ids", "sample_losses", "render"}
+Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching

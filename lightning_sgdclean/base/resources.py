@@ -7,10 +7,11 @@ import platform
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
 
 _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
@@ -113,3 +114,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def pyarrow() -> Any:
+    """``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        ImportError: If they are not installed.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow: pip install lightning-sgdclean[parquet]") from error
+    return pa, parquet

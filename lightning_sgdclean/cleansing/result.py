@@ -12,9 +12,14 @@ from scipy import stats
 
 from lightning_sgdclean.base.files import appearing_whole, write_json
 from lightning_sgdclean.cleansing.plan import Measured, Numbers, Question
-from lightning_sgdclean.ranking.parquet import data_frame
+from lightning_sgdclean.ranking.columns import data_frame
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.ranking.table import write_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Outcome: TypeAlias = Literal["improvement", "no more than random", "no improvement", "harm", "undecided"]
 
@@ -121,11 +126,6 @@ def _outcome(gain: Estimate, over_random: Estimate) -> Outcome:
     return "improvement" if over_random.low > 0 else "no more than random"
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
 # Two colours of Okabe and Ito that stay apart in every common form of colour blindness.
 _WORST, _RANDOM, _NONE = "#D55E00", "#0072B2", "#505050"
 
@@ -173,11 +173,6 @@ def _draw_band(axes: "Axes", removed: Numbers, values: Numbers, colour: str, lab
     axes.fill_between(
         removed, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.15, linewidth=0
     )
-
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 
 _COLUMNS = ("arm", "samples", "mean", "low", "high", "gain", "gain_low", "gain_high")

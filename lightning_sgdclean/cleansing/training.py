@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_sgdclean.base.lightning import CALLBACK_BASES, seed_everything
+from lightning_sgdclean.base.lightning import CALLBACK_BASES, combined_loader, seed_everything
 from lightning_sgdclean.callback import SGDInfluence
 from lightning_sgdclean.cleansing.cleansed import Cleansed
 from lightning_sgdclean.cleansing.plan import Loop, Settings, Trial, changeable
@@ -186,12 +186,16 @@ def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
     if not own:
         own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
         training.trainer.callbacks.insert(0, own[0])
-    own[0].options = replace(own[0].options, dirpath=settings.ranking_of(seed), overwrite=True)
-    if settings.action == "relabel":
-        columns = (*own[0].columns, "label", "prediction")
-        own[0].options = replace(own[0].options, columns=columns)
+    (callback,) = own
+    needed = ("label", "prediction") if settings.action == "relabel" else ()
+    callback.options = replace(
+        callback.options,
+        dirpath=settings.ranking_of(seed),
+        overwrite=True,
+        columns=(*callback.options.columns, *needed),
+    )
     training.fit()
-    return own[0]
+    return callback
 
 
 def _facts(influence: SGDInfluence, training: Training, settings: Settings, names_will_do: bool) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def _facts(influence: SGDInfluence, training: Training, settings: Settings, name
 
 
 def _train_loader(training: Training) -> Any:
-    return training.trainer.fit_loop._combined_loader.flattened[0]
+    return combined_loader(training.trainer).flattened[0]
 
 
 def _ranked_on(influence: SGDInfluence, training: Training) -> Any:

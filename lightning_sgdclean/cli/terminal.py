@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text for a terminal, and what a finished run left, read without torch."""
 
+import argparse
 import math
 import shutil
 import textwrap
@@ -12,7 +13,7 @@ from typing import Any
 
 from lightning_sgdclean.base.errors import SGDInfluenceError
 from lightning_sgdclean.base.files import read_summary
-from lightning_sgdclean.ranking.parquet import SUFFIX, read_parquet
+from lightning_sgdclean.ranking.columns import SUFFIX, read_parquet
 from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of, read_table
 
 _LONGEST_CELL = 32
@@ -146,3 +147,25 @@ def read_run(path: str) -> FinishedRun:
         raise FileNotFoundError(f"There is neither a run directory nor a ranking at {path}.")
     table = read_parquet(file) if file.suffix == SUFFIX else read_table(file)
     return FinishedRun(file, table, read_summary(file.parent))
+
+
+def whole_number(text: str) -> int:
+    """A number from 0 on, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def table_file(text: str) -> Path:
+    """A path that ends in .csv or .parquet, for argparse."""
+    if Path(text).suffix not in (".csv", SUFFIX):
+        raise argparse.ArgumentTypeError(f"{text} ends neither in .csv nor in {SUFFIX}")
+    return Path(text)
+
+
+def csv_file(text: str) -> Path:
+    """A path that ends in .csv, for argparse."""
+    if Path(text).suffix != ".csv":
+        raise argparse.ArgumentTypeError(f"{text} does not end in .csv")
+    return Path(text)

@@ -1,2 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wing of the house."""
+"""The user's batches, samples and loaders: cloned, fingerprinted, packed, fetched, drawn and labelled.
+
+Knows nothing of training steps.
+"""
+
+# What other wings may take, each name from the room that defines it. Nothing is imported here, so that looking at a
+# run does not wait for torch.
+__all__ = [
+    "SIXTEEN_BITS",
+    "ClassNames",
+    "Classes",
+    "DrawnSamples",
+    "Fingerprint",
+    "Label",
+    "LabelSetter",
+    "NotingSampler",
+    "PackedBatch",
+    "Place",
+    "RelabelledDataset",
+    "ValidationBatch",
+    "Variant",
+    "as_float32",
+    "attributes_of",
+    "batch_digest",
+    "class_names_of",
+    "classes_of",
+    "cloned",
+    "fetch_batch",
+    "fetched_variants",
+    "fingerprints",
+    "is_entry_each",
+    "label_of",
+    "leaves_of",
+    "likely_place_of_label",
+    "listed_labels",
+    "loaders_in",
+    "moved_positions",
+    "names_by_label",
+    "neighbour_variant",
+    "note_samples",
+    "of_one_shape",
+    "over_dataset",
+    "pack_batch",
+    "picture_of",
+    "picture_values",
+    "share_samples",
+    "source_of",
+    "stop_noting",
+    "summable",
+    "tensor_shapes",
+    "unpack_batch",
+    "validation_batches",
+    "validation_limits",
+    "without_samples",
+]

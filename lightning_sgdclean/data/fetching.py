@@ -163,3 +163,18 @@ def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[Val
         limit = limits[number] if limits is not None and number < len(limits) else math.inf
         for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
             yield batch, batch_idx, number
+
+
+def validation_limits(loaders: Any, numbers: list[float]) -> list[float] | None:
+    """How many batches of each validation loader counted, infinity where all did; None where there was no loader."""
+    if loaders is None:
+        return None
+    lengths = [_length_of(loader) for loader in loaders_in(loaders)]
+    return [number if number < length else math.inf for number, length in zip(numbers, lengths, strict=False)]
+
+
+def _length_of(loader: Any) -> float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # a stream
+        return math.inf

@@ -20,9 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_sgdclean.base.errors import SampleIdError, UnsupportedTrainingError
-from lightning_sgdclean.base.options import SampleId
-
-Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching
+from lightning_sgdclean.base.options import Positions
 
 
 class _NotingIterator:

@@ -16,8 +16,8 @@ from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.options import ObjectiveFn, Options, SampleId
 from lightning_sgdclean.leave_out.leave_out import Batched, leave_out
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.replay.open import OpenedRun
-from lightning_sgdclean.replay.reopened import reopened
+from lightning_sgdclean.replay.open import reopened
+from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.replay.sample_order import prove_ids
 from lightning_sgdclean.trajectory.records import Step, window_in_words
 
@@ -165,17 +165,18 @@ def counterfactual(
         train_dataloaders: The training data, as ``fit`` got them.
         val_dataloaders: The data that the objective is the mean over.
         datamodule: Instead of the two.
-        monitor: As for :class:`SGDInfluence`, and so are the rest.
-        mode: See there.
-        objective: See there; of several, the first.
+        monitor: Name of the value that ``validation_step`` logs. This option and those below are described in full at
+            :class:`SGDInfluence`.
+        mode: Whether the value should be low (``"min"``) or high (``"max"``).
+        objective: A callable, or several by name, of which the first counts, instead of ``monitor``.
         limit_val_batches: As for :func:`retrace`.
-        epochs: As for :class:`SGDInfluence`; the window has to lie in what was kept.
-        at: See there; ``"best"`` needs a run that was recorded with it.
-        sample_losses: See there.
+        epochs: How many of the last epochs to run again, or ``"all"``; no more than were kept.
+        at: End point, ``"last"`` or ``"best"``; the latter needs a run that was recorded with it.
+        sample_losses: Callable to the samples' losses, where these cannot be found.
         batched: Whether to make the runs at once, by ``torch.func.vmap``. ``"auto"`` does it where the module allows it
             (whether it does is checked against single runs), and where it is faster: where networks are small.
-        on_mismatch: See there.
-        tolerance: See there.
+        on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.
+        tolerance: Largest relative difference of a loss.
         trainer: As for :func:`retrace`.
 
     Returns:
@@ -190,19 +191,10 @@ def counterfactual(
             integers where they are str.
         ValueError: If an option is wrong.
     """
+    options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
     names, groups = named_groups(without)
     if batched not in (True, False, "auto"):
         raise ValueError(f'batched must be True, False or "auto", got {batched!r}.')
-    options = Options(
-        monitor=monitor,
-        mode=mode,
-        objective=objective,
-        epochs=epochs,
-        at=at,
-        sample_losses=sample_losses,
-        on_mismatch=on_mismatch,
-        tolerance=tolerance,
-    )
     found, complaints = reopened(
         run_dir,
         model,
@@ -221,10 +213,10 @@ def counterfactual(
 def _counterfactual(
     this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched
 ) -> tuple[Counterfactual, list[str]]:
-    steps, walk = this.steps, this.walk
+    steps, replay = this.steps, this.replay
     drawn = _drawn(steps)
     unknown = check_drawn(groups, drawn)
-    complaints = [] if walk.split is None else prove_ids(walk, steps, loader_of=this.loader_of, prepare=this.prepare)
+    complaints = prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
     found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
     values = np.array(found.values, dtype=np.float64)
@@ -242,7 +234,7 @@ def _counterfactual(
         is_bitwise=found.is_bitwise,
         words=f"{len(groups)} runs over {window}, {found.words}",
     )
-    return result, [*walk.fidelity.complaints[:3], *complaints, *unknown]
+    return result, [*replay.fidelity.complaints[:3], *complaints, *unknown]
 
 
 def _drawn(steps: list[Step]) -> dict[SampleId, int]:

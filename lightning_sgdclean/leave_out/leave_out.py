@@ -1,21 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Really leave samples out of a recorded window: runs beside the one that happened."""
+"""Really leave samples out of a recorded window: runs beside the one that happened.
+
+A sample that is left out has weight zero in place: divisors, randomness, schedules and every other sample's place stay
+as they were, and so does its share in BatchNorm's statistics. A run equals the recorded one until the first step that
+draws a left-out sample; it starts there.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
+from torch import Tensor
+
+from lightning_sgdclean.adjoint.objective import objective_values
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.base.options import SampleId
-from lightning_sgdclean.leave_out.runs import SequentialRuns, Weights
+from lightning_sgdclean.base.resources import slots_for
 from lightning_sgdclean.leave_out.stacked import NotVmappedError, VmappedRuns
+from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.weighting import unit_weights
-from lightning_sgdclean.replay.batch import BatchAgain
-from lightning_sgdclean.replay.forward import Borrowed, borrowed, live_state, load_all, take_step
-from lightning_sgdclean.replay.open import OpenedRun
-from lightning_sgdclean.replay.states import compare
-from lightning_sgdclean.replay.walk import Walk
-from lightning_sgdclean.trajectory.records import Step
+from lightning_sgdclean.replay.fidelity import compare
+from lightning_sgdclean.replay.forward import Borrowed, Weights, borrowed, live_state, load_all, losses_of, take_step
+from lightning_sgdclean.replay.replay import OpenedRun, Replay
+from lightning_sgdclean.trajectory.records import State, Step, copied, nudged
+
+
+class Runs(Protocol):
+    """Runs that go over the steps beside the one that happened, which is that of the live module and optimizer."""
+
+    def join(self, seeds: list[int | None]) -> None:
+        """One more for each seed, as a copy of the one that happened; with a seed, off by rounding errors."""
+
+    def step(self, step: Step, batches: list[RecordedBatch], weights: list[Weights]) -> None:
+        """Take all of them over a step; live module and optimizer are left as they were."""
+
+    def values(self) -> list[float]:
+        """The objective of the run that happened, as these are computed, and of each in the order of joining."""
+
+
+class SequentialRuns:
+    """Every run by itself, with the live module and the live optimizer."""
+
+    def __init__(self, this: OpenedRun, optimizer: Borrowed) -> None:
+        self._this, self._replay, self._optimizer = this, this.replay, optimizer
+        self._states: list[State] = []
+
+    @staticmethod
+    def at_once(this: OpenedRun) -> int:
+        """How many runs fit in memory."""
+        return max(1, slots_for(this.trajectory.state_bytes, this.replay.surroundings.device))
+
+    def join(self, seeds: list[int | None]) -> None:
+        """See :class:`Runs`."""
+        for seed in seeds:
+            state = copied(live_state(self._replay, self._optimizer))
+            if seed is not None:
+                state.params = nudged(state.params, seed)
+            self._states.append(state)
+
+    def step(self, step: Step, batches: list[RecordedBatch], weights: list[Weights]) -> None:
+        """See :class:`Runs`."""
+        happened = copied(live_state(self._replay, self._optimizer))
+        for number, each in enumerate(weights):
+            load_all(self._replay, self._optimizer, self._states[number])
+            take_step(step, self._replay, self._optimizer, losses_of(batches, each))
+            self._states[number] = copied(live_state(self._replay, self._optimizer))
+        load_all(self._replay, self._optimizer, happened)
+
+    def values(self) -> list[float]:
+        """See :class:`Runs`."""
+        states = [copied(live_state(self._replay, self._optimizer)), *self._states]
+
+        def everywhere(value: Callable[[], Tensor]) -> Tensor:
+            found = []
+            for state in states:
+                self._replay.load(state)
+                found.append(value())
+            return torch.stack(found)
+
+        return objective_values(self._replay, *self._this.validation(), self._this.options, everywhere)
+
 
 Batched = bool | Literal["auto"]
 Progress = Callable[[int, int], None]  # steps of all runs done, of how many
@@ -29,8 +94,8 @@ class LeftOut:
         whole: The objective of the run with nobody left out, computed as the others were.
         values: The objective without each group, in the order in which they were asked for; not finite where the run
             diverged.
-        differences: How far each of them is from that of the run with nobody left out which was made beside it. Runs
-            that go over the window in another pass may be rounded otherwise.
+        differences: Objective minus that of the full run computed in the same pass, since passes may be rounded
+            differently.
         nudged: The same differences for runs with nobody left out that began off by rounding errors.
         is_bitwise: Whether the run with nobody left out came to the recorded end to the last bit.
         is_batched: Whether the runs were made at once.
@@ -157,38 +222,38 @@ def _pass_over(
     this: OpenedRun, runs: list[_Run], kind: type[SequentialRuns] | type[VmappedRuns], made: Callable[[int], None]
 ) -> _Pass:
     """Run the window with nobody left out and, beside it, each run from the step on where it differs."""
-    walk, steps = this.walk, this.steps
+    replay, steps = this.replay, this.steps
     start = this.states.state(steps[0].index)
-    with this.surroundings.as_stage("train"), borrowed(this.run.optimizer) as optimizer:
-        load_all(walk, optimizer, start)
+    with this.replay.surroundings.as_stage("train"), borrowed(this.run.optimizer) as optimizer:
+        load_all(replay, optimizer, start)
         beside = kind(this, optimizer)
         for position, step in enumerate(steps):
             beside.join([run.seed for run in runs if run.first == position])
             gone = [run.without for run in runs if run.first <= position]
-            batches = [BatchAgain(step, number, walk) for number in range(len(step.micro))]
+            batches = [replay.batch(step, number) for number in range(len(step.micro))]
             if gone:
-                weights = _weights(step, gone, walk)
-                _find_plans(step, batches, weights, walk)
+                weights = _weights(step, gone, replay)
+                _find_plans(step, batches, weights, replay)
                 beside.step(step, batches, weights)
-            _as_recorded(step, batches, walk, optimizer)
+            _as_recorded(step, batches, replay, optimizer)
             made(1 + len(gone))
-        changes, is_bitwise = compare(live_state(walk, optimizer), this.end, start)
-        walk.fidelity.compare_segment(steps, changes, is_bitwise)
+        changes, is_bitwise = compare(live_state(replay, optimizer), this.end, start)
+        replay.fidelity.compare_segment(steps, changes, is_bitwise)
         whole, *values = beside.values()
         return _Pass(whole, values, is_bitwise)
 
 
-def _as_recorded(step: Step, batches: list[BatchAgain], walk: Walk, optimizer: Borrowed) -> None:
+def _as_recorded(step: Step, batches: list[RecordedBatch], replay: Replay, optimizer: Borrowed) -> None:
     take_step(
         step,
-        walk,
+        replay,
         optimizer,
         loss_of=lambda number: batches[number].loss(),
-        check=lambda losses: walk.fidelity.compare_losses(step, losses, counts=False),
+        check=lambda losses: replay.fidelity.compare_losses(step, losses, counts=False),
     )
 
 
-def _weights(step: Step, gone: list[frozenset[SampleId]], walk: Walk) -> list[Weights]:
+def _weights(step: Step, gone: list[frozenset[SampleId]], replay: Replay) -> list[Weights]:
     """For each run, the weights of each micro-batch's samples."""
     runs_without: dict[SampleId, list[int]] = {}
     for run, group in enumerate(gone):
@@ -197,7 +262,7 @@ def _weights(step: Step, gone: list[frozenset[SampleId]], walk: Walk) -> list[We
     found: list[Weights] = [[None] * len(step.micro) for _ in gone]
     if not step.is_update:
         return found
-    params = list(walk.params.values())
+    params = list(replay.params.values())
     for number, micro in enumerate(step.micro):
         for row, name in enumerate(micro.ids):
             for run in runs_without.get(name, ()):
@@ -208,11 +273,11 @@ def _weights(step: Step, gone: list[frozenset[SampleId]], walk: Walk) -> list[We
     return found
 
 
-def _find_plans(step: Step, batches: list[BatchAgain], weights: list[Weights], walk: Walk) -> None:
+def _find_plans(step: Step, batches: list[RecordedBatch], weights: list[Weights], replay: Replay) -> None:
     """Where somebody is left out, find out whose parts the loss has, at the parameters of the run that happened."""
     losses = [batch.micro.loss for batch in batches]
     touched = {number for each in weights for number, one in enumerate(each) if one is not None}
     for number in touched:
         losses[number] = batches[number].find_plan() / step.divisor * step.micro[number].scale
     if touched:  # the losses of a callable of the user's might have another mean
-        walk.fidelity.compare_losses(step, [loss for loss in losses if loss is not None], counts=False)
+        replay.fidelity.compare_losses(step, [loss for loss in losses if loss is not None], counts=False)

@@ -14,7 +14,7 @@ from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.leave_out.leave_out import LeftOut, Progress, leave_out
 from lightning_sgdclean.ranking.agreement import kendall_tau, spearman, top_k_jaccard
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.replay.open import OpenedRun
+from lightning_sgdclean.replay.replay import OpenedRun
 
 _LOW_TAU = 0.3  # an order by chance gets there about once in a hundred times, 32 samples given
 _NUM_NAMED = 3

@@ -1,2 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wing of the house."""
+"""One ``training_step`` evaluated again: watched, weighted, and split by sample.
+
+A recorded batch is evaluated here and nowhere else; the proof of whose row of its loss is whose is here, too.
+"""
+
+# What other wings may take, each name from the room that defines it. Nothing is imported here, so that looking at a
+# run does not wait for torch.
+__all__ = [
+    "BatchStatistic",
+    "Evaluated",
+    "LabelledWeights",
+    "Number",
+    "OtherLabels",
+    "RecordedBatch",
+    "RunningStatistics",
+    "SampleWeights",
+    "SplitPlan",
+    "Surroundings",
+    "VerifiedSplit",
+    "WatchedLosses",
+    "check_moved_buffers",
+    "eagerly",
+    "gradient",
+    "in_float32",
+    "in_half",
+    "is_low",
+    "length_of",
+    "logging_to",
+    "plain_numbers",
+    "pull_back_updates",
+    "refuse_cut_graphs",
+    "relabelled",
+    "surroundings_of",
+    "takes_batch_idx",
+    "twice_differentiable_kernels",
+    "unit_weights",
+    "untouched_module",
+    "widened",
+]

@@ -1,46 +1,250 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's own `training_step` evaluated again, outside the training loop, under what stands for the Trainer."""
+"""A recorded micro-batch, evaluated again by the user's own ``training_step``: the one place where that is done."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.base.lightning import silent_logger
 from lightning_sgdclean.base.options import SampleLosses
-from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32
+from lightning_sgdclean.base.randomness import set_random_state
+from lightning_sgdclean.data.batches import as_float32, cloned
 from lightning_sgdclean.losses.kernels import RefusedLookups
-from lightning_sgdclean.losses.module_state import _ignore, eagerly, logging_to
-from lightning_sgdclean.losses.running_statistics import BatchStatistic, IndependentSamples, RunningStatistics
-from lightning_sgdclean.losses.weighting import LabelledWeights, LossCall, OtherLabels, SampleWeights, SplitPlan
+from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
+from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
+from lightning_sgdclean.losses.weighting import (
+    Evaluated,
+    LabelledWeights,
+    OtherLabels,
+    SampleWeights,
+    SplitPlan,
+    is_planned,
+    unit_weights,
+)
+from lightning_sgdclean.trajectory.records import MicroBatch
+
+Watchers = Sequence[AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a LightningModule sees around its steps, as callables: the later stages need no Trainer.
+class Split(Protocol):
+    """Knows whose the parts of a loss are: :class:`lightning_sgdclean.losses.verified.VerifiedSplit`."""
+
+    def plan_for(
+        self, evaluate: Callable[[SplitPlan | None], Evaluated], batch: "RecordedBatch"
+    ) -> tuple[SplitPlan, Evaluated]:
+        """Evaluate a batch under the plan that holds for it."""
+
+
+@dataclass(eq=False)
+class RecordedBatch:
+    """A micro-batch of a recorded step, evaluated at the module's present parameters as often as wanted.
+
+    Every evaluation goes through :meth:`call`: random state and clock as the step had them, a copy of the batch,
+    the module's plain attributes put back afterwards.
 
     Attributes:
-        device: Where the module and its batches belong.
-        prepare: ``(batch, dataloader_idx)`` -> the batch converted, moved and through the transfer hooks.
-        train_context: Precision context of a training step.
-        val_context: Precision context of a validation step.
-        set_clock: ``(epoch, global_step)`` that ``current_epoch`` and ``global_step`` are to show.
-        precision: The Trainer's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
-        as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
+        module: The LightningModule.
+        params: Its trained parameters.
+        micro: The batch's record, with the random state before it.
+        content: The batch as ``training_step`` gets it.
+        surroundings: What stands for the Trainer.
+        restore: Puts the module's plain attributes back.
+        sample_losses: The user's own ``(module, batch) -> (B,)``, whose mean stands for the loss where it is weighted.
+        split: Whose the parts of the loss are, where the user does not say it.
+        divisor: By how much the loss is divided, since so many micro-batches are accumulated.
+        is_relabelled: Whether every evaluation with other labels found where to put them.
     """
 
-    device: torch.device
-    prepare: Callable[[Any, int], Any]
-    train_context: Callable[[], AbstractContextManager[Any]]
-    val_context: Callable[[], AbstractContextManager[Any]]
-    set_clock: Callable[[int, int], None]
-    precision: str
-    as_stage: Callable[[str], AbstractContextManager[Any]]
+    module: Any
+    params: list[nn.Parameter]
+    micro: MicroBatch
+    content: Any
+    surroundings: Surroundings
+    restore: Callable[[], None]
+    sample_losses: SampleLosses | None = None
+    split: Split | None = None
+    divisor: int = 1
+    is_relabelled: bool = field(default=True, init=False)
+    _plan: SplitPlan | None = field(default=None, init=False)
+    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # before the first evaluation
+    _references: dict[str, dict[int, Tensor]] = field(default_factory=dict, init=False)  # by precision
+
+    def __len__(self) -> int:
+        return len(self.micro.ids)
+
+    def weights(self) -> Tensor:
+        """A weight of 1 for each sample, ``(B,)``, to differentiate by."""
+        return unit_weights(len(self), self.params)
+
+    def evaluate(
+        self, weights: Tensor, labels: Tensor | None = None, surroundings: Surroundings | None = None
+    ) -> Evaluated:
+        """The loss that was differentiated in training, divided and scaled, as a function of its samples' weights.
+
+        Args:
+            weights: ``(B,)``, all one; with ``labels`` ``(2 B,)``, the second half the amounts of the other labels.
+            labels: For each sample a class that it could have had, ``(B,)``.
+            surroundings: Those that widen a run in 16 bits to float32; by default the run's own.
+
+        Raises:
+            LossSplitError: If the loss cannot be split by sample, or there is none.
+            UnsupportedOperationError: If an operation is used whose derivative is not followed.
+        """
+        evaluate = partial(self.evaluate_under, weights=weights, labels=labels, surroundings=surroundings)
+        if self.split is None or self._plan is not None:
+            evaluated = evaluate(self._plan)
+        else:
+            with torch.enable_grad():
+                self._plan, evaluated = self.split.plan_for(evaluate, self)
+        evaluated.loss = evaluated.loss / self.divisor
+        is_own = surroundings is None or surroundings is self.surroundings
+        if is_own and self.micro.scale != 1.0:
+            evaluated.loss = evaluated.loss * self.micro.scale
+        return evaluated
+
+    def evaluate_under(
+        self,
+        plan: SplitPlan | None,
+        weights: Tensor,
+        labels: Tensor | None = None,
+        surroundings: Surroundings | None = None,
+        *,
+        independent: bool = False,
+    ) -> Evaluated:
+        """The loss with its graph, which can be differentiated twice; neither divided nor scaled.
+
+        Running statistics start each time from what they were before the first evaluation.
+
+        Args:
+            plan: Which rows of which loss call belong to which sample.
+            weights: As for :meth:`evaluate`, and so are the next two.
+            labels: See there.
+            surroundings: See there.
+            independent: For a probe, whether to fix BatchNorm and dropout, so that no sample moves another's loss.
+        """
+        if not self._buffers:
+            self._buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        self._put_back(self._buffers)
+        own, others = weights[: len(self)], None
+        references = self._references.setdefault((surroundings or self.surroundings).precision, {})
+        norms = IndependentSamples() if independent else RunningStatistics(self.module)
+        weighing = SampleWeights(own, plan, {} if independent else references)
+        if labels is not None and len(weights) > len(self):
+            others = OtherLabels(labels, weights[len(self) :])
+            weighing = LabelledWeights(own, plan, references, others)
+        watchers = [norms, RefusedLookups(self.module)]
+        if self.sample_losses is None:
+            loss = self.call([*watchers, weighing], surroundings)
+        else:
+            loss = self._mean(self.call(watchers, surroundings, self.sample_losses), own)
+        self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
+        return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
+
+    def watched(self, weighing: SampleWeights) -> Evaluated:
+        """The loss with its graph and the loss calls that it is made of, to be differentiated once; any kernel."""
+        return Evaluated(self.call([weighing]), [], weighing.calls)
+
+    def find_plan(self) -> Tensor:
+        """Prove at the present parameters which part of the loss is whose; the loss, as the parts give it.
+
+        Raises:
+            LossSplitError: If it cannot be split by sample.
+        """
+        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+
+        def evaluate(plan: SplitPlan | None) -> Evaluated:
+            evaluated = self.watched(SampleWeights(self.weights(), plan))
+            self._put_back(contents)
+            return evaluated
+
+        if self.split is not None:
+            self._plan, evaluated = self.split.plan_for(evaluate, self)
+            return evaluated.loss.detach()
+        loss = self.loss(self.weights()).detach()
+        self._put_back(contents)
+        self.restore()
+        return loss
+
+    def loss(self, weights: Tensor | None = None) -> Tensor:
+        """The loss to be trained on: as training had it, or with weights ``(B,)`` on its samples; any kernel.
+
+        What the step did to the module's plain attributes is left to be undone after the backward pass.
+
+        Raises:
+            LossSplitError: If the loss is made otherwise than when its plan was found; see :meth:`find_plan`.
+        """
+        if weights is None:
+            return self.call(restores=False)
+        if self.sample_losses is not None:
+            return self._mean(self.call([], function=self.sample_losses, restores=False), weights)
+        weighing = SampleWeights(weights, self._plan)
+        loss = self.call([weighing], restores=False)
+        if self._plan is not None and not is_planned(weighing.calls, self._plan):
+            raise LossSplitError(
+                f"The loss of batch {self.micro.batch_idx} of epoch {self.micro.epoch} is made by other loss calls "
+                "once samples are left out, so it is not known which part of it is whose. Give sample_losses=."
+            )
+        return loss
+
+    def call(
+        self,
+        watchers: Watchers | None = None,
+        surroundings: Surroundings | None = None,
+        function: SampleLosses | None = None,
+        *,
+        restores: bool = True,
+    ) -> Tensor:
+        """Call ``training_step`` as the step did, and give the loss.
+
+        Args:
+            watchers: Entered around the call, in this order. Compiled parts then run as they were written, since what
+                was compiled without the watchers passes by them.
+            surroundings: As for :meth:`evaluate`.
+            function: Instead of ``training_step``, a callable ``(module, batch)``.
+            restores: Whether to put the module's plain attributes back.
+
+        Raises:
+            LossSplitError: If ``training_step`` gives no loss.
+        """
+        own = surroundings or self.surroundings
+        set_random_state(self.micro.random, own.device)
+        own.set_clock(self.micro.epoch, self.micro.global_step)
+        batch = cloned(self.content)  # training_step may write to it
+        batch = batch if own is self.surroundings else as_float32(batch)
+        with ExitStack() as stack:
+            if watchers is not None:
+                stack.enter_context(eagerly())
+            stack.enter_context(logging_to(self.module, ignore))
+            stack.enter_context(own.train_context())
+            for watcher in watchers or ():
+                stack.enter_context(watcher)
+            if function is not None:
+                loss: Tensor = function(self.module, batch)
+            else:
+                step = self.module.training_step
+                loss = _loss_in(step(batch, self.micro.batch_idx) if takes_batch_idx(step) else step(batch))
+        if restores:
+            self.restore()
+        return loss
+
+    def _mean(self, losses: Tensor, weights: Tensor) -> Tensor:
+        if losses.shape != weights.shape:
+            raise LossSplitError(
+                f"sample_losses= gave a tensor of shape {tuple(losses.shape)} for a batch of {len(self)} samples; "
+                f"expected ({len(self)},), one loss a sample, whose mean is the training loss."
+            )
+        return (losses * weights).sum() / len(self)
+
+    @torch.no_grad()
+    def _put_back(self, contents: dict[str, Tensor]) -> None:
+        for name, buffer in self.module.named_buffers():  # by name: a step may put a new one in its place
+            buffer.copy_(contents[name])
 
 
 def takes_batch_idx(step: Callable[..., Any]) -> bool:
@@ -49,200 +253,8 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
     return "batch_idx" in parameters or len(parameters) >= 2
 
 
-@dataclass
-class Evaluated:
-    """One training loss with its graph; running statistics that it moved, and read; loss calls that were seen."""
-
-    loss: Tensor
-    updates: list[BatchStatistic]
-    calls: list[LossCall]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-
-
-def training_loss(
-    module: Any,
-    batch: Any,
-    batch_idx: int,
-    weights: Tensor,
-    surroundings: Surroundings,
-    sample_losses: SampleLosses | None = None,
-    samples_apart: bool = False,
-    plan: SplitPlan | None = None,
-    references: dict[int, Tensor] | None = None,
-    others: OtherLabels | None = None,
-) -> Evaluated:
-    """The loss of ``training_step`` as a function of parameters and sample weights.
-
-    Args:
-        module: The LightningModule, in the state that the loss is wanted for.
-        batch: As ``training_step`` gets it.
-        batch_idx: Likewise.
-        weights: ``(B,)``, all one.
-        surroundings: What stands for the Trainer.
-        sample_losses: The user's own ``(module, batch) -> (B,)`` instead of ``training_step``.
-        samples_apart: Whether BatchNorm and dropout are to be fixed, so that no sample feels another.
-        plan: Which rows of which loss call belong to which sample.
-        references: As :class:`lightning_sgdclean.losses.weighting.SampleWeights`.
-        others: Labels that the samples could have had.
-
-    Raises:
-        LossSplitError: If ``sample_losses`` does not give one number a sample, or there is no loss.
-    """
-    norms = IndependentSamples() if samples_apart else RunningStatistics(module)
-    weighing = SampleWeights(weights, plan, references)
-    if others is not None:
-        weighing = LabelledWeights(weights, plan, references, others)
-    with eagerly(), logging_to(module, _ignore), surroundings.train_context(), norms, RefusedLookups(module):
-        if sample_losses is not None:
-            loss = _mean_of(sample_losses(module, batch), weights)
-        else:
-            with weighing:
-                loss = _loss_of_step(module, batch, batch_idx)
-    return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
-
-
-def weighted_training_loss(
-    module: Any,
-    batch: Any,
-    batch_idx: int,
-    weights: Tensor,
-    surroundings: Surroundings,
-    sample_losses: SampleLosses | None,
-    plan: SplitPlan | None,
-) -> tuple[Tensor, list[LossCall]]:
-    """The loss with samples' weights in it, to be trained on: first derivatives by the parameters, any kernel.
-
-    Args:
-        module: As in :func:`training_loss`, and so the rest.
-        batch: See there.
-        batch_idx: See there.
-        weights: ``(B,)``, zero or one.
-        surroundings: See there.
-        sample_losses: See there.
-        plan: See there.
-
-    Returns:
-        The loss, and the loss calls that were seen.
-    """
-    weighing = SampleWeights(weights, plan)
-    with eagerly(), logging_to(module, _ignore), surroundings.train_context():
-        if sample_losses is not None:
-            return _mean_of(sample_losses(module, batch), weights), []
-        with weighing:
-            return _loss_of_step(module, batch, batch_idx), weighing.calls
-
-
-def plain_training_loss(module: Any, batch: Any, batch_idx: int, surroundings: Surroundings) -> Tensor:
-    """The loss of ``training_step`` as training had it: nothing watched, nothing weighted, any kernel.
-
-    Raises:
-        LossSplitError: If there is none.
-    """
-    with logging_to(module, _ignore), surroundings.train_context():
-        return _loss_of_step(module, batch, batch_idx)
-
-
-def _loss_of_step(module: Any, batch: Any, batch_idx: int) -> Tensor:
-    step = module.training_step
-    output = step(batch, batch_idx) if takes_batch_idx(step) else step(batch)
+def _loss_in(output: Any) -> Tensor:
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise LossSplitError(f"training_step gave {type(loss).__name__} where a loss was recorded, on the same batch.")
     return loss
-
-
-def _mean_of(losses: Tensor, weights: Tensor) -> Tensor:
-    if losses.shape != weights.shape:
-        raise LossSplitError(
-            f"sample_losses= gave a tensor of shape {tuple(losses.shape)} for a batch of {len(weights)} samples; "
-            f"expected ({len(weights)},), one loss a sample, whose mean is the training loss."
-        )
-    return (losses * weights).sum() / len(weights)
-
-
-def surroundings_of(trainer: Any, module: Any) -> Surroundings:
-    """What ``module`` saw around its steps under this Trainer."""
-    epochs = trainer.fit_loop.epoch_progress.current
-    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-
-    def prepare(batch: Any, dataloader_idx: int) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-
-    def set_clock(epoch: int, global_step: int) -> None:
-        epochs.completed, steps.completed = epoch, global_step
-
-    @contextmanager
-    def as_stage(stage: str) -> Iterator[None]:
-        loggers, found, clock = trainer.loggers, trainer.state.stage, (epochs.completed, steps.completed)
-        trainer.loggers = [silent_logger(trainer)] if loggers else []
-        setattr(trainer, "training" if stage == "train" else "validating", True)
-        try:
-            yield
-        finally:
-            trainer.loggers, trainer.state.stage = loggers, found
-            set_clock(*clock)
-
-    return Surroundings(
-        device=trainer.strategy.root_device,
-        prepare=prepare,
-        train_context=trainer.precision_plugin.train_step_context,
-        val_context=trainer.precision_plugin.val_step_context,
-        set_clock=set_clock,
-        precision=str(trainer.precision),
-        as_stage=as_stage,
-    )
-
-
-def is_low(surroundings: Surroundings, module: nn.Module) -> bool:
-    """Whether the run computes in 16 bits, by autocast or by its parameters."""
-    return surroundings.precision.startswith(("16", "bf16")) or any(
-        param.dtype in SIXTEEN_BITS for param in module.parameters()
-    )
-
-
-def in_half(surroundings: Surroundings) -> bool:
-    """Whether that is float16, whose derivatives overflow as well."""
-    return surroundings.precision.startswith("16")
-
-
-def widened(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
-    """:func:`in_float32` for a run in 16 bits; any other keeps its surroundings."""
-    return in_float32(module, surroundings) if is_low(surroundings, module) else nullcontext(surroundings)
-
-
-@contextmanager
-def in_float32(module: nn.Module, surroundings: Surroundings) -> Iterator[Surroundings]:
-    """Within the block the module's parameters and buffers are float32, and nothing is cast down.
-
-    Yields:
-        Surroundings to evaluate the module in.
-    """
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in SIXTEEN_BITS]
-    dtypes = [tensor.dtype for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield replace(
-            surroundings,
-            prepare=lambda batch, number: as_float32(surroundings.prepare(batch, number)),
-            train_context=_uncast,
-            val_context=_uncast,
-            precision="32-true",
-        )
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
-def _uncast() -> Iterator[None]:
-    """No autocast on any device, and new tensors in float32."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)

@@ -2,8 +2,9 @@
 """Kernels that can be differentiated twice, and the refusal by name where there are none."""
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -164,3 +165,8 @@ def gradient(
     with refusing_by_name():
         found = torch.autograd.grad(wanted, inputs, given, allow_unused=True, **options)
     return [torch.zeros_like(tensor) if grad is None else grad for grad, tensor in zip(found, inputs, strict=True)]
+
+
+def length_of(tensors: Iterable[Tensor]) -> float:
+    """The length of tensors as one vector."""
+    return math.sqrt(sum(float(tensor.detach().double().pow(2).sum()) for tensor in tensors))

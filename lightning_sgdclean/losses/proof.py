@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove on a batch which part of the loss belongs to which sample."""
+"""Prove on a batch which part of the loss belongs to which sample.
+
+Sums cannot tell swapped rows apart, so samples are replaced by others, group by group: a row that moves with exactly
+the groups of one sample is that sample's. Then all rows are cut off from the gradient; what is left of it must not
+depend on the samples.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,8 +16,7 @@ from torch import Tensor
 
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError
 from lightning_sgdclean.data.batches import Variant
-from lightning_sgdclean.losses.evaluate import Evaluated
-from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.kernels import gradient, length_of
 from lightning_sgdclean.losses.loss_functions import (
     OwnerRule,
     candidate_rules,
@@ -21,7 +25,7 @@ from lightning_sgdclean.losses.loss_functions import (
     owners_by,
     replacement_masks,
 )
-from lightning_sgdclean.losses.weighting import LossCall, RowOwners, SplitPlan
+from lightning_sgdclean.losses.weighting import Evaluated, LossCall, RowOwners, SplitPlan
 
 
 class Probe:
@@ -325,13 +329,9 @@ def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
 
 def rest_depends_on_samples(probe: Probe, plan: SplitPlan, masks: list[Tensor]) -> bool:
     """Whether the gradient without the samples' rows changes as these samples are replaced; in a batch of one, is."""
-    whole = _length(gradient([probe.ask(plan=plan).loss], probe.params))
+    whole = length_of(gradient([probe.ask(plan=plan).loss], probe.params))
     rest, *others = (gradient([probe.ask(mask, plan, weight=0.0).loss], probe.params) for mask in [None, *masks])
-    scale = probe.tolerance * max(whole, _length(rest))
+    scale = probe.tolerance * max(whole, length_of(rest))
     if probe.num == 1:
-        return not _length(rest) <= scale
-    return any(not _length([a - b for a, b in zip(rest, other, strict=True)]) <= scale for other in others)
-
-
-def _length(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.detach().double().pow(2).sum()) for tensor in tensors))
+        return not length_of(rest) <= scale
+    return any(not length_of([a - b for a, b in zip(rest, other, strict=True)]) <= scale for other in others)

@@ -155,7 +155,7 @@ class WatchedLosses(SampleWeights):
         return super()._weighted(func, options)
 
     def own(self, losses: Tensor) -> None:
-        """Give rows owners that are, number for number, the samples' losses ``(B,)`` as somebody else split them.
+        """Match rows to samples by equal loss values ``(B,)``, which ``sample_losses=`` gave.
 
         Losses that two samples have in common tell nothing of their rows' order.
         """

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm's and InstanceNorm's running statistics as part of the derivative, and buffers that are not followed."""
+"""BatchNorm's and InstanceNorm's running statistics as part of the derivative, and buffers that are not followed.
+
+Training moves running statistics by ``b <- (1 - m) b + m * statistic(batch)`` where autograd does not look, and
+evaluation reads them through an operation that has no gradient for them. Both are written out here.
+"""
 
 import inspect
 from collections.abc import Callable

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
-from lightning_sgdclean.data.batches import Variant, as_float32, neighbour_variant, tensor_shapes
-from lightning_sgdclean.losses.evaluate import Evaluated, Surroundings, training_loss, widened
-from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
+from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split, rest_depends_on_samples, rest_of
-from lightning_sgdclean.losses.weighting import RowOwners, SplitPlan, _key, calls_of, is_planned
-from lightning_sgdclean.trajectory.records import MicroBatch
+from lightning_sgdclean.losses.surroundings import untouched_module, widened
+from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
 
@@ -88,15 +87,9 @@ class VerifiedSplit:
     A batch must make the loss calls of a proved one, over rows that the same rules give owners, and the
     parts must add up to the loss. Beyond that, batches of a new shape and every eighth one have half of their
     samples replaced, to see that only the rows of those move. What does not fit is proved anew, or refused.
-
-    Args:
-        module: The LightningModule.
-        params: The trained parameters.
-        surroundings: What stands for the Trainer.
     """
 
-    def __init__(self, module: Any, params: list[nn.Parameter], surroundings: Surroundings) -> None:
-        self._module, self._params, self._surroundings = module, params, surroundings
+    def __init__(self) -> None:
         self._plans: dict[tuple[Any, ...], SplitPlan] = {}
         self._with_rest: set[tuple[Any, ...]] = set()
         self._of_one: set[tuple[Any, ...]] = set()  # proved on batches of one sample only, which have no order
@@ -104,41 +97,46 @@ class VerifiedSplit:
         self._shapes: set[tuple[Any, ...]] = set()
         self._num_batches = 0
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether it was proved on a batch of two samples or more, which shows their order."""
+        return self._latest is not None and plan_key(self._latest) not in self._of_one
+
     def plan_for(
-        self, evaluate: Callable[[SplitPlan | None], Evaluated], micro: MicroBatch, batch: Any
+        self, evaluate: Callable[[SplitPlan | None], Evaluated], batch: RecordedBatch
     ) -> tuple[SplitPlan, Evaluated]:
         """Evaluate a batch with its samples' weights where they belong.
 
         Args:
             evaluate: The batch's loss, with its graph, under a plan.
-            micro: The batch's record; its random state is used.
-            batch: As ``training_step`` gets it.
+            batch: The batch.
 
         Raises:
             LossSplitError: If the loss of this batch cannot be split by sample.
         """
-        with self._advised(batch, len(micro.ids)):
-            if self._is_due(batch) and not self._recheck(micro, batch):
-                self._prove(micro, batch)
+        with _advised(batch):
+            if self._is_due(batch.content) and not self._recheck(batch):
+                self._prove(batch)
             plan = self._latest
             assert plan is not None
             evaluated = evaluate(plan)
-            known = self._known(evaluated, len(micro.ids))
+            known = self._known(evaluated, len(batch))
             if known is not None and known is not plan:
                 self._latest = plan = known
                 evaluated = evaluate(plan)
             if self._fits(evaluated, plan):
                 return plan, evaluated
-            plan = self._prove(micro, batch)
+            plan = self._prove(batch)
             evaluated = evaluate(plan)
             if not self._fits(evaluated, plan):
+                micro = batch.micro
                 raise LossSplitError(
                     f"The loss of batch {micro.batch_idx} of epoch {micro.epoch} does not add up: its samples' parts "
                     "miss a part of it that was not there when they were proved."
                 )
             return plan, evaluated
 
-    def prove(self, micro: MicroBatch, batch: Any) -> SplitPlan:
+    def prove(self, batch: RecordedBatch) -> SplitPlan:
         """Prove the split on a batch, for the batches like it.
 
         Returns:
@@ -147,37 +145,37 @@ class VerifiedSplit:
         Raises:
             LossSplitError: As :func:`lightning_sgdclean.losses.proof.prove_split`.
         """
-        with self._advised(batch, len(micro.ids)):
-            return self._prove(micro, batch)
+        with _advised(batch):
+            return self._prove(batch)
 
-    def prove_ids(self, micro: MicroBatch, batch: Any, variant: Variant) -> None:
+    def prove_ids(self, batch: RecordedBatch, variant: Variant) -> None:
         """Prove on a batch that rows move with the ids whose samples are replaced before collating.
 
         Raises:
             LossSplitError: If they move with others, or the split itself cannot be proved.
         """
-        with self._advised(batch, len(micro.ids)):
-            if not self._recheck(micro, batch):
-                self._prove(micro, batch)
+        with _advised(batch):
+            if not self._recheck(batch):
+                self._prove(batch)
             plan = self._latest
             assert plan is not None
-            with self._probing(micro, variant) as probe:
+            with _probing(batch, variant) as probe:
                 check_ids(probe, plan)
 
-    def _is_due(self, batch: Any) -> bool:
-        shapes = tuple(tensor_shapes(batch))
+    def _is_due(self, content: Any) -> bool:
+        shapes = tuple(tensor_shapes(content))
         is_new, self._num_batches = shapes not in self._shapes, self._num_batches + 1
         self._shapes.add(shapes)
-        has_rest = self._latest is not None and _key(self._latest) in self._with_rest
+        has_rest = self._latest is not None and plan_key(self._latest) in self._with_rest
         return is_new or has_rest or self._num_batches % _RECHECK_EVERY == 0
 
-    def _recheck(self, micro: MicroBatch, batch: Any) -> bool:
+    def _recheck(self, batch: RecordedBatch) -> bool:
         """Replace half of the samples: do their rows move, and only theirs, and nothing else of the loss?"""
-        num, plan = len(micro.ids), self._latest
+        num, plan = len(batch), self._latest
         if plan is None:
             return False
         mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
-        with self._probing(micro, neighbour_variant(batch)) as probe:
+        with _probing(batch, neighbour_variant(batch.content)) as probe:
             base = probe.ask(plan=plan)
             plan = self._known(base, num)
             if plan is None:
@@ -205,25 +203,25 @@ class VerifiedSplit:
     def _fits(self, evaluated: Evaluated, plan: SplitPlan) -> bool:
         if not is_planned(evaluated.calls, plan):
             return False
-        if _key(plan) in self._with_rest:
+        if plan_key(plan) in self._with_rest:
             return True
         rest, slack = rest_of(evaluated)
         return abs(rest) <= slack
 
-    def _prove(self, micro: MicroBatch, batch: Any) -> SplitPlan:
-        with self._probing(micro, neighbour_variant(batch)) as probe:
+    def _prove(self, batch: RecordedBatch) -> SplitPlan:
+        with _probing(batch, neighbour_variant(batch.content)) as probe:
             probe.check_repeatable()
-            plan = self._keep(prove_split(probe), len(micro.ids))
+            plan = self._keep(prove_split(probe), len(batch))
             rest, slack = rest_of(probe.ask(plan=plan))
             # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
             if abs(rest) > slack or not all(call.is_linear for call in plan):
-                self._with_rest.add(_key(plan))
+                self._with_rest.add(plan_key(plan))
             self._latest = plan
             return plan
 
     def _keep(self, plan: SplitPlan, num: int) -> SplitPlan:
         """Join what a batch shows with what those before it did; both must hold."""
-        key = _key(plan)
+        key = plan_key(plan)
         before = self._plans.get(key)
         if num == 1:
             self._of_one |= set() if before else {key}
@@ -238,40 +236,36 @@ class VerifiedSplit:
         self._plans[key] = plan
         return plan
 
-    @contextmanager
-    def _advised(self, batch: Any, num: int) -> Iterator[None]:
-        try:
-            yield
-        except LossSplitError as error:
-            text = f"{error} {advice_for(self._module, batch, num)}"
-            raise LossSplitError(text) from error
 
-    @contextmanager
-    def _probing(self, micro: MicroBatch, variant: Variant) -> Iterator[Probe]:
-        module, surroundings = self._module, self._surroundings
-        with (
-            untouched_randomness(surroundings.device),
-            untouched_module(module) as restore,
-            surroundings.as_stage("train"),
-            torch.enable_grad(),
-            widened(module, surroundings) as wide,
-        ):
-            shake(self._params)
-            buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+@contextmanager
+def _advised(batch: RecordedBatch) -> Iterator[None]:
+    try:
+        yield
+    except LossSplitError as error:
+        text = f"{error} {advice_for(batch.module, batch.content, len(batch))}"
+        raise LossSplitError(text) from error
 
-            def evaluate(batch: Any, plan: SplitPlan | None, weights: Tensor) -> Evaluated:
-                with torch.no_grad():
-                    for buffer, content in buffers:
-                        buffer.copy_(content)
-                set_random_state(micro.random, surroundings.device)
-                surroundings.set_clock(micro.epoch, micro.global_step)
-                batch = batch if wide is surroundings else as_float32(batch)
-                evaluated = training_loss(module, batch, micro.batch_idx, weights, wide, samples_apart=True, plan=plan)
-                restore()
-                return evaluated
 
-            tolerance = 1e-11 if self._params[0].dtype is torch.float64 else 1e-5
-            yield Probe(evaluate, variant, len(micro.ids), self._params, tolerance)
+@contextmanager
+def _probing(batch: RecordedBatch, variant: Variant) -> Iterator[Probe]:
+    """Ask for the batch's loss with samples replaced; module and random state stay as they are."""
+    module, surroundings = batch.module, batch.surroundings
+    with (
+        untouched_randomness(surroundings.device),
+        untouched_module(module) as restore,
+        surroundings.as_stage("train"),
+        torch.enable_grad(),
+        widened(module, surroundings) as wide,
+    ):
+        shake(batch.params)
+        probed = replace(batch, restore=restore, split=None)
+
+        def evaluate(content: Any, plan: SplitPlan | None, weights: Tensor) -> Evaluated:
+            probed.content = content
+            return probed.evaluate_under(plan, weights, surroundings=wide, independent=True)
+
+        tolerance = 1e-11 if batch.params[0].dtype is torch.float64 else 1e-5
+        yield Probe(evaluate, variant, len(batch), batch.params, tolerance)
 
 
 def _joined(now: RowOwners, then: RowOwners) -> RowOwners:

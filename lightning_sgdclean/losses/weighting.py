@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.data.batches import cloned, leaves_of
 from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, lost_weight, owners_by, rows_of
+from lightning_sgdclean.losses.running_statistics import BatchStatistic
 
 
 def unit_weights(num: int, params: list[nn.Parameter]) -> Tensor:
@@ -241,13 +242,14 @@ def relabelled(batch: Any, others: OtherLabels) -> Any | None:
     return copy if found else None
 
 
-def _key(plan: SplitPlan) -> tuple[Any, ...]:
+def plan_key(plan: SplitPlan) -> tuple[Any, ...]:
+    """What is called under a plan, in order."""
     return tuple(call.call for call in plan)
 
 
 def is_planned(calls: list[LossCall], plan: SplitPlan) -> bool:
     """Whether loss calls are those of a plan, and have the owners that it promises."""
-    if calls_of(calls) != _key(plan):
+    if calls_of(calls) != plan_key(plan):
         return False
     pairs: list[tuple[RowOwners, LossCall]] = list(zip(plan, calls, strict=True))
     return all(term.owners is not None for call, term in pairs if call.rules)
@@ -256,3 +258,13 @@ def is_planned(calls: list[LossCall], plan: SplitPlan) -> bool:
 def calls_of(calls: list[LossCall]) -> tuple[Any, ...]:
     """What was called, in order."""
     return tuple(term.call for term in calls)
+
+
+@dataclass
+class Evaluated:
+    """One training loss with its graph; running statistics that it moved, and read; loss calls that were seen."""
+
+    loss: Tensor
+    updates: list[BatchStatistic]
+    calls: list[LossCall]
+    leaves: dict[str, Tensor] = field(default_factory=dict)

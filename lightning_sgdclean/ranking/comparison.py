@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.ranking.parquet import data_frame
+from lightning_sgdclean.ranking.columns import data_frame
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.ranking.table import write_rows
 

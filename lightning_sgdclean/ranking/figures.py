@@ -23,6 +23,10 @@ from lightning_sgdclean.ranking.groups import (
     stretched_ticks,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _NOTES = ("label", "prediction")  # columns that are worth a line under a picture
 _LONGEST = 22  # characters of a line
 
@@ -119,11 +123,6 @@ def short(value: Any) -> str:
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]}…{text[1 - half :]}"
-
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 # Two colours of Okabe and Ito that stay apart in every common form of colour blindness.
@@ -299,10 +298,6 @@ def _say_nothing_to_draw(axes: "Axes", influence: NDArray[np.float64]) -> None:
         text = f"all {len(influence)} influences are exactly 0"
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=NEUTRAL)
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 _COLUMNS = 8

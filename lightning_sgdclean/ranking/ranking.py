@@ -1,32 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Ranking`: order, `keep`, `by`."""
+"""`Ranking`: samples in the order of the harm they did; what to keep of a dataset; what groups did together."""
 
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.ranking.columns import (
+    SUFFIX,
+    Columns,
+    as_columns,
+    data_frame,
+    read_parquet,
+    same_columns,
+    write_parquet,
+)
 from lightning_sgdclean.ranking.figures import exhibits
 from lightning_sgdclean.ranking.groups import Groups, effects_by_group, groups_of, labels_if_few
-from lightning_sgdclean.ranking.parquet import SUFFIX, data_frame, read_parquet, write_parquet
 from lightning_sgdclean.ranking.table import (
     COLUMNS,
     CSV_NAME,
-    Columns,
     Table,
-    as_columns,
+    as_vector,
+    check_values,
+    checked_count,
+    checked_ids,
     effect_of,
     read_table,
-    same_columns,
     write_table,
 )
 
@@ -34,10 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-
-SampleId: TypeAlias = int | str
 T_co = TypeVar("T_co", covariant=True)
-_INT64 = np.iinfo(np.int64)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,15 +99,15 @@ class Ranking:
             ValueError: If an influence is not finite, ids repeat, mix integers and str, exceed 64 bits
                 or cannot be written as UTF-8, a count is not a whole number from 0 on, or lengths differ.
         """
-        ids = _checked_ids(sample_id)
-        influences = _vector(influence, "influence", "fiub").astype(np.float64)
-        counts = _vector(visits, "visits", "iub").astype(np.int64)
+        ids = checked_ids(sample_id)
+        influences = as_vector(influence, "influence", "fiub").astype(np.float64)
+        counts = as_vector(visits, "visits", "iub").astype(np.int64)
         if not len(ids) == len(influences) == len(counts):
             raise ValueError(
                 f"Expected an influence and a number of visits for each sample id, found {len(ids)} ids, "
                 f"{len(influences)} influences and {len(counts)} numbers of visits."
             )
-        _check_values(ids, influences, counts)
+        check_values(ids, influences, counts)
         others = as_columns(columns, len(ids))
         keys = list(zip(influences.tolist(), ids, strict=True))
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.intp)
@@ -169,8 +175,8 @@ class Ranking:
     def _places(self, n: int, effect: str) -> list[int]:
         """Ranks, counted from 0, of the ``n`` most harmful or most helpful samples; fewer if there are fewer."""
         if effect == "harmful":
-            return list(range(min(_count(n, "n"), int((self.influence < 0).sum()))))
-        count = min(_count(n, "n"), int((self.influence > 0).sum()))
+            return list(range(min(checked_count(n, "n"), int((self.influence < 0).sum()))))
+        count = min(checked_count(n, "n"), int((self.influence > 0).sum()))
         best_first = np.argsort(-self.influence, kind="stable")  # stable: ties stay in the order of their ids
         return cast(list[int], best_first[:count].tolist())
 
@@ -201,7 +207,7 @@ class Ranking:
                 f"Sample id {outside[0]} is no position in a dataset of {size} samples ({len(outside)} such "
                 "ids). Expected the dataset that the ranked training drew from."
             )
-        if _count(drop, "drop") > len(self):
+        if checked_count(drop, "drop") > len(self):
             raise ValueError(f"Cannot drop {drop} samples: the ranking holds {len(self)}.")
         kept = np.delete(np.arange(size), self.sample_id[:drop])
         return Subset(dataset, kept.tolist())
@@ -330,69 +336,6 @@ class Ranking:
         return cls.from_influence(*(read_parquet if path.suffix == SUFFIX else read_table)(path))
 
 
-def _count(value: int, name: str) -> int:
-    count = operator.index(value)
-    if count < 0:
-        raise ValueError(f"Expected {name} to be 0 or more, found {count}.")
-    return count
-
-
-def _checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> list[Any]:
-    found = sample_id.tolist() if isinstance(sample_id, Tensor) else list(sample_id)
-    ids = [_plain_id(value) for value in found]
-    texts = sum(isinstance(value, str) for value in ids)
-    if 0 < texts < len(ids):
-        raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
-    return ids
-
-
-def _plain_id(value: object) -> SampleId:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"Sample id {value!r} cannot be written as UTF-8.") from error
-        return str(value)
-    if not isinstance(value, int | np.integer | np.bool_):
-        raise TypeError(f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}.")
-    number = int(value)
-    if not _INT64.min <= number <= _INT64.max:
-        raise ValueError(f"Sample id {number} does not fit into 64 bits.")
-    return number
-
-
-def _vector(values: Any, name: str, kinds: str) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"Expected {name} as one row of numbers, found shape {array.shape}.")
-    if array.size and array.dtype.kind not in kinds:
-        raise ValueError(f"Expected {name} as {'whole ' * ('f' not in kinds)}numbers, found {array.dtype}.")
-    return array
-
-
-def _check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArray[np.int64]) -> None:
-    bad = np.flatnonzero(~np.isfinite(influence))
-    if len(bad):
-        raise ValueError(
-            f"Expected finite influences, found {influence[bad[0]]} for sample {ids[bad[0]]!r} "
-            f"({len(bad)} of {len(ids)} samples)."
-        )
-    negative = np.flatnonzero(visits < 0)
-    if len(negative):
-        raise ValueError(f"Sample {ids[negative[0]]!r} has {visits[negative[0]]} visits, expected 0 or more.")
-    seen: set[Any] = set()
-    for sample in ids:
-        if sample in seen:
-            raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
-        seen.add(sample)
-
-
-_DIGITS = 16
-
-
 def run_id(ranking: Ranking) -> str:
     """``run-`` and sixteen hexadecimal digits of a SHA-256 over ids, influences (bit for bit) and visits.
 
@@ -402,4 +345,4 @@ def run_id(ranking: Ranking) -> str:
     digest = hashlib.sha256(json.dumps(ranking.sample_id.tolist()).encode())
     digest.update(ranking.influence.astype("<f8").tobytes())
     digest.update(ranking.visits.astype("<i8").tobytes())
-    return f"run-{digest.hexdigest()[:_DIGITS]}"  # with letters in front no spreadsheet takes it for a number
+    return f"run-{digest.hexdigest()[:16]}"  # with letters in front no spreadsheet takes it for a number

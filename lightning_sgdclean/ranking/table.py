@@ -5,8 +5,9 @@ import csv
 import io
 import json
 import math
+import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.options import SampleId
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SampleId = int | str
 CSV_NAME = "influence.csv"
 COLUMNS = ("rank", "sample_id", "influence", "effect", "visits")
 _INT64 = np.iinfo(np.int64)
@@ -199,83 +200,86 @@ def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
     return list(first_line)
 
 
-Columns = Mapping[str, "Sequence[Any] | NDArray[Any] | Tensor"]
+def as_numpy(values: Any) -> Any:
+    """A tensor as an array, anything else as it is. Torch is not imported: runs are looked at without it."""
+    if not hasattr(values, "detach"):
+        return values
+    values = values.detach().cpu()
+    return (values.double() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
 
 
-def as_columns(columns: Columns | None, length: int) -> dict[str, NDArray[Any]]:
-    """Each column as one array; see :func:`as_column`.
-
-    Raises:
-        ValueError: If a name is taken or not one of text, or a column has another length.
-        TypeError: If a value is neither number nor text.
-    """
-    found = {}
-    for name, values in (columns or {}).items():
-        if not isinstance(name, str) or not name or name in COLUMNS:
-            raise ValueError(f"Expected a name for a further column that is none of {', '.join(COLUMNS)}: {name!r}.")
-        found[name] = as_column(values, name)
-        if found[name].shape != (length,):
-            raise ValueError(f"Expected {length} values in column {name!r}, found shape {found[name].shape}.")
-    return found
-
-
-def as_column(values: "Sequence[Any] | NDArray[Any] | Tensor", name: str) -> NDArray[Any]:
-    """Values as an array that is the same when it has been written as text and read again.
-
-    Args:
-        values: Whole numbers, numbers (NaN or None: unknown), or text (None: empty). Text that looks like numbers
-            throughout becomes numbers, since a CSV has no types.
-        name: For messages.
-
-    Returns:
-        An array ``(N,)`` of int64, float64 or str objects.
+def checked_count(value: int, name: str) -> int:
+    """A number from 0 on.
 
     Raises:
-        ValueError: If a number is infinite or does not fit into 64 bits.
-        TypeError: If a value is neither number nor text.
+        ValueError: If it is below.
     """
-    if hasattr(values, "detach"):  # a tensor; torch is not imported, since runs are looked at without it
-        values = values.detach().cpu()
-        values = (values.double() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
-    cells = list(values.tolist() if isinstance(values, np.ndarray) else values)
-    cells = [cell.item() if hasattr(cell, "item") else cell for cell in cells]
-    if cells and (any(isinstance(cell, str) for cell in cells) or all(map(_is_unknown, cells))):
-        cells = typed([_text(cell, name) for cell in cells])
-    for cell in cells:
-        if not isinstance(cell, int | float | str | None):
-            raise TypeError(f"Column {name!r} holds {cell!r:.40}; expected numbers or text.")
-    if cells and all(isinstance(cell, str) for cell in cells):
-        return np.array(cells, dtype=object)
-    if cells and all(isinstance(cell, int) for cell in cells):
+    count = operator.index(value)
+    if count < 0:
+        raise ValueError(f"Expected {name} to be 0 or more, found {count}.")
+    return count
+
+
+def checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> list[Any]:
+    """Ids as int or str.
+
+    Raises:
+        TypeError: If one is neither.
+        ValueError: If they are of both types, or one cannot be written.
+    """
+    ids = [_plain_id(value) for value in as_numpy(sample_id)]
+    texts = sum(isinstance(value, str) for value in ids)
+    if 0 < texts < len(ids):
+        raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
+    return ids
+
+
+def _plain_id(value: object) -> SampleId:
+    if isinstance(value, str):
         try:
-            return np.array(cells, dtype=np.int64)
-        except OverflowError as error:
-            raise ValueError(f"Column {name!r} holds a number that does not fit into 64 bits.") from error
-    array = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
-    if bool(np.isinf(array).any()):
-        raise ValueError(f"Column {name!r} holds an infinite number; expected finite ones, or NaN where unknown.")
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Sample id {value!r} cannot be written as UTF-8.") from error
+        return str(value)
+    if not isinstance(value, int | np.integer | np.bool_):
+        raise TypeError(f"Expected sample ids of type int or str, found {value!r} of type {type(value).__name__}.")
+    number = int(value)
+    if not _INT64.min <= number <= _INT64.max:
+        raise ValueError(f"Sample id {number} does not fit into 64 bits.")
+    return number
+
+
+def as_vector(values: Any, name: str, kinds: str) -> NDArray[Any]:
+    """Values as one row of an array.
+
+    Raises:
+        ValueError: If they are not one row, or not numbers of one of the ``kinds`` (letters of NumPy's dtypes).
+    """
+    array = np.asarray(as_numpy(values))
+    if array.ndim != 1:
+        raise ValueError(f"Expected {name} as one row of numbers, found shape {array.shape}.")
+    if array.size and array.dtype.kind not in kinds:
+        raise ValueError(f"Expected {name} as {'whole ' * ('f' not in kinds)}numbers, found {array.dtype}.")
     return array
 
 
-def _is_unknown(cell: Any) -> bool:
-    return cell is None or cell != cell
+def check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArray[np.int64]) -> None:
+    """Are these the ids, influences and visits of a ranking?
 
-
-def _text(cell: Any, name: str) -> str:
-    """A cell of a column that holds text somewhere."""
-    if _is_unknown(cell):
-        return ""
-    text = str(cell)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Column {name!r} holds {text!r:.40}, which cannot be written as UTF-8.") from error
-    return text
-
-
-def same_columns(mine: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether names, their order and all values are the same; unknown equals unknown."""
-    return list(mine) == list(theirs) and all(
-        np.array_equal(mine[name], theirs[name], equal_nan=mine[name].dtype == theirs[name].dtype == np.float64)
-        for name in mine
-    )
+    Raises:
+        ValueError: If an influence is not finite, a number of visits negative, or an id there twice.
+    """
+    bad = np.flatnonzero(~np.isfinite(influence))
+    if len(bad):
+        raise ValueError(
+            f"Expected finite influences, found {influence[bad[0]]} for sample {ids[bad[0]]!r} "
+            f"({len(bad)} of {len(ids)} samples)."
+        )
+    negative = np.flatnonzero(visits < 0)
+    if len(negative):
+        raise ValueError(f"Sample {ids[negative[0]]!r} has {visits[negative[0]]} visits, expected 0 or more.")
+    seen: set[Any] = set()
+    for sample in ids:
+        if sample in seen:
+            raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
+        seen.add(sample)

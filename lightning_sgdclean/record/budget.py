@@ -154,7 +154,7 @@ def _entries_a_parameter(optimizer: Optimizer) -> int:
 
 
 def budget_for(policy: SnapshotPolicy, needs: Needs) -> Budget:
-    """KeepPlan the snapshots.
+    """Plan the snapshots.
 
     ``"auto"`` keeps every state where that takes 1 GiB at most, since then no step is repeated; else one in the
     square root of their number, or as many as fit.

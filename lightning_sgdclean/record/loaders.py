@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loaders of a fit, seen as Lightning prepares them, and the names of the samples they deliver."""
+"""The training loaders as Lightning prepares them: may they be followed, and the names of their samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sgdclean.base.errors import SampleIdError
-from lightning_sgdclean.base.lightning import one_loader
-from lightning_sgdclean.base.options import SampleId
-from lightning_sgdclean.data.samplers import NotingSampler, Positions, note_samples, stop_noting
-from lightning_sgdclean.record import checks
+from lightning_sgdclean.base.errors import SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.base.lightning import combined_loader, one_loader
+from lightning_sgdclean.base.options import Positions, SampleId
+from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
 
 
 class TrainLoaders:
@@ -45,7 +44,7 @@ class TrainLoaders:
         trainer.strategy.process_dataloader = process_dataloader
 
     def _see(self, loader: Any) -> None:
-        checks.check_train_loader(loader, self._sample_ids is not None, self._may_keep)
+        check_train_loader(loader, self._sample_ids is not None, self._may_keep)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self._noting = note_samples(loader)
         if not self.loaders or loader is not self.loaders[-1]:
@@ -108,7 +107,7 @@ class TrainLoaders:
 
 def _sampler_iterator(trainer: Any) -> Any:
     """The iterator that Lightning's own pass over the loader draws from; others may go through the loader, too."""
-    passes = getattr(trainer.fit_loop._combined_loader, "_iterator", None)
+    passes = getattr(combined_loader(trainer), "_iterator", None)
     first = next(iter(getattr(passes, "iterators", [])), None)
     return getattr(first, "_sampler_iter", None)
 
@@ -118,3 +117,35 @@ def _plain_id(name: Any) -> SampleId:
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
+
+
+def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> None:
+    """Once the training loader exists.
+
+    Raises:
+        SampleIdError: Its samples have no positions, and no ``sample_ids`` names them or they may not be kept.
+        UnsupportedTrainingError: Batches arrive in another order than they are drawn, or it is no DataLoader.
+    """
+    is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+    if is_stream and has_sample_ids and not may_keep:
+        raise SampleIdError(
+            f"The training data are a stream ({type(getattr(loader, 'dataset', loader)).__name__}), whose batches can "
+            'only be kept, but keep_batches=False. Leave it at "auto".'
+        )
+    if not isinstance(loader, DataLoader):
+        if has_sample_ids:
+            return
+        raise SampleIdError(
+            f"The training data come from a {type(loader).__name__}, not a torch DataLoader, so samples have no "
+            "positions. Give sample_ids=, a callable from the batch to its samples' ids."
+        )
+    if isinstance(loader.dataset, IterableDataset) and not has_sample_ids:
+        raise SampleIdError(
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. "
+            "Give sample_ids=, a callable from the batch to its samples' ids."
+        )
+    if not getattr(loader, "in_order", True):
+        raise UnsupportedTrainingError(
+            "The training loader has in_order=False: batches arrive in another order than they are drawn. "
+            "Use in_order=True."
+        )

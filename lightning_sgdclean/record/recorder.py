@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record a run, one optimizer update at a time, from what the hooks hand over."""
 
+import math
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.base.errors import (
+    UnsupportedTrainingError,
+)
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
 from lightning_sgdclean.trajectory.live_state import (
     FrozenParameters,
     LiveState,
@@ -15,7 +20,7 @@ from lightning_sgdclean.trajectory.live_state import (
     is_fixed,
     trained_parameters,
 )
-from lightning_sgdclean.trajectory.records import MicroBatch, State, Step
+from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, State, Step
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -139,3 +144,96 @@ class Recorder:
             "not followed. Give the optimizer all parameters from the start, those to be trained later with a learning "
             "rate of zero until then."
         )
+
+
+class EarlyStep:
+    """Keeps the first step that moved anything until the step after it was made, so that it can be rehearsed.
+
+    Only then, because what a hook changes between two steps shows only then.
+
+    Attributes:
+        is_due: Whether the step after it was made.
+        kept: The step, once it was made.
+    """
+
+    def __init__(self) -> None:
+        self._batches: dict[int, Any] = {}
+        self._before: State | None = None
+        self.kept: KeptStep | None = None
+        self.is_due = False
+
+    def begin_batch(self, micro: MicroBatch, batch: Any, live: State) -> None:
+        """A batch is about to be trained on."""
+        if self.kept is not None:
+            return
+        if self._before is None:
+            self._before = _copy(live)
+        self._batches[id(micro)] = cloned(batch)
+
+    def commit(self, step: Step | None, live: State) -> None:
+        """The optimizer has stepped."""
+        if self.kept is not None:
+            self.is_due = True
+            return
+        if step is not None and self._before is not None and _is_telling(step):
+            batches = [self._batches[id(micro)] for micro in step.micro]
+            self.kept = KeptStep(step, batches, self._before, _copy(live))
+        self._forget()
+
+    def leave(self) -> None:
+        """The batches that waited will never make a step."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batches.clear()
+        self._before = None
+
+
+def _is_telling(step: Step) -> bool:
+    """Whether the step moved anything, from losses that are numbers."""
+    finite = all(micro.loss is not None and math.isfinite(float(micro.loss)) for micro in step.micro)
+    return finite and step.is_update and any(_number(group.get("lr", 1.0)) != 0 for group in step.groups)
+
+
+def _number(value: Any) -> float:
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _copy(live: State) -> State:
+    layout, flat = flatten(live)
+    return unflatten(layout, flat)
+
+
+class BestModel:
+    """Looks, between two optimizer steps, whether the ModelCheckpoint has saved a better model since.
+
+    No step lies between a save and the next look, so the step count at the look is the saved model's.
+
+    Attributes:
+        step: Optimizer steps made when the best model was saved; None before the first one.
+        epoch: Epoch of the last of these steps, and whether it ended that epoch.
+
+    Args:
+        checkpoint: The ModelCheckpoint.
+        known: ``step``, epoch and whether it ended, of a best model that was saved in the fit that this one continues.
+    """
+
+    def __init__(self, checkpoint: Any, known: list[int] | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._seen = self._now()
+        self.step: int | None = None if known is None else known[0]
+        self.epoch: tuple[int, bool] | None = None if known is None else (known[1], bool(known[2]))
+
+    def look(self, num_steps: int, epoch: tuple[int, bool]) -> None:
+        """Note ``num_steps``, and the epoch of the last of them, if there is a new best model."""
+        now = self._now()
+        if bool(now[0]) and (now[0] != self._seen[0] or now[1] is not self._seen[1]):
+            self.step, self.epoch, self._seen = num_steps, epoch, now
+
+    @property
+    def known(self) -> list[int] | None:
+        """What a checkpoint is to say of it."""
+        return None if self.step is None or self.epoch is None else [self.step, *map(int, self.epoch)]
+
+    def _now(self) -> tuple[str, Any]:
+        return self._checkpoint.best_model_path, self._checkpoint.best_model_score

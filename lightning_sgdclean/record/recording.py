@@ -4,13 +4,13 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_sgdclean.adjoint.rehearsal import Rehearsal
 from lightning_sgdclean.base.errors import (
     RunDirectoryError,
     SampleIdError,
@@ -18,59 +18,35 @@ from lightning_sgdclean.base.errors import (
     SGDInfluenceWarning,
     warn_of,
 )
-from lightning_sgdclean.base.lightning import gradient_hooks
-from lightning_sgdclean.base.options import Options
+from lightning_sgdclean.base.lightning import best_model_checkpoint, check_callbacks, clipping_of, is_at_end_of_epoch
+from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.randomness import RandomStates
-from lightning_sgdclean.data.fetching import loaders_in
+from lightning_sgdclean.data.fetching import validation_limits
 from lightning_sgdclean.data.fingerprints import fingerprints
-from lightning_sgdclean.losses.evaluate import surroundings_of
-from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.losses.weighting import SplitPlan
-from lightning_sgdclean.record import checks
-from lightning_sgdclean.record.budget import Forecast
+from lightning_sgdclean.record.budget import Budget, Forecast
 from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
-from lightning_sgdclean.record.recorder import Recorder
-from lightning_sgdclean.trajectory.joining import CheckpointMark
-from lightning_sgdclean.trajectory.live_state import trained_parameters
-from lightning_sgdclean.trajectory.records import MicroBatch, first_epoch_kept
+from lightning_sgdclean.record.recorder import BestModel, EarlyStep, Recorder
+from lightning_sgdclean.trajectory.joining import CheckpointMark, without_mark
+from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, first_epoch_kept
 from lightning_sgdclean.trajectory.store import FitEnd, fit_of, write_ending
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
-class BestModel:
-    """Looks, between two optimizer steps, whether the ModelCheckpoint has saved a better model since.
-
-    No step lies between a save and the next look, so the step count at the look is the saved model's.
+@dataclass(frozen=True)
+class EarlyFindings:
+    """What the first steps of a training show.
 
     Attributes:
-        step: Optimizer steps made when the best model was saved; None before the first one.
-        epoch: Epoch of the last of these steps, and whether it ended that epoch.
-
-    Args:
-        checkpoint: The ModelCheckpoint.
-        known: ``step``, epoch and whether it ended, of a best model that was saved in the fit that this one continues.
+        split: Whose the rows of the first batch's loss calls are; None where that was not proved.
+        first_ids: Samples of the first batch.
+        budget: What the trajectory takes.
     """
 
-    def __init__(self, checkpoint: Any, known: list[int] | None = None) -> None:
-        self._checkpoint = checkpoint
-        self._seen = self._now()
-        self.step: int | None = None if known is None else known[0]
-        self.epoch: tuple[int, bool] | None = None if known is None else (known[1], bool(known[2]))
-
-    def look(self, num_steps: int, epoch: tuple[int, bool]) -> None:
-        """Note ``num_steps``, and the epoch of the last of them, if there is a new best model."""
-        now = self._now()
-        if bool(now[0]) and (now[0] != self._seen[0] or now[1] is not self._seen[1]):
-            self.step, self.epoch, self._seen = num_steps, epoch, now
-
-    @property
-    def known(self) -> list[int] | None:
-        """What a checkpoint is to say of it."""
-        return None if self.step is None or self.epoch is None else [self.step, *map(int, self.epoch)]
-
-    def _now(self) -> tuple[str, Any]:
-        return self._checkpoint.best_model_path, self._checkpoint.best_model_score
+    split: SplitPlan | None = None
+    first_ids: list[SampleId] = field(default_factory=list)
+    budget: Budget | None = None
 
 
 class Recording:
@@ -84,8 +60,8 @@ class Recording:
         logged: The monitored value after each validation, by the number of steps made by then.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         best: Where the best model was saved, if that is where the walk is to start.
+        first_ids: Samples of the first batch.
         outlook: What the trajectory will take.
-        split: Whose the rows of the first batch's loss calls are, once that is proved.
     """
 
     def __init__(
@@ -96,17 +72,19 @@ class Recording:
         folder: Path,
         options: Options,
         say: Callable[[str], None],
+        *,
+        on_first_batch: Callable[[MicroBatch, Any], None],
+        rehearse: Callable[[KeptStep, bool], list[str]],
         joined: dict[str, Any] | None = None,
     ) -> None:
         joined = joined or {}  # what the checkpoint said that this fit goes on from, a CheckpointMark as a dict
         self._loaders, self._folder, self._options = loaders, folder, options
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
-        self.averaging = checks.check_callbacks(trainer)
-        self.best = (
-            BestModel(checks.best_model_checkpoint(trainer), joined.get("best")) if options.at == "best" else None
-        )
-        self.split: SplitPlan | None = None
+        self.averaging = check_callbacks(trainer)
+        self.best = BestModel(best_model_checkpoint(trainer), joined.get("best")) if options.at == "best" else None
+        self.first_ids: list[SampleId] = []
+        self._on_first_batch, self._rehearse = on_first_batch, rehearse
         optimizer = trainer.optimizers[0]
         trained = {
             "precision": str(trainer.precision),
@@ -123,7 +101,7 @@ class Recording:
         self.keeper.watch.evidence = joined.get("evidence", "")
         self._never_breaking_the_training = _Guard(partial(self._stop, trainer))
         self._random = RandomStates(trainer.strategy.root_device)
-        self._rehearsal: Rehearsal | None = Rehearsal()
+        self._early: EarlyStep | None = EarlyStep()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
 
     def plan_snapshots(self, trainer: Any) -> None:
@@ -136,8 +114,15 @@ class Recording:
         self.writer.interval, self.writer.max_bytes = budget.interval, self._options.max_bytes or math.inf
         self.writer.keeps_epochs = self._options.epochs != "all"
 
-    def begin_batch(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Name the batch's samples; on the first one, prove that the loss splits by sample.
+    def check_reach(self, trainer: Any) -> None:
+        """Warn where the window may begin before what this fit records."""
+        epochs, max_epochs = self._options.epochs, trainer.max_epochs
+        reaches = epochs == "all" or max_epochs in (None, -1) or max_epochs - epochs < trainer.current_epoch
+        if trainer.global_step and reaches:
+            warn_of([without_mark(trainer.global_step)])
+
+    def begin_batch(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        """Name the batch's samples.
 
         Raises:
             SGDInfluenceError: On the first batch, if it cannot be followed.
@@ -161,7 +146,7 @@ class Recording:
                 global_step=trainer.global_step,
             )
             taken = Taken(micro, batch, self.keeper.watch.batch_begins(micro.random))
-            self._waiting.take(taken, may_wait=self._rehearsal is None)
+            self._waiting.take(taken, may_wait=self._early is None)
         except Exception as error:  # theirs, too: sample_ids= is the user's
             if is_first:
                 raise
@@ -170,11 +155,11 @@ class Recording:
             self._stop(trainer, error if known else SampleIdError(text))
             return
         self.recorder.begin_batch(micro)
-        if self._rehearsal is not None:
-            self._rehearsal.begin_batch(micro, batch, self.recorder.state())
-        if is_first and self._options.sample_losses is None:
-            params = list(trained_parameters(module, trainer.optimizers[0]).values())
-            self.split = VerifiedSplit(module, params, surroundings_of(trainer, module)).prove(micro, batch)
+        if self._early is not None:
+            self._early.begin_batch(micro, batch, self.recorder.state())
+        if is_first:
+            self.first_ids = micro.ids
+            self._on_first_batch(micro, batch)
 
     def _read(self, taken: list[Taken]) -> None:
         """Take in what batches hold."""
@@ -201,34 +186,27 @@ class Recording:
             return  # a fused optimizer is called for a step that the GradScaler skips, too, and does nothing
         with self._never_breaking_the_training:
             step = self.recorder.commit(
-                ends_epoch=_is_at_end_of_epoch(trainer),
-                clip=_clipping(trainer),
+                ends_epoch=is_at_end_of_epoch(trainer),
+                clip=clipping_of(trainer),
                 divisor=trainer.accumulate_grad_batches,
                 last_index=trainer.max_steps - 1,
             )
-            if self._rehearsal is not None:
-                self._rehearsal.commit(step, self.recorder.state())
+            if self._early is not None:
+                self._early.commit(step, self.recorder.state())
 
-    def end_batch(self, trainer: Any, module: Any) -> None:
+    def end_batch(self) -> None:
         """Rehearse a step of the retrace, once.
 
         Raises:
             SGDInfluenceError: If it cannot be followed.
         """
         self.keeper.watch.batch_ends(self._random.now)
-        if self._rehearsal is None or not self._rehearsal.is_due or self.failure is not None:
+        if self._early is None or not self._early.is_due or self.failure is not None:
             return
-        rehearsal, self._rehearsal = self._rehearsal, None
+        early, self._early = self._early, None
         self.recorder.check_frozen()
-        complaints = rehearsal.run(
-            module,
-            trainer.optimizers[0],
-            surroundings_of(trainer, module),
-            self._options,
-            gradient_hooks(trainer, module),
-            forward=self.writer.interval != 1,
-        )
-        warn_of(complaints)
+        if early.kept is not None:
+            warn_of(self._rehearse(early.kept, self.writer.interval != 1))
 
     def note_validation(self, trainer: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
@@ -246,10 +224,10 @@ class Recording:
             return
         self._look_for_best(trainer)
         if self.recorder.has_pending:
-            ends_epoch = _is_at_end_of_epoch(trainer)
+            ends_epoch = is_at_end_of_epoch(trainer)
             self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
         epochs = self._options.epochs
-        windows = [(first_epoch_kept(trainer.current_epoch, _is_at_end_of_epoch(trainer), epochs), math.inf)]
+        windows = [(first_epoch_kept(trainer.current_epoch, is_at_end_of_epoch(trainer), epochs), math.inf)]
         if self.best is not None and self.best.epoch is not None and self.best.step is not None:
             windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
         with self._never_breaking_the_training:
@@ -279,9 +257,20 @@ class Recording:
 
     def ending(self, trainer: Any, is_complete: bool = True) -> FitEnd:
         """What is known when the fit is over."""
-        num_val_batches = _limits_of_validation(trainer)
+        num_val_batches = validation_limits(trainer.val_dataloaders, trainer.num_val_batches)
         best = None if self.best is None else self.best.step
         return FitEnd(self._options.monitor, self.logged, best, num_val_batches, is_complete)
+
+    def summary(self, trainer: Any) -> dict[str, Any]:
+        """What was recorded, for the summary."""
+        optimizer = trainer.optimizers[0]
+        return {
+            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            "precision": str(trainer.precision),
+            "batches": self.keeper.summary(),
+            "budget": self.outlook.summary(trainer),
+            "trajectory_bytes": self.writer.bytes_written,
+        }
 
     def mark(self) -> CheckpointMark | None:
         """What a checkpoint written now is to say of the trajectory."""
@@ -300,8 +289,8 @@ class Recording:
     def _leave(self, trainer: Any, index: int, ends_epoch: bool) -> None:
         with self._never_breaking_the_training:
             self.recorder.leave(index, ends_epoch, trainer.accumulate_grad_batches)
-        if self._rehearsal is not None:
-            self._rehearsal.leave()
+        if self._early is not None and self._early.kept is None:
+            self._early.leave()
 
     def _look_for_best(self, trainer: Any) -> None:
         if self.best is not None:
@@ -333,33 +322,3 @@ class _Guard:
             return False
         self._stop(error)
         return True
-
-
-def _limits_of_validation(trainer: Any) -> list[float] | None:
-    """How many batches of each validation loader counted, infinity where all did; None where there was no loader."""
-    if trainer.val_dataloaders is None:
-        return None
-    lengths = [_length_of(loader) for loader in loaders_in(trainer.val_dataloaders)]
-    return [
-        number if number < length else math.inf
-        for number, length in zip(trainer.num_val_batches, lengths, strict=False)
-    ]
-
-
-def _length_of(loader: Any) -> float:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):  # a stream
-        return math.inf
-
-
-def _clipping(trainer: Any) -> tuple[str, float] | None:
-    if not trainer.gradient_clip_val:
-        return None
-    algorithm = trainer.gradient_clip_algorithm or "norm"
-    return str(getattr(algorithm, "value", algorithm)), float(trainer.gradient_clip_val)
-
-
-def _is_at_end_of_epoch(trainer: Any) -> bool:
-    loop = trainer.fit_loop.epoch_loop
-    return bool(loop.batch_progress.is_last_batch) or loop.batch_idx + 1 >= trainer.num_training_batches

@@ -2,13 +2,14 @@
 """How faithful a replay is: what a step, run again, gives is held against what was recorded of it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import ReplayMismatchError
-from lightning_sgdclean.trajectory.records import Step
+from lightning_sgdclean.trajectory.records import State, Step
 
 _UPDATE_SLACK = 100  # an update is a small difference of large numbers: its relative error is larger
 
@@ -171,3 +172,36 @@ class Changes:
             beyond = max(0.0, math.sqrt(off) - rounding)
             worst = max(worst, beyond / math.sqrt(moved) if moved else (math.inf if beyond else 0.0))
         return worst
+
+
+def compare(live: State, recorded: State, start: State) -> tuple[Changes, bool]:
+    """What the steps since ``start`` led to, now and then; and whether all of it is the same to the last bit."""
+    changes, is_bitwise = Changes(), True
+    now, then, before = dict(_entries(live)), dict(_entries(recorded)), dict(_entries(start))
+    for kind, name in now.keys() | then.keys():  # an entry that one of them lacks counts as zero
+        one, other = now.get((kind, name)), then.get((kind, name))
+        one = torch.zeros_like(then[kind, name]) if one is None else one.detach().cpu()
+        other = torch.zeros_like(one) if other is None else other
+        is_same = _same_bits(one, other)
+        is_bitwise &= is_same
+        if not (is_same and kind == "buffer"):  # buffers may hold infinities, whose difference is none
+            changes.add(kind, one, other, before.get((kind, name)))
+    return changes, is_bitwise
+
+
+def _entries(state: State) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """All tensors by their kind (that of an optimizer's entry is its key) and the name of the parameter or buffer."""
+    for name, tensor in state.params.items():
+        yield ("param", name), tensor
+    for name, tensor in state.buffers.items():
+        yield ("buffer", name), tensor
+    for name, entries in state.optimizer.items():
+        for key, tensor in entries.items():
+            yield (key, name), tensor
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1).view(torch.uint8)
+
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import set_random_state
-from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.datasets import source_of
 from lightning_sgdclean.data.fetching import fetch_batch
-from lightning_sgdclean.losses.evaluate import Evaluated, plain_training_loss, training_loss
-from lightning_sgdclean.losses.module_state import eagerly, logging_to
 from lightning_sgdclean.losses.readings import Number, WatchedLosses, plain_numbers
-from lightning_sgdclean.losses.weighting import OtherLabels, SplitPlan, relabelled, unit_weights
-from lightning_sgdclean.replay.open import OpenedRun
-from lightning_sgdclean.replay.walk import load_state
+from lightning_sgdclean.losses.weighting import (
+    Evaluated,
+    LabelledWeights,
+    OtherLabels,
+    SampleWeights,
+    SplitPlan,
+    relabelled,
+)
+from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
 SAMPLE_COLUMNS = ("label", "prediction", "loss", "source")
@@ -160,7 +163,7 @@ def _batches(this: OpenedRun, visits: dict[SampleId, Visit]) -> Iterator[_Batch]
         if _is_of(this, micro, loader):
             loose.setdefault(id(loader), []).append(name)
             continue
-        batch = _Batch(step, number, micro, {}, partial(this.walk.batch_of, step, number))
+        batch = _Batch(step, number, micro, {}, partial(this.replay.content_of, step, number))
         whole.setdefault((step.index, number), batch).rows[name] = row
     for names in loose.values():
         yield from _regrouped(this, names, visits[names[0]])
@@ -200,45 +203,29 @@ def _fetched(this: OpenedRun, loader: Any, positions: list[SampleId]) -> Any:
 
 def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     """Label, prediction and loss of a batch's rows of interest."""
-    walk, last, num = this.walk, this.steps[-1], len(batch.micro.ids)
-    micro = replace(batch.micro, random=walk.random_of(batch.step, batch.number))
-    set_random_state(micro.random, this.surroundings.device)
-    content = batch.make()
+    replay, last = this.replay, this.steps[-1]
+    random = replay.random_of(batch.step, batch.number)
+    set_random_state(random, replay.surroundings.device)
+    at_end = replace(batch.micro, random=random, epoch=last.epoch, global_step=last.index)
+    recorded = replay.batch_of(at_end, batch.make())
     watched: list[WatchedLosses] = []
 
     def begin(plan: SplitPlan | None) -> WatchedLosses:
-        load_state(walk.module, walk.params, this.end)
-        walk.module.eval()
-        set_random_state(micro.random, this.surroundings.device)
-        this.surroundings.set_clock(last.epoch, last.index)
-        watched[:] = [WatchedLosses(unit_weights(num, list(walk.params.values())), plan)]
+        replay.load(this.end)
+        replay.module.eval()
+        watched[:] = [WatchedLosses(recorded.weights(), plan)]
         return watched[0]
 
-    def evaluate(plan: SplitPlan | None) -> Evaluated:
-        with eagerly(), begin(plan) as calls:
-            loss = plain_training_loss(walk.module, cloned(content), micro.batch_idx, this.surroundings)
-        walk.restore_attributes()
-        return Evaluated(loss, [], calls.calls)
-
-    with this.surroundings.as_stage("train"), torch.enable_grad():
-        if walk.split is not None:
-            _, evaluated = walk.split.plan_for(evaluate, micro, content)
+    with replay.surroundings.as_stage("train"), torch.enable_grad():
+        if replay.split is not None:
+            _, evaluated = replay.split.plan_for(lambda plan: recorded.watched(begin(plan)), recorded)
             losses = watched[0].own_losses(evaluated.loss)
-        else:
-            losses = plain_numbers(_split_by_user(this, begin(None), content))
+        else:  # the losses of sample_losses= say whose row is whose
+            own = recorded.call([begin(None)], function=replay.sample_losses).detach()
+            watched[0].own(own)
+            losses = plain_numbers(own)
     labels, predictions = watched[0].labels_and_predictions()
     return {name: Seen(labels[row], predictions[row], losses[row]) for name, row in batch.rows.items()}
-
-
-def _split_by_user(this: OpenedRun, calls: WatchedLosses, content: Any) -> Tensor:
-    """The samples' losses as ``sample_losses=`` gives them, which say whose row is whose."""
-    walk, context = this.walk, this.surroundings.train_context
-    assert walk.sample_losses is not None
-    with eagerly(), logging_to(walk.module, lambda *_, **__: None), context(), calls:
-        losses: Tensor = walk.sample_losses(walk.module, cloned(content)).detach()
-    walk.restore_attributes()
-    calls.own(losses)
-    return losses
 
 
 _WHERE = "columns= has 'relabel', which stays empty: "
@@ -256,7 +243,7 @@ def predicted_labels(
     classes = {name: seen.prediction for name, seen in found.seen.items() if isinstance(seen.prediction, int)}
     if not classes:
         return None, [*found.complaints, f"{_WHERE}the loss has not one class a sample."]
-    device = this.surroundings.device
+    device = this.replay.surroundings.device
 
     def labels_of(names: list[SampleId]) -> Tensor:
         return torch.tensor([classes.get(name, -1) for name in names], device=device)
@@ -267,31 +254,25 @@ def predicted_labels(
 
 def _problem(this: OpenedRun, seen: dict[SampleId, Seen]) -> str | None:
     """Change the labels of a batch in its loss calls, and in the batch itself: do they come to the same losses?"""
-    walk = this.walk
-    if walk.split is None:
+    replay = this.replay
+    if replay.split is None:
         return "with sample_losses= it is not seen how a label enters a loss."
     step, labels = _telling(this.steps, seen)
-    micro = replace(step.micro[0], random=walk.random_of(step, 0))
-    content = walk.batch_of(step, 0)
-    weights = unit_weights(len(micro.ids), list(walk.params.values()))
+    batch = replay.batch(step, 0)
+    weights = batch.weights()
     others = OtherLabels(labels.to(weights.device), torch.zeros_like(weights))
 
-    def evaluate(batch: Any, plan: SplitPlan | None, others: OtherLabels | None) -> Evaluated:
-        load_state(walk.module, walk.params, this.states.state(step.index))
-        set_random_state(micro.random, this.surroundings.device)
-        this.surroundings.set_clock(micro.epoch, micro.global_step)
-        loss = training_loss(
-            walk.module, cloned(batch), micro.batch_idx, weights, this.surroundings, plan=plan, others=others
-        )
-        walk.restore_attributes()
-        return loss
+    def evaluate(weighing: SampleWeights) -> Evaluated:
+        replay.load(this.states.state(step.index))
+        return batch.watched(weighing)
 
-    plan, as_is = walk.split.plan_for(lambda plan: evaluate(content, plan, others), micro, content)
-    changed = relabelled(content, others)
+    plan, as_is = replay.split.plan_for(lambda plan: evaluate(LabelledWeights(weights, plan, None, others)), batch)
+    changed = relabelled(batch.content, others)
     if not others.is_whole or changed is None:
         return "the loss is not made of one class a sample alone, as it stands in the batch."
-    expected = [others.rows.get(number, term.rows) for number, term in enumerate(as_is.calls)]
-    found = [term.rows for term in evaluate(changed, plan, None).calls]
+    expected = [others.rows.get(number, call.rows) for number, call in enumerate(as_is.calls)]
+    batch.content = changed
+    found = [call.rows for call in evaluate(SampleWeights(weights, plan)).calls]
     if len(found) != len(expected) or not all(map(_is_close, found, expected)):
         return "the label does more in training_step than to be the target of its losses."
     return None

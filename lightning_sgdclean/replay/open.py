@@ -1,112 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded run, opened: its window, its module and data at hand, to go over the steps again."""
+"""Open a recorded run whose steps are to be run again: where its fit has just ended, or later, in another process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients
-from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import ObjectiveError, RunDirectoryError, SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.base.lightning import (
+    CALLBACK_BASES,
+    check_optimizers,
+    combined_loader,
+    gradient_hooks,
+    one_loader,
+    quiet_trainer,
+)
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.fetching import ValidationBatch, fetch_batch, loaders_in, validation_batches
-from lightning_sgdclean.data.packing import Classes, unpack_batch
-from lightning_sgdclean.losses.evaluate import Surroundings, surroundings_of
-from lightning_sgdclean.losses.module_state import untouched_module
-from lightning_sgdclean.replay.sample_order import check_positions
-from lightning_sgdclean.replay.states import RecomputedStates
-from lightning_sgdclean.replay.walk import Walk, check_finite, load_state, walk_of
-from lightning_sgdclean.trajectory.records import MicroBatch, State, Step, first_epoch_kept
-from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
+from lightning_sgdclean.data.fetching import (
+    ValidationBatch,
+    fetch_batch,
+    loaders_in,
+    moved_positions,
+    validation_batches,
+)
+from lightning_sgdclean.data.packing import Classes, classes_of, unpack_batch
+from lightning_sgdclean.losses.surroundings import surroundings_of, untouched_module
+from lightning_sgdclean.replay.forward import RecomputedStates
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, replay_of
+from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
+from lightning_sgdclean.trajectory.records import MicroBatch, Step, first_epoch_kept
+from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
 
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """What the recording left.
-
-    Attributes:
-        folder: The run directory.
-        loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
-        optimizer: The user's optimizer.
-        ending: How its fit ended.
-        val_dataloaders: The validation loaders that the Trainer had; None where it made none.
-        limits: How many batches of each of them count; None: all.
-        is_of_fit: Whether those are surely the data that were validated on.
-        hooks: Hooks of the user's that could have edited gradients.
-        averaging: Callbacks that put averaged weights in the place of the trained ones.
-        classes: Classes that kept batches are made of, by name.
-        as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
-        fit: Name of the fit that recorded its last steps; empty where that may be any.
-    """
-
-    folder: Path
-    loaders: list[Any]
-    optimizer: Optimizer
-    ending: FitEnd
-    val_dataloaders: Any
-    limits: list[float] | None
-    is_of_fit: bool
-    hooks: list[str]
-    averaging: list[str]
-    classes: Classes
-    as_delivered: Callable[[Any], Any]
-    fit: str = ""
-
-
-@dataclass
-class OpenedRun:
-    """A recorded run whose steps can be gone over again; see :func:`opened`.
-
-    Attributes:
-        run: What the recording left.
-        options: What is asked of it.
-        trajectory: What was recorded.
-        steps: The window.
-        walk: The live module and what its steps need.
-        states: The states between the steps.
-        surroundings: What stands for the Trainer.
-        restore: Puts the module's modes and plain attributes back.
-        end: The state at the window's end.
-        complaints: What is to be said of the window.
-        validation: What the objectives are means over, and of how many loaders it comes.
-    """
-
-    run: RecordedRun
-    options: Options
-    trajectory: Trajectory
-    steps: list[Step]
-    walk: Walk
-    states: RecomputedStates
-    surroundings: Surroundings
-    restore: Callable[[], None]
-    end: State
-    complaints: list[str]
-    validation: Callable[[], tuple[Iterator[ValidationBatch], int]]
-
-    def loader_of(self, micro: MicroBatch) -> Any:
-        """The loader that delivered it; what a fit before this one had is gone, and this one's stands for it."""
-        return _loader_of(self.run, self.trajectory, micro)
-
-    def prepare(self, batch: Any) -> Any:
-        """A training loader's batch as ``training_step`` gets it."""
-        return self.surroundings.prepare(self.run.as_delivered(batch), 0)
-
-    def objectives_at(self, state: State, surroundings: Surroundings) -> list[ObjectiveGradient]:
-        """The objectives in a state; the module is in the modes of training afterwards."""
-        load_state(self.walk.module, self.walk.params, state)
-        batches, num_loaders = self.validation()
-        params, options = list(self.walk.params.values()), self.options
-        with surroundings.as_stage("validate"):
-            found = objective_gradients(
-                self.walk.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
-            )
-        self.restore()  # validation had put the module into evaluation mode
-        return found
+T = TypeVar("T")
 
 
 @contextmanager
@@ -121,62 +51,64 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
     module.to(surroundings.device)
     try:
         with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(module) as restore:
-            yield _opened(module, run, options, surroundings, restore)
+            trajectory = Trajectory(run.folder / "trajectory", run.ending.best_step if options.at == "best" else None)
+            steps, complaints = _window(trajectory, run, options)
+
+            def loader_of(micro: MicroBatch) -> Any:
+                joint = max(trajectory.joints, default=-1)
+                return run.loaders[micro.loader if micro.global_step > joint else 0]
+
+            def content_of(step: Step, number: int) -> Any:
+                """As it was kept, when the transfer hooks had seen it already, or fetched again."""
+                kept, micro = trajectory.batch(step, number), step.micro[number]
+                if kept is not None:
+                    return unpack_batch(kept, run.classes, surroundings.device)
+                assert micro.positions is not None
+                return surroundings.prepare(run.as_delivered(fetch_batch(loader_of(micro), micro.positions)), 0)
+
+            check_finite(steps)
+            check_positions(steps, loader_of)
+            replay = replay_of(
+                module,
+                run.optimizer,
+                surroundings,
+                options,
+                run.hooks,
+                content_of=content_of,
+                random_of=trajectory.random,
+                restore=restore,
+                split=run.split,
+            )
+            replay.fidelity.joints = trajectory.joints
+            states = RecomputedStates(trajectory, replay, run.optimizer)
+            yield OpenedRun(
+                run=run,
+                options=options,
+                trajectory=trajectory,
+                steps=steps,
+                replay=replay,
+                states=states,
+                end=states.state(steps[-1].index + 1),
+                complaints=complaints,
+                validation=lambda: _validation(run, options),
+                loader_of=loader_of,
+            )
     finally:
         module.to(home)
-
-
-def _opened(
-    module: Any,
-    run: RecordedRun,
-    options: Options,
-    surroundings: Surroundings,
-    restore: Callable[[], None],
-) -> OpenedRun:
-    end = run.ending.best_step if options.at == "best" else None
-    trajectory = Trajectory(run.folder / "trajectory", end)
-    if run.fit and run.fit != trajectory.fits[-1][1]:
-        raise RunDirectoryError(
-            f"{run.folder} holds the steps of another fit, which wrote there at the same time. Give each a dirpath= of "
-            "its own, or go on from a checkpoint with one at a time."
-        )
-    steps, complaints = _window(trajectory, run, options)
-    check_finite(steps)
-    check_positions(steps, lambda micro: _loader_of(run, trajectory, micro))
-    walk = walk_of(
-        module,
-        run.optimizer,
-        surroundings,
-        options,
-        run.hooks,
-        batch_of=lambda step, number: _batch_again(trajectory, run, surroundings, step, number),
-        random_of=trajectory.random,
-        restore_attributes=restore,
-    )
-    walk.fidelity.joints = trajectory.joints
-    states = RecomputedStates(trajectory, walk, run.optimizer)
-    return OpenedRun(
-        run=run,
-        options=options,
-        trajectory=trajectory,
-        steps=steps,
-        walk=walk,
-        states=states,
-        surroundings=surroundings,
-        restore=restore,
-        end=states.state(steps[-1].index + 1),
-        complaints=complaints,
-        validation=lambda: _validation(run, options),
-    )
 
 
 def _window(trajectory: Trajectory, run: RecordedRun, options: Options) -> tuple[list[Step], list[str]]:
     """The steps to retrace, the last of which is the end point, and what is missing of a fit's.
 
     Raises:
-        RunDirectoryError: If not all of them were kept.
+        RunDirectoryError: If not all of them were kept, or they are another fit's.
         UnsupportedTrainingError: If there are none.
     """
+    if run.fit and run.fit != trajectory.fits[-1][1]:
+        raise RunDirectoryError(
+            f"{run.folder} holds the steps of another fit, which wrote there at the same time. Give each a dirpath= of "
+            "its own, or go on from a checkpoint with one at a time."
+        )
     steps = recorded = trajectory.steps
     if options.at == "best":
         best = run.ending.best_step
@@ -220,16 +152,183 @@ def _validation(run: RecordedRun, options: Options) -> tuple[Iterator[Validation
     return batches, len(loaders_in(loaders))
 
 
-def _loader_of(run: RecordedRun, trajectory: Trajectory, micro: MicroBatch) -> Any:
-    joint = max(trajectory.joints, default=-1)
-    return run.loaders[micro.loader if micro.global_step > joint else 0]
+def check_positions(steps: list[Step], loader_of: Callable[[MicroBatch], Any]) -> None:
+    """Where loaders were made anew: is a position still the same sample?
+
+    Raises:
+        SampleIdError: If it is not, so that two samples would share an influence.
+    """
+    first: Any = None
+    seen: set[int] = set()
+    for micro in (micro for step in steps for micro in step.micro):
+        if not isinstance(micro.positions, list) or micro.ids != micro.positions or micro.loader in seen:
+            continue
+        seen.add(micro.loader)
+        loader = loader_of(micro)
+        first = loader if first is None else first
+        moved = moved_positions(first, loader, micro.positions)
+        if moved:
+            raise SampleIdError(
+                f"After the training loader was made anew (epoch {micro.epoch}), position {moved[0]} of its dataset "
+                "holds another sample than before, so positions are no names. "
+                "Give sample_ids=, a callable from the batch to its samples' ids."
+            )
 
 
-def _batch_again(trajectory: Trajectory, run: RecordedRun, surroundings: Surroundings, step: Step, number: int) -> Any:
-    """Micro-batch ``number`` as it was kept, when the transfer hooks had seen it already, or fetched again."""
-    kept, micro = trajectory.batch(step, number), step.micro[number]
-    if kept is not None:
-        return unpack_batch(kept, run.classes, surroundings.device)
-    assert micro.positions is not None
-    fetched = fetch_batch(_loader_of(run, trajectory, micro), micro.positions)
-    return surroundings.prepare(run.as_delivered(fetched), 0)
+def reopened(
+    run_dir: str | Path,
+    model: Any,
+    options: Options,
+    use: Callable[[OpenedRun], T],
+    *,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: Any = None,
+    limit_val_batches: float | None = None,
+    trainer: Any = None,
+) -> T:
+    """What ``use`` makes of the run, opened without the Trainer that recorded it.
+
+    Args:
+        run_dir: The run directory.
+        model: The LightningModule, made as for the run.
+        options: What is asked of the run.
+        use: What to do with it.
+        train_dataloaders: The training data, as ``fit`` got them.
+        val_dataloaders: The validation data.
+        datamodule: Instead of the two.
+        limit_val_batches: How many validation batches of each loader count, or which share (a float); None: as many as
+            the fit took.
+        trainer: What to open it under; by default a quiet Trainer with the precision and the kind of device that the
+            run had. It takes no step.
+
+    Raises:
+        ObjectiveError: If there is nothing to validate on.
+        RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
+        SGDInfluenceError: One of its other subclasses, as from ``fit``.
+    """
+    trajectory = Trajectory(Path(run_dir) / "trajectory")
+    if not trajectory.steps:
+        raise RunDirectoryError(
+            f"{run_dir} holds no step: its training made none, or was killed before the first ones were written."
+        )
+    if datamodule is None and val_dataloaders is None:
+        raise ObjectiveError("There is nothing to validate on. Give val_dataloaders= or a datamodule=.")
+    at_end = _AtEnd(Path(run_dir), trajectory, options, use, val_dataloaders, limit_val_batches)
+    trainer = quiet_trainer(model, trajectory.trained) if trainer is None else trainer
+    with _lent(trainer, at_end), untouched_randomness(trainer.strategy.root_device):
+        trainer.fit(model, train_dataloaders, datamodule=datamodule)
+    return at_end.results[0]
+
+
+@contextmanager
+def _lent(trainer: Any, callback: Any) -> Iterator[None]:
+    """A Trainer whose ``fit`` takes no step, validates nothing, and calls ``callback`` and progress bars only."""
+    bar = trainer.progress_bar_callback
+    borrowed = trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs
+    trainer.callbacks, trainer.loggers = [callback] if bar is None else [bar, callback], []
+    trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs = 0, 0
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps, trainer.fit_loop.max_epochs = borrowed
+
+
+class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
+    """Opens the run where a fit has come to its end, which one without epochs does at once."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        trajectory: Trajectory,
+        options: Options,
+        use: Callable[[OpenedRun], T],
+        val_dataloaders: Any,
+        limit: float | None,
+    ) -> None:
+        super().__init__()
+        self._run_dir, self._trajectory, self._options, self._use = run_dir, trajectory, options, use
+        self._val_dataloaders, self._limit = val_dataloaders, limit
+        self.results: list[T] = []
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Open, and use."""
+        check_optimizers(trainer)
+        optimizer = trainer.optimizers[0]
+        check_model(self._trajectory, pl_module, optimizer)
+        as_delivered, loaders = one_loader(trainer), self._val_dataloaders
+        (loader,) = combined_loader(trainer).flattened
+        loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
+        recorded = self._trajectory
+        ending = read_ending(recorded.folder, recorded.run, recorded.ending) or FitEnd(self._options.monitor)
+        run = RecordedRun(
+            self._run_dir,
+            [loader] * (1 + max(micro.loader for step in self._trajectory.steps for micro in step.micro)),
+            optimizer,
+            ending,
+            loaders,
+            batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
+            is_of_fit=False,
+            hooks=gradient_hooks(trainer, pl_module),
+            averaging=[],
+            classes=self._classes(trainer, pl_module, loader),
+            as_delivered=as_delivered,
+        )
+        with opened(trainer, pl_module, run, self._options) as this:
+            self.results.append(self._use(this))
+
+    def _classes(self, trainer: Any, module: Any, loader: Any) -> Classes:
+        """What kept batches may be made of: what a batch of the loader is made of, as training_step would get it."""
+        if all(micro.batch is None for step in self._trajectory.steps for micro in step.micro):
+            return {}
+        batch = next((batch for batch in loader if batch is not None), None)
+        return classes_of(surroundings_of(trainer, module).prepare(one_loader(trainer)(batch), 0))
+
+
+def batch_limits(limit: float | None, loaders: list[Any], recorded: list[float] | None) -> list[float] | None:
+    """How many batches of each loader count; None: all.
+
+    Args:
+        limit: A number of batches, or as a float a share of them; None: as ``recorded``.
+        loaders: The validation loaders.
+        recorded: How many the fit took of each of its own.
+
+    Raises:
+        ValueError: If ``limit`` is neither, or a share of a loader without a length.
+    """
+    if limit is None:
+        return recorded if recorded is not None and len(recorded) == len(loaders) else None
+    if isinstance(limit, int) and limit >= 1:
+        return [limit] * len(loaders)
+    if limit == 1.0:
+        return None
+    if not 0 < limit < 1 or not all(hasattr(loader, "__len__") for loader in loaders):
+        raise ValueError(
+            f"limit_val_batches must be a positive int, or a share of loaders with a length, got {limit!r}."
+        )
+    return [max(1, int(limit * len(loader))) for loader in loaders]
+
+
+def check_model(trajectory: Trajectory, module: nn.Module, optimizer: Optimizer) -> None:
+    """Is the model, with its optimizer, one that the trajectory could be of?
+
+    Raises:
+        RunDirectoryError: Naming the first difference.
+    """
+    found, wanted = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", trajectory.trained["optimizer"]
+    if found != wanted:
+        raise RunDirectoryError(
+            f"The run was trained by {wanted}, but configure_optimizers of this model gives {found}."
+        )
+    params = trained_parameters(module, optimizer)
+    live = {name: list(param.shape) for name, param in params.items()}
+    recorded = trajectory.shapes("param")
+    other = sorted({*live} ^ {*recorded}) or [name for name in live if live[name] != recorded[name]]
+    if other:
+        raise RunDirectoryError(
+            f"The run was of another model: the trained parameter {other[0]!r} has shape "
+            f"{recorded.get(other[0], 'none')} in the trajectory and {live.get(other[0], 'none')} in this model."
+        )
+    groups = next((step.groups for step in reversed(trajectory.steps) if step.is_update), [])
+    if [group["params"] for group in groups] != [group["params"] for group in hyper_parameters(optimizer, params)]:
+        raise RunDirectoryError("The optimizer of this model has its parameters in other groups than the run's had.")

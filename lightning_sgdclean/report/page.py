@@ -16,11 +16,11 @@ from markupsafe import Markup
 
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.files import appearing_whole, check_dataset, read_summary
+from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.data.datasets import ClassNames, class_names_of, listed_labels
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.table import SampleId
 from lightning_sgdclean.replay.inspection import Seen, inspect_samples
-from lightning_sgdclean.replay.open import OpenedRun
+from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.report.appearance import Render
 from lightning_sgdclean.report.content import embedded, page_data
 from lightning_sgdclean.report.samples import Labels, RunSamples, Shown, fetch_shown, ids_to_show
@@ -228,15 +228,12 @@ class PageOfRun:
     """Gathers and writes the page of one run.
 
     Args:
-        wanted: Whether there is to be a page.
-        show_samples: Whether it shows samples; without, it says no more than the files beside it.
-        render: What to show of a sample.
-        class_names: Names of the classes.
+        options: The callback's. Without ``show_samples`` the page says no more than the files beside it.
     """
 
-    def __init__(self, wanted: bool, show_samples: bool, render: Render | None, class_names: ClassNames | None) -> None:
-        self._wanted, self._show_samples = wanted, show_samples
-        self._render, self._class_names = render, class_names
+    def __init__(self, options: Options) -> None:
+        self._wanted, self._show_samples = options.page, options.show_samples
+        self._render, self._class_names = options.render, options.class_names
         self._shown: list[Shown] = []
         self._labels: Labels | None = None
         self._complaints: list[str] = []

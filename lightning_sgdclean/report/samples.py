@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import attributes_of, is_entry_each
 from lightning_sgdclean.data.datasets import listed_labels
 from lightning_sgdclean.data.labels import Label, label_of, likely_place_of_label
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.table import SampleId
-from lightning_sgdclean.replay.open import OpenedRun
+from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.report.appearance import Appearance, Parts, Render, appearances_of, parts_of
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
@@ -144,7 +144,7 @@ class RunSamples:
         except Exception:  # the user's dataset, which may raise anything
             if micro.batch is None:
                 raise
-        return row_of(self._this.walk.batch_of(step, number), row, len(micro.ids))
+        return row_of(self._this.replay.content_of(step, number), row, len(micro.ids))
 
     def labels(self, ranking: Ranking) -> Labels | None:
         """The dataset's label of each sample by rank, where no sample has to be fetched for that."""

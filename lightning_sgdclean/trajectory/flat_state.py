@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state as one flat tensor a dtype, and memory for states that are to be written."""
+"""A state as one flat tensor a dtype, and memory for states that are to be written.
+
+Buffers for writing are rows of larger tensors, since a file system takes one large piece in half the time of many
+small ones.
+"""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -132,7 +136,7 @@ _PIECE_BYTES, _PIECE_ROWS = 4 << 20, 256
 
 
 class StateRows:
-    """Hands out rows, those that came back first to begin with.
+    """A FIFO pool of row buffers.
 
     Who takes rows one after another, and gives them back in that order, mostly gets rows that lie one behind the other.
     """

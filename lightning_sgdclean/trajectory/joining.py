@@ -37,7 +37,7 @@ class CheckpointMark:
         folder: The run directory.
         is_between_steps: Whether no batch waited for its step.
         fit: Name of the fit that recorded the step before; empty where there is none.
-        best: See :class:`lightning_sgdclean.record.recording.BestModel`.
+        best: See :class:`lightning_sgdclean.record.recorder.BestModel`.
         evidence: See :class:`lightning_sgdclean.record.keeping.RandomnessWatch`.
     """
 

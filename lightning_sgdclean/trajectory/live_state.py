@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors a training step reads and writes, while they live, and the options that it read."""
+"""Which tensors a training step reads and writes, while they live, and the options that it read.
+
+Options that are tensors of one element stay tensors: a float32 learning rate makes torch round the step size to
+float32.
+"""
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain

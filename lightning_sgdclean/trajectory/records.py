@@ -4,12 +4,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.base.options import Positions, SampleId
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.packing import PackedBatch
-from lightning_sgdclean.data.samplers import Positions
 
 
 @dataclass
@@ -91,6 +91,23 @@ class Step:
         return bool(self.groups)
 
 
+@dataclass(frozen=True)
+class KeptStep:
+    """A step that is kept in memory whole.
+
+    Attributes:
+        step: Its record.
+        batches: Its micro-batches as ``training_step`` got them.
+        before: The state before it.
+        after: The state after it.
+    """
+
+    step: Step
+    batches: list[Any]
+    before: State
+    after: State
+
+
 class States(Protocol):
     """Where a walk gets the states between its steps from, last first."""
 
@@ -116,3 +133,25 @@ def window_in_words(first: Step, last: Step, num_in_last: int) -> str:
     if not last.ends_epoch:
         parts.append(f"{num_in_last} steps of epoch {last.epoch}")
     return f"steps {first.index} to {last.index}: {' and '.join(parts)}"
+
+
+def copied(state: State) -> State:
+    """The state in tensors of its own, where it is."""
+    return State(
+        {name: tensor.detach().clone() for name, tensor in state.params.items()},
+        {name: tensor.detach().clone() for name, tensor in state.buffers.items()},
+        {
+            name: {key: tensor.detach().clone() for key, tensor in entries.items()}
+            for name, entries in state.optimizer.items()
+        },
+    )
+
+
+def nudged(params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every number moved by its rounding error, up or down as the seed says."""
+    source = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, tensor in params.items():
+        signs = (2 * torch.randint(0, 2, tensor.shape, generator=source) - 1).to(tensor)
+        moved[name] = tensor * (1 + torch.finfo(tensor.dtype).eps * signs)
+    return moved

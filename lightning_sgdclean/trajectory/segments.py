@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One segment of a trajectory: some steps and states in a file (safetensors)."""
+"""One segment of a trajectory: some steps and states in a file (safetensors).
+
+Tables hold what every step has, JSON only what few steps have: writing steps one by one would take Python's lock away
+from the training. Torch's kernels are not used: one that runs on several threads would give the writing thread a team
+of its own, and with more threads than cores the training's team waits much longer at each turn.
+"""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -92,8 +92,7 @@ FORMAT = 5
 class Trajectory:
     """A recorded run, read back. Steps are light and held in memory; states are read when asked for.
 
-    Where steps between two windows were let go, it is read as far as one follows on the other: the stretch of steps
-    that leads to the one window or to the other.
+    Where the steps between two windows were deleted, reads the last gap-free run of steps before ``end``.
 
     Args:
         folder: Where it lies.
@@ -107,7 +106,7 @@ class Trajectory:
         kept: Positions of the states on disk, ascending: state ``p`` lies before ``steps[p]``, and
             state ``len(steps)`` after the last.
         fits: Pairs of a step number and the name of the fit that recorded the steps from there on.
-        ending: Checksum of how the fit ended; None where it was killed. See ``ending.py``.
+        ending: Checksum of how the fit ended; None where it was killed. See :class:`FitEnd`.
         begins_epoch: Whether what was kept begins with the first step of an epoch.
         joints: Steps after which a fit went on from a checkpoint.
 

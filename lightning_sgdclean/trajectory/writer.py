@@ -154,7 +154,7 @@ class TrajectoryWriter:
         self._background.check()
         if self._steps and (self._is_full() or self._steps[-1].ends_epoch):
             self._hand_over()
-        before, self._current = self._current, None  # first of all: what Ctrl-C leaves behind must not lie about itself
+        before, self._current = self._current, None  # cleared first, so that an interrupt cannot leave a stale state
         if self._num_steps and not self._steps:
             self._begins_epoch = step.epoch != self._last_epoch
         if (

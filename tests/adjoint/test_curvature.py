@@ -15,8 +15,8 @@ from cases import NUM_CLASSES, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.adjoint.curvature import Exact, Finite
 from lightning_sgdclean.base.errors import UnsupportedOperationError
-from lightning_sgdclean.losses.evaluate import Evaluated
 from lightning_sgdclean.losses.kernels import twice_differentiable_kernels
+from lightning_sgdclean.losses.weighting import Evaluated
 from reference import assert_influence_is_the_derivative
 
 
@@ -42,7 +42,7 @@ def test_scores_and_hessian_product(engine, tolerance):
     param, problem, cotangent, product, scores = setting()
     weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
     before = param.detach().clone()
-    pulled = engine(problem, [param], weights, True).pull_back([cotangent], {})
+    pulled = engine.open(problem, [param], weights, True).pull_back([cotangent], {})
     torch.testing.assert_close(pulled.scores, scores, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(pulled.adjoint[0], product, rtol=tolerance, atol=tolerance)
     assert torch.equal(param.detach(), before)
@@ -51,7 +51,7 @@ def test_scores_and_hessian_product(engine, tolerance):
 def test_none_is_exact_without_the_hessian():
     param, problem, cotangent, _, scores = setting()
     weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
-    pulled = Exact(with_hessian=False)(problem, [param], weights, True).pull_back([cotangent], {})
+    pulled = Exact(with_hessian=False).open(problem, [param], weights, True).pull_back([cotangent], {})
     torch.testing.assert_close(pulled.scores, scores, rtol=1e-12, atol=0)
     assert not pulled.adjoint[0].any()
 
@@ -59,7 +59,7 @@ def test_none_is_exact_without_the_hessian():
 def test_finite_survives_a_cotangent_of_zero():
     param, problem, cotangent, _, _ = setting()
     weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
-    pulled = Finite()(problem, [param], weights, False).pull_back([0 * cotangent], {})
+    pulled = Finite().open(problem, [param], weights, False).pull_back([0 * cotangent], {})
     assert pulled.scores.abs().max() < 1e-9
 
 

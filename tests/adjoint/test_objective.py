@@ -13,7 +13,7 @@ from cases import NUM_CLASSES, VAL, Case, adam, fit, warm_up
 from lightning_sgdclean import Ranking, SGDInfluence
 from lightning_sgdclean.adjoint.objective import objective_gradients
 from lightning_sgdclean.base.errors import NonFiniteError, ObjectiveError
-from lightning_sgdclean.losses.evaluate import Surroundings
+from lightning_sgdclean.losses.surroundings import Surroundings
 from reference import assert_derivative, influences, ranked
 
 WINDING = Case(

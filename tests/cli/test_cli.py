@@ -69,9 +69,9 @@ def test_the_package_is_run_as_the_script_is():
 def test_help_and_version_say_what_there_is():
     done = sgdclean("--help")
     assert done.returncode == 0
-    assert all(re.search(rf"^    {command.NAME} ", done.stdout, re.MULTILINE) for command in cli.COMMANDS)
-    for command in cli.COMMANDS:
-        done = sgdclean(command.NAME, "--help", columns=60)
+    assert all(re.search(rf"^    {name} ", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        done = sgdclean(name, "--help", columns=60)
         assert done.returncode == 0
         assert max(map(len, done.stdout.splitlines())) <= 60
     assert sgdclean("--version").stdout == f"lightning-sgdclean {__version__}\n"
@@ -229,7 +229,7 @@ def write_config(folder, with_classes):
 def test_the_commands_of_the_documentation_do_what_it_says(example):
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = [line.partition("#")[0].split() for line in re.findall(r"^    sgdclean (.*)", page, re.MULTILINE)]
-    assert {words[0] for words in commands} == {command.NAME for command in cli.COMMANDS}
+    assert {words[0] for words in commands} == {*cli.COMMANDS}
     other = shutil.copytree(example / "cleaning", example / "other")
     (example / "my_module.py").write_text(MY_MODULE)
     for words in [words for words in commands if "cleanse" not in words]:  # tests/cli/test_check.py runs that one

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cases import TRAIN, VAL, Plain, adam
 from lightning_sgdclean import callback, retrace
-from lightning_sgdclean.adjoint import bookmark
+from lightning_sgdclean.adjoint import walk as bookmark
 from lightning_sgdclean.trajectory.store import Trajectory
 from resuming import ByEpoch, train
 
@@ -94,7 +94,7 @@ def test_killed_between_the_last_step_and_the_ranking_a_fit_goes_on_in_the_direc
 ):
     whole = train(tmp_path / "whole", 4).ranking
     with monkeypatch.context() as patch:
-        patch.setattr(callback, "rank_run", _interrupted)
+        patch.setattr(callback, "rank", _interrupted)
         with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
             train(tmp_path / "cut", 4)
     again = train(tmp_path / "cut", 4, ckpt_path=latest_checkpoint(tmp_path / "cut"))

@@ -18,7 +18,7 @@ from datasets import Augmented, Hooked
 from left_out import ByHand, again, by_hand, weights_without, without
 from lightning_sgdclean import Counterfactual, Ranking, SGDInfluence, counterfactual
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, RunDirectoryError, SGDInfluenceWarning
-from lightning_sgdclean.leave_out import runs
+from lightning_sgdclean.leave_out import leave_out as runs
 from reference import ranked
 
 IDS = [0, 7, 22]

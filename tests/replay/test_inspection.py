@@ -14,12 +14,12 @@ from cases import NUM_CLASSES, NUM_TRAIN, TRAIN, Case, Plain, fit, loaders, quie
 from datasets import Augmented, noisy_collate
 from lightning_sgdclean import Ranking, SGDInfluence, retrace
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
+from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state
 from lightning_sgdclean.data.datasets import source_of
 from lightning_sgdclean.losses.readings import plain_numbers
 from lightning_sgdclean.replay.inspection import inspect_samples
-from lightning_sgdclean.replay.reopened import reopened
-from lightning_sgdclean.replay.walk import RetraceOptions
+from lightning_sgdclean.replay.open import reopened
 
 CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.2], dtype=torch.float64)
 DATA = TensorDataset(*(t.double() if t.is_floating_point() else t for t in TRAIN.tensors))
@@ -37,7 +37,7 @@ class Trained(Plain):
 
 
 def inspected(callback, module, ids, train=TRAIN, sample_losses=None, **loader):
-    options = RetraceOptions(epochs="all", sample_losses=sample_losses)
+    options = Options(epochs="all", sample_losses=sample_losses)
     train, val = loaders(train, **loader)
     module.train()
     return reopened(

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 from cases import CASES, Case, Plain, adam, fit, loaders, quiet_trainer, sgd
 from lightning_sgdclean import SGDInfluence, retrace
 from lightning_sgdclean.base.errors import ReplayMismatchError, RunDirectoryError
-from lightning_sgdclean.replay import states
-from lightning_sgdclean.replay.states import RecomputedStates
+from lightning_sgdclean.replay import forward as states
+from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 from reference import ranked

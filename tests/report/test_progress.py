@@ -10,8 +10,8 @@ import torch
 
 from cases import Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.report import progress
-from lightning_sgdclean.report.progress import harm_of, retrace_bar
+from lightning_sgdclean.report import words as progress
+from lightning_sgdclean.report.words import harm_of, retrace_bar
 
 INFLUENCE = torch.tensor([-0.5, 0.25, 0.0, -0.125], dtype=torch.float64)
 

@@ -1,16 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module keeps besides its parameters, noted and put back."""
+"""What stands for the Trainer around a module, and what the module keeps in itself: set up, noted, put back.
+
+A run in 16 bits is replayed in its own precision. Derivatives and probes of it are taken in float32: those of a loss
+that was rounded to 8 or 11 bits are noisy, and sums of their products more so.
+"""
 
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_sgdclean.base.lightning import silent_logger
+from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a LightningModule sees around its steps, as callables: the later stages need no Trainer.
+
+    Attributes:
+        device: Where the module and its batches belong.
+        prepare: ``(batch, dataloader_idx)`` -> the batch converted, moved and through the transfer hooks.
+        train_context: Precision context of a training step.
+        val_context: Precision context of a validation step.
+        set_clock: ``(epoch, global_step)`` that ``current_epoch`` and ``global_step`` are to show.
+        precision: The Trainer's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
+        as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
+    """
+
+    device: torch.device
+    prepare: Callable[[Any, int], Any]
+    train_context: Callable[[], AbstractContextManager[Any]]
+    val_context: Callable[[], AbstractContextManager[Any]]
+    set_clock: Callable[[int, int], None]
+    precision: str
+    as_stage: Callable[[str], AbstractContextManager[Any]]
+
+
+def surroundings_of(trainer: Any, module: Any) -> Surroundings:
+    """What ``module`` saw around its steps under this Trainer."""
+    epochs = trainer.fit_loop.epoch_progress.current
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+
+    def prepare(batch: Any, dataloader_idx: int) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+    def set_clock(epoch: int, global_step: int) -> None:
+        epochs.completed, steps.completed = epoch, global_step
+
+    @contextmanager
+    def as_stage(stage: str) -> Iterator[None]:
+        loggers, found, clock = trainer.loggers, trainer.state.stage, (epochs.completed, steps.completed)
+        trainer.loggers = [silent_logger(trainer)] if loggers else []
+        setattr(trainer, "training" if stage == "train" else "validating", True)
+        try:
+            yield
+        finally:
+            trainer.loggers, trainer.state.stage = loggers, found
+            set_clock(*clock)
+
+    return Surroundings(
+        device=trainer.strategy.root_device,
+        prepare=prepare,
+        train_context=trainer.precision_plugin.train_step_context,
+        val_context=trainer.precision_plugin.val_step_context,
+        set_clock=set_clock,
+        precision=str(trainer.precision),
+        as_stage=as_stage,
+    )
+
+
+def is_low(surroundings: Surroundings, module: nn.Module) -> bool:
+    """Whether the run computes in 16 bits, by autocast or by its parameters."""
+    return surroundings.precision.startswith(("16", "bf16")) or any(
+        param.dtype in SIXTEEN_BITS for param in module.parameters()
+    )
+
+
+def in_half(surroundings: Surroundings) -> bool:
+    """Whether that is float16, whose derivatives overflow as well."""
+    return surroundings.precision.startswith("16")
+
+
+def widened(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
+    """:func:`in_float32` for a run in 16 bits; any other keeps its surroundings."""
+    return in_float32(module, surroundings) if is_low(surroundings, module) else nullcontext(surroundings)
+
+
+@contextmanager
+def in_float32(module: nn.Module, surroundings: Surroundings) -> Iterator[Surroundings]:
+    """Within the block the module's parameters and buffers are float32, and nothing is cast down.
+
+    Yields:
+        Surroundings to evaluate the module in.
+    """
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in SIXTEEN_BITS]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield replace(
+            surroundings,
+            prepare=lambda batch, number: as_float32(surroundings.prepare(batch, number)),
+            train_context=_uncast,
+            val_context=_uncast,
+            precision="32-true",
+        )
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def _uncast() -> Iterator[None]:
+    """No autocast on any device, and new tensors in float32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
 
 _TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
 _CONTAINERS = (list, dict, set, deque)
@@ -143,5 +263,5 @@ def eagerly() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
-def _ignore(*_: Any, **__: Any) -> None:
+def ignore(*_: Any, **__: Any) -> None:
     """Log nowhere."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a walk has come to, on disk, so that it goes on from there if it is killed, to the same bits."""
+"""What the walk back needs besides the replay, what it carries and finds, and where it goes on after a kill."""
 
 import hashlib
 import json
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,129 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_sgdclean.adjoint.influences import Influences
+from lightning_sgdclean.adjoint.curvature import Engine, engine_named
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient
+from lightning_sgdclean.adjoint.optimizers import update_of
+from lightning_sgdclean.adjoint.updates import Update
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.resources import versions
+from lightning_sgdclean.data.batches import summable
+from lightning_sgdclean.losses.surroundings import Surroundings, in_float32, in_half, is_low
 from lightning_sgdclean.replay.fidelity import Fidelity
-from lightning_sgdclean.replay.walk import Adjoint
+from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
-from lightning_sgdclean.trajectory.records import State
+from lightning_sgdclean.trajectory.records import MicroBatch, State, Step
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A replay whose steps can be transposed; see :func:`lightning_sgdclean.adjoint.backward.retrace_steps`.
+
+    Attributes:
+        replay: Runs the steps again.
+        engine: Scores and Hessian's product.
+        update: The optimizer's rule.
+        widens: Whether derivatives of a run in 16 bits are taken in float32.
+        labels_of: Gives labels that the samples could have had, ``(B,)``, where the influence of that is wanted.
+    """
+
+    replay: Replay
+    engine: Engine
+    update: Update
+    widens: bool = False
+    labels_of: Callable[[list[SampleId]], Tensor] | None = None
+
+    def pulling(self) -> AbstractContextManager[Surroundings]:
+        """Context to take derivatives in, and what stands for the Trainer there."""
+        own = self.replay.surroundings
+        return in_float32(self.replay.module, own) if self.widens else nullcontext(own)
+
+
+def walk_of(replay: Replay, optimizer: Optimizer, options: Options) -> Walk:
+    """The walk that the options ask for.
+
+    Raises:
+        UnsupportedTrainingError: If there is no transpose of the optimizer's step.
+    """
+    return Walk(
+        replay,
+        engine_named(options.curvature, options.finite_radius),
+        update_of(optimizer),
+        _widens(options.retrace_precision, replay.surroundings, replay.module),
+    )
+
+
+def _widens(wanted: str, surroundings: Surroundings, module: nn.Module) -> bool:
+    if not is_low(surroundings, module):
+        return False
+    return wanted == "float32" or (wanted == "auto" and in_half(surroundings))
+
+
+@dataclass
+class Adjoint:
+    """Derivatives of the objective by what a step leaves behind: ``lambda``, ``mu`` and ``nu``.
+
+    They are sums over many steps, so they are kept in float32 even where the parameters are not.
+    """
+
+    params: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    buffers: dict[str, Tensor]
+
+
+def adjoint_of(start: ObjectiveGradient, params: dict[str, nn.Parameter], sign: float = 1.0) -> Adjoint:
+    """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
+    by_param = {name: sign * summable(tensor) for name, tensor in zip(params, start.params, strict=True)}
+    return Adjoint(by_param, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})
+
+
+@dataclass
+class Influences:
+    """Influence of every sample drawn in a window on each objective.
+
+    Attributes:
+        ids: The ``N`` samples drawn.
+        visits: How often each was drawn, ``(N,)``.
+        values: Influences in the objective's unit, ``(K, N)``, one row an objective; negative: harmful.
+        by_epoch: What each epoch adds to the first row, ``(N,)`` by epoch.
+        relabelled: What the first objective would change by if the samples had other labels, ``(N,)``; NaN: not known.
+    """
+
+    ids: list[SampleId]
+    visits: Tensor
+    values: Tensor
+    by_epoch: dict[int, Tensor]
+    relabelled: Tensor
+
+    @classmethod
+    def none_yet(cls, steps: list[Step], num_objectives: int) -> "Influences":
+        """Zeros for all that is drawn in ``steps``."""
+        drawn = [micro for step in steps if step.is_update for micro in step.micro]
+        ids = list(dict.fromkeys(name for micro in drawn for name in micro.ids))
+        by_epoch = {epoch: torch.zeros(len(ids), dtype=torch.float64) for epoch in sorted({m.epoch for m in drawn})}
+        values = torch.zeros(num_objectives, len(ids), dtype=torch.float64)
+        none = torch.zeros(len(ids), dtype=torch.float64)
+        return cls(ids, none.long(), values, by_epoch, none)
+
+    def __post_init__(self) -> None:
+        self._rows = {name: row for row, name in enumerate(self.ids)}
+
+    def add(self, micro: MicroBatch, scores: Tensor) -> None:
+        """Take in a micro-batch's ``scores``, ``(K, B)`` or with other labels ``(K, 2 B)``: what more of each does."""
+        rows = torch.tensor([self._rows[name] for name in micro.ids])
+        scores = scores.double().cpu()
+        if scores.shape[1] > len(rows):
+            self.relabelled.index_add_(0, rows, scores[0, len(rows) :])
+        moved = -scores[:, : len(rows)]
+        self.values.index_add_(1, rows, moved)
+        self.by_epoch[micro.epoch].index_add_(0, rows, moved[0])
+        self.visits.index_add_(0, rows, torch.ones_like(rows))
+
 
 _SECONDS = 30.0  # between two marks at least
 _SHARE = 0.02  # of the time, at most, goes into marking

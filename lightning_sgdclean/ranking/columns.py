@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns in the types that files keep, the same after writing and reading; as Parquet, and as pandas DataFrames."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.ranking.table import COLUMNS, Table, as_numpy, effect_of, typed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+
+Columns = Mapping[str, "Sequence[Any] | NDArray[Any] | Tensor"]
+
+
+def as_columns(columns: Columns | None, length: int) -> dict[str, NDArray[Any]]:
+    """Each column as one array; see :func:`as_column`.
+
+    Raises:
+        ValueError: If a name is taken or not one of text, or a column has another length.
+        TypeError: If a value is neither number nor text.
+    """
+    found = {}
+    for name, values in (columns or {}).items():
+        if not isinstance(name, str) or not name or name in COLUMNS:
+            raise ValueError(f"Expected a name for a further column that is none of {', '.join(COLUMNS)}: {name!r}.")
+        found[name] = as_column(values, name)
+        if found[name].shape != (length,):
+            raise ValueError(f"Expected {length} values in column {name!r}, found shape {found[name].shape}.")
+    return found
+
+
+def as_column(values: "Sequence[Any] | NDArray[Any] | Tensor", name: str) -> NDArray[Any]:
+    """Values as an array that is the same when it has been written as text and read again.
+
+    Args:
+        values: Whole numbers, numbers (NaN or None: unknown), or text (None: empty). Text that looks like numbers
+            throughout becomes numbers, since a CSV has no types.
+        name: For messages.
+
+    Returns:
+        An array ``(N,)`` of int64, float64 or str objects.
+
+    Raises:
+        ValueError: If a number is infinite or does not fit into 64 bits.
+        TypeError: If a value is neither number nor text.
+    """
+    values = as_numpy(values)
+    cells = list(values.tolist() if isinstance(values, np.ndarray) else values)
+    cells = [cell.item() if hasattr(cell, "item") else cell for cell in cells]
+    if cells and (any(isinstance(cell, str) for cell in cells) or all(map(_is_unknown, cells))):
+        cells = typed([_text(cell, name) for cell in cells])
+    for cell in cells:
+        if not isinstance(cell, int | float | str | None):
+            raise TypeError(f"Column {name!r} holds {cell!r:.40}; expected numbers or text.")
+    if cells and all(isinstance(cell, str) for cell in cells):
+        return np.array(cells, dtype=object)
+    if cells and all(isinstance(cell, int) for cell in cells):
+        try:
+            return np.array(cells, dtype=np.int64)
+        except OverflowError as error:
+            raise ValueError(f"Column {name!r} holds a number that does not fit into 64 bits.") from error
+    array = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
+    if bool(np.isinf(array).any()):
+        raise ValueError(f"Column {name!r} holds an infinite number; expected finite ones, or NaN where unknown.")
+    return array
+
+
+def _is_unknown(cell: Any) -> bool:
+    return cell is None or cell != cell
+
+
+def _text(cell: Any, name: str) -> str:
+    """A cell of a column that holds text somewhere."""
+    if _is_unknown(cell):
+        return ""
+    text = str(cell)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Column {name!r} holds {text!r:.40}, which cannot be written as UTF-8.") from error
+    return text
+
+
+def same_columns(mine: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether names, their order and all values are the same; unknown equals unknown."""
+    return list(mine) == list(theirs) and all(
+        np.array_equal(mine[name], theirs[name], equal_nan=mine[name].dtype == theirs[name].dtype == np.float64)
+        for name in mine
+    )
+
+
+SUFFIX = ".parquet"
+
+
+def write_parquet(path: Path, table: Table) -> None:
+    """Write under a temporary name until it is complete; unknown numbers are null.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+    """
+    pa, parquet = pyarrow()
+    effects = [effect_of(influence) for influence in table.influence]
+    ranks = range(1, len(effects) + 1)
+    columns: dict[str, Any] = {
+        **dict(zip(COLUMNS, (ranks, table.sample_id, table.influence, effects, table.visits), strict=True)),
+        **{name: [None if _is_nan(value) else value for value in values] for name, values in table.columns.items()},
+    }
+    ids = pa.string() if any(isinstance(name, str) for name in table.sample_id) else pa.int64()
+    types = dict(zip(COLUMNS, (pa.int64(), ids, pa.float64(), pa.string(), pa.int64()), strict=True))
+    arrays = [pa.array(list(values), types.get(name) or _type_of(pa, values)) for name, values in columns.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing_whole(path) as temporary:
+        parquet.write_table(pa.table(arrays, names=list(columns)), temporary)
+
+
+def read_parquet(path: Path) -> Table:
+    """Read what :func:`write_parquet` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If pyarrow is not installed.
+        ValueError: If the file is damaged, or no ranking.
+    """
+    pa, parquet = pyarrow()
+    try:
+        found = parquet.read_table(path)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: no Parquet file, or a damaged one ({str(error).splitlines()[0]}).") from error
+    names = found.column_names
+    if tuple(names[: len(COLUMNS)]) != COLUMNS:
+        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(names)}.")
+    _check_types(path, pa, found)
+    columns = {name: found.column(name).to_pylist() for name in names}
+    rank, ids, influence, effect, visits = (columns.pop(name) for name in COLUMNS)
+    ordered = rank == list(range(1, len(rank) + 1)) and influence == sorted(influence)
+    if not ordered or effect != [effect_of(value) for value in influence]:
+        raise ValueError(f"{path}: ranks, influences and effects do not fit together.")
+    return Table(ids, influence, visits, {name: _without_null(values) for name, values in columns.items()})
+
+
+def _check_types(path: Path, pa: Any, found: Any) -> None:
+    wanted = (pa.int64(), None, pa.float64(), pa.string(), pa.int64())
+    for name, kind in zip(COLUMNS, wanted, strict=True):
+        column = found.column(name)
+        kinds = (pa.int64(), pa.string()) if kind is None else (kind,)
+        if column.type not in kinds or column.null_count:
+            raise ValueError(
+                f"{path}: expected column {name} of type {' or '.join(map(str, kinds))} without gaps, "
+                f"found {column.type} with {column.null_count} gaps."
+            )
+
+
+def _without_null(values: list[Any]) -> list[Any]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _type_of(pa: Any, values: Any) -> Any:
+    kinds = {type(value) for value in values if value is not None}
+    return pa.string() if str in kinds else pa.int64() if kinds == {int} else pa.float64()
+
+
+def data_frame(table: Any, columns: Any = None) -> "pd.DataFrame":
+    """What pandas makes of columns by name, or of rows.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install lightning-sgdclean[pandas]") from error
+    return pd.DataFrame(table, columns=columns)

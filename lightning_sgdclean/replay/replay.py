@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it takes to run recorded steps again: the module, its data, what stands for the Trainer, and the record."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sgdclean.base.errors import NonFiniteError
+from lightning_sgdclean.base.options import Options, SampleLosses
+from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.data.fetching import ValidationBatch
+from lightning_sgdclean.data.fingerprints import batch_digest
+from lightning_sgdclean.data.packing import Classes
+from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.surroundings import Surroundings
+from lightning_sgdclean.losses.verified import VerifiedSplit
+from lightning_sgdclean.replay.fidelity import Fidelity
+from lightning_sgdclean.trajectory.live_state import trained_parameters
+from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
+from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A live module whose recorded steps can be run again.
+
+    Attributes:
+        module: The LightningModule, whose parameters and buffers a replay overwrites.
+        params: Those that the optimizer moves, by name.
+        surroundings: What stands for the Trainer.
+        content_of: Content of micro-batch ``i`` of a step, as ``training_step`` got it.
+        random_of: Random state before micro-batch ``i`` of a step.
+        restore: Puts the module's modes and plain attributes back.
+        fidelity: What the replay is held against.
+        sample_losses: The user's own split of the loss.
+        split: The split that was found, where the user gives none.
+    """
+
+    module: Any
+    params: dict[str, nn.Parameter]
+    surroundings: Surroundings
+    content_of: Callable[[Step, int], Any]
+    random_of: Callable[[Step, int], RandomState]
+    restore: Callable[[], None]
+    fidelity: Fidelity
+    sample_losses: SampleLosses | None = None
+    split: VerifiedSplit | None = None
+
+    def batch(self, step: Step, number: int) -> RecordedBatch:
+        """Micro-batch ``number`` of a step, to be evaluated.
+
+        Raises:
+            ReplayMismatchError: If it is not the batch that was recorded.
+        """
+        content = self.content_of(step, number)
+        self.fidelity.compare_batch(step, number, batch_digest(content, len(step.micro[number].ids)))
+        return self.batch_of(self.micro(step, number), content, step.divisor)
+
+    def micro(self, step: Step, number: int) -> MicroBatch:
+        """The record of a micro-batch, with the random state before it."""
+        return replace(step.micro[number], random=self.random_of(step, number))
+
+    def batch_of(self, micro: MicroBatch, content: Any, divisor: int = 1) -> RecordedBatch:
+        """A batch of any content, to be evaluated as if it had been trained on there."""
+        return RecordedBatch(
+            self.module,
+            list(self.params.values()),
+            micro,
+            content,
+            self.surroundings,
+            self.restore,
+            sample_losses=self.sample_losses,
+            split=self.split,
+            divisor=divisor,
+        )
+
+    def load(self, state: State) -> None:
+        """Copy a recorded state's parameters and buffers into the live module."""
+        load_state(self.module, self.params, state)
+
+
+def replay_of(
+    module: Any,
+    optimizer: Optimizer,
+    surroundings: Surroundings,
+    options: Options,
+    hooks: list[str],
+    *,
+    content_of: Callable[[Step, int], Any],
+    random_of: Callable[[Step, int], RandomState],
+    restore: Callable[[], None],
+    split: VerifiedSplit | None = None,
+) -> Replay:
+    """Put a replay together.
+
+    Args:
+        module: The LightningModule.
+        optimizer: Its optimizer.
+        surroundings: What stands for the Trainer.
+        options: The callback's.
+        hooks: Hooks of the user's that could edit gradients.
+        content_of: See :class:`Replay`, and so for the next two.
+        random_of: See there.
+        restore: See there.
+        split: What was proved of the loss by now, if anything was.
+    """
+    params = trained_parameters(module, optimizer)
+    is_double = next(iter(params.values())).dtype is torch.float64
+    tolerance = (1e-12 if is_double else 1e-5) if options.tolerance is None else options.tolerance
+    return Replay(
+        module=module,
+        params=params,
+        surroundings=surroundings,
+        content_of=content_of,
+        random_of=random_of,
+        restore=restore,
+        fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
+        sample_losses=options.sample_losses,
+        split=None if options.sample_losses else split or VerifiedSplit(),
+    )
+
+
+@torch.no_grad()
+def load_state(module: nn.Module, params: dict[str, nn.Parameter], state: State) -> None:
+    """Copy recorded parameters and buffers into the live module."""
+    for name, param in params.items():
+        param.copy_(state.params[name])
+    for name, buffer in module.named_buffers():
+        buffer.copy_(state.buffers[name])
+
+
+def check_finite(steps: list[Step]) -> None:
+    """Refuse a run that diverged, before anything is computed from it.
+
+    Raises:
+        NonFiniteError: If a recorded loss is not finite; names the first such step.
+    """
+    for step in steps:
+        for micro in step.micro if step.is_update else ():
+            if micro.loss is not None and not math.isfinite(float(micro.loss)):
+                raise NonFiniteError(
+                    f"The training loss at step {step.index} (epoch {step.epoch}) was {float(micro.loss)}: "
+                    "samples cannot be ranked by a run that diverged. Lower the learning rate or clip the gradients."
+                )
+
+
+Validation = Callable[[], tuple[Iterator[ValidationBatch], int]]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the recording left.
+
+    Attributes:
+        folder: The run directory.
+        loaders: The training loaders, whose datasets hold the samples; several if they were made anew.
+        optimizer: The user's optimizer.
+        ending: How its fit ended.
+        val_dataloaders: The validation loaders that the Trainer had; None where it made none.
+        limits: How many batches of each of them count; None: all.
+        is_of_fit: Whether those are surely the data that were validated on.
+        hooks: Hooks of the user's that could have edited gradients.
+        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        classes: Classes that kept batches are made of, by name.
+        as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
+        fit: Name of the fit that recorded its last steps; empty where that may be any.
+        split: What was proved of the loss during the fit.
+    """
+
+    folder: Path
+    loaders: list[Any]
+    optimizer: Optimizer
+    ending: FitEnd
+    val_dataloaders: Any
+    limits: list[float] | None
+    is_of_fit: bool
+    hooks: list[str]
+    averaging: list[str]
+    classes: Classes
+    as_delivered: Callable[[Any], Any]
+    fit: str = ""
+    split: VerifiedSplit | None = None
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A recorded run, ready for its steps to be run again; see :mod:`lightning_sgdclean.replay.open`.
+
+    Attributes:
+        run: What the recording left.
+        options: What is asked of it.
+        trajectory: What was recorded.
+        steps: The window.
+        replay: The live module and what its steps need.
+        states: The states between the steps.
+        end: The state at the window's end.
+        complaints: What is to be said of the window.
+        validation: Gives what the objectives are means over, and of how many loaders it comes.
+        loader_of: The loader that delivered a batch; what a fit before this one had is gone, and this one's stands
+            for it.
+    """
+
+    run: RecordedRun
+    options: Options
+    trajectory: Trajectory
+    steps: list[Step]
+    replay: Replay
+    states: States
+    end: State
+    complaints: list[str]
+    validation: Validation
+    loader_of: Callable[[MicroBatch], Any]
+
+    def prepare(self, batch: Any) -> Any:
+        """A training loader's batch as ``training_step`` gets it."""
+        return self.replay.surroundings.prepare(self.run.as_delivered(batch), 0)
