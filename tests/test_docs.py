@@ -184,7 +184,34 @@ def test_every_test_that_the_limits_name_exists():
         assert {name for where, name in named if where == file} - tests == set(), file
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_to_files_of_the_repository_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def defined_in(file):
+    """The functions, classes and variables at the top level of a file."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def test_every_place_and_target_that_contributing_names_exists():
+    text = text_of("CONTRIBUTING.md")
+    places = set(re.findall(r"\b((?:lightning_sgdclean|tests|benchmarks)/[\w/]+\.py)(?:::(\w+))?", text))
+    assert len(places) > 10
+    for file, name in places:
+        assert (ROOT / file).is_file(), file
+        assert not name or name in defined_in(ROOT / file), f"{file}::{name}"
+    targets = set(re.findall(r"(?:^|`)\s*make (\w+)", text, re.MULTILINE))
+    assert [target for target in targets if not re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)] == []
+
+
+def test_the_design_has_a_row_for_every_wing():
+    wings = {path.parent.name for path in Path(lightning_sgdclean.__file__).parent.glob("*/__init__.py")}
+    rows = re.findall(r"^\| `(\w+)/` \|", text_of("docs/design.md"), re.MULTILINE)
+    assert sorted(rows) == sorted(wings)
