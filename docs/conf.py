@@ -6,7 +6,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 import lightning_sgdclean
 
-OTHERS = ("collections", "numpy", "os", "pathlib", "pd", "torch", "Figure", r"lightning_sgdclean\.\w+\.T_co")
+OTHERS = ("collections", "numpy", "os", "pathlib", "pd", "torch", "Figure", r"lightning_sgdclean\.[\w.]+\.T_co")
 
 project = "lightning-sgdclean"
 author = "the lightning-sgdclean contributors"

@@ -167,7 +167,7 @@ def cleanse(
     For each seed: train on everything and rank; then train again from the same seed without the worst samples, several
     numbers of them, and without as many random ones. How many to remove is chosen on validation data; what that
     gains is measured on test data, which the ranking has not seen. See
-    :func:`lightning_sgdclean.cleansing.result.judge`.
+    :func:`lightning_sgdclean.gains.judge`.
 
     Args:
         build: Callable ``(seed)`` that makes a fresh :class:`lightning_sgdclean.Training` each time, after
@@ -184,7 +184,7 @@ def cleanse(
         influence: Options of :class:`SGDInfluence`, if the Trainer that ``build`` makes has none among its callbacks.
         action: ``"relabel"`` gives samples the class that the ranked model predicts, instead of leaving them out.
         set_label: Callable ``(sample, label)`` to the sample with that label; by default
-            :func:`lightning_sgdclean.data.labels.with_label`, which says what samples need none.
+            :func:`lightning_sgdclean.relabelling.with_label`, which says what samples need none.
         on: ``"val"`` measures on validation data. Where they are those of the ranking, there is no verdict.
         ckpt_path: Weights that are measured: None for those after ``fit``, ``"best"`` for those of the checkpoint. Each
             training writes checkpoints to a folder of its own, whatever ``dirpath`` they were to have, which is removed

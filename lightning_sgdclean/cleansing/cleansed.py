@@ -29,7 +29,7 @@ class Cleansed(*CALLBACK_BASES):  # type: ignore[misc]
         drop: Positions in the training loader's dataset that are not drawn.
         labels: New labels by position.
         set_label: Callable ``(sample, label)`` to the sample with that label; by default
-            :func:`lightning_sgdclean.data.labels.with_label`, which says what samples need none.
+            :func:`lightning_sgdclean.relabelling.with_label`, which says what samples need none.
         expected: Labels by position that the samples have to have so far, if that is to be checked.
 
     Raises:

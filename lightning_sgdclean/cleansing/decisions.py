@@ -57,7 +57,7 @@ def apply_decisions(
 ) -> "Subset[Any]":
     """The dataset as decided: without what was to be dropped, with new labels where they were to be changed.
 
-    Which part of a sample is its label is found as :func:`lightning_sgdclean.data.labels.with_label` says, or given by
+    Which part of a sample is its label is found as :func:`lightning_sgdclean.relabelling.with_label` says, or given by
     ``label``. A new label gets the type of the old one. All of it is checked before anything is returned; the dataset
     itself is left as it is.
 
