@@ -53,9 +53,10 @@ def rows_of(func: Callable[..., Any], options: dict[str, Any]) -> tuple[Tensor, 
     if func is functional.cross_entropy and _is_plain(options):
         # The log-probabilities are made once for rows and value: with large vocabularies they are what costs.
         logits = options["input"]
-        if torch.is_autocast_enabled(logits.device.type):
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits  # as the loss would
-        log_probabilities = logits.log_softmax(min(1, logits.ndim - 1))
+        # Autocast takes the whole loss in float32 on a CPU, but only its sums on a GPU: the dtype keeps it from more.
+        if logits.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        log_probabilities = logits.log_softmax(min(1, logits.ndim - 1), dtype=logits.dtype)
         options = {k: v for k, v in options.items() if k != "label_smoothing"} | {"input": log_probabilities}
         func = functional.nll_loss
     reduction = options["reduction"]
