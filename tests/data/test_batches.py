@@ -1,30 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches copied, and batches in which some samples have given their place to others."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import numpy as np
 import torch
 from torch import nn
 
 from lightning_sgdclean.data.batches import cloned, of_one_shape, with_neighbours
 from lightning_sgdclean.losses.loss_functions import replacement_masks
-
-
-class Pair(NamedTuple):
-    x: Any
-    y: Any
-
-
-@dataclass(slots=True)
-class Slotted:
-    x: Any
-
-
-class Node:
-    def __init__(self, x):
-        self.x, self.me = x, self
+from structures import Node, Pair, Slotted
 
 
 def test_a_copy_shares_nothing_but_what_the_batch_itself_shares():

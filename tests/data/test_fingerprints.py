@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints tell batches apart, sample by sample."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import numpy as np
 import pytest
 import torch
@@ -12,21 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_sgdclean.data import fingerprints as module
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fingerprints import _dot, _row_digests, _table, batch_digest, fingerprint, fingerprints
-
-
-class Pair(NamedTuple):
-    x: Any
-    y: Any
-
-
-@dataclass(slots=True)
-class Slotted:
-    x: Any
-
-
-class Node:
-    def __init__(self, x):
-        self.x, self.me = x, self
+from structures import Node, Pair, Slotted
 
 
 @pytest.mark.parametrize(
