@@ -132,7 +132,7 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
         The ranking, the summary's entries about it, and complaints to warn of.
     """
     replay, steps, run, options = this.replay, this.steps, this.run, this.options
-    walk = walk_of(replay, run.optimizer, options)
+    walk = walk_of(replay, run.optimizer, options, steps)
 
     def objectives_within(surroundings: Surroundings) -> list[ObjectiveGradient]:
         return objectives_at(this.end, replay, *this.validation(), options, surroundings)
@@ -165,6 +165,8 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
         found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
+    about["derivative"] = _derivative(walk)
+    complaints += walk.checks.complaints() if walk.checks else []
     about["float32_agreement"] = agreement and asdict(agreement)
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     ranking, about["trust"], doubts = _tested(this, ranking, bar)
@@ -226,6 +228,18 @@ def _compare_objective(value: float, last: Step, run: RecordedRun, replay: Repla
     if options.on_mismatch == "raise" and run.is_of_fit:
         raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
     return [text]
+
+
+def _derivative(walk: Walk) -> dict[str, Any]:
+    """What came of holding the engine's derivative against the training's own gradient."""
+    checks = walk.checks
+    assert checks is not None
+    return {
+        "words": checks.words,
+        "steps": checks.num_checked,
+        "unknown": len(checks.unknown),
+        "largest": checks.largest,
+    }
 
 
 def _of_ranking(ranking: Ranking) -> dict[str, Any]:

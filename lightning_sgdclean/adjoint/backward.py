@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.curvature import Finite, Linearised
+from lightning_sgdclean.adjoint.gradcheck import check_derivative
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
 from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Carried, Influences, Walk
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.data.batches import summable
 from lightning_sgdclean.losses.evaluate import RecordedBatch
-from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.kernels import gradient, resting_hooks
 from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.weighting import Evaluated
@@ -144,6 +145,11 @@ def retrace_step(
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
+    if walk.checks is not None:
+        for problem in problems:
+            if walk.checks.is_due(step, problem.batch):
+                check_derivative(step, before, problem.batch, walk.engine, replay, walk.checks)
+                break
     return scores
 
 
@@ -203,7 +209,8 @@ def _pull_back_statistics(
         updates = [update for one in evaluated for update in one.updates]
         for adjoint in adjoints:
             values, pulls, adjoint.buffers = pull_back_updates(updates, adjoint.buffers)
-            moved = gradient(values, list(params), pulls, retain_graph=adjoint is not adjoints[-1])
+            with resting_hooks(params):
+                moved = gradient(values, list(params), pulls, retain_graph=adjoint is not adjoints[-1])
             torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
@@ -303,7 +310,9 @@ def float32_agreement(
     found = []
     for widens in (False, True):
         # Mismatches are ignored here; the walk itself checks these steps.
-        silent = replace(walk, widens=widens, replay=replace(walk.replay, fidelity=Fidelity(math.inf, "warn")))
+        silent = replace(
+            walk, widens=widens, checks=None, replay=replace(walk.replay, fidelity=Fidelity(math.inf, "warn"))
+        )
         found.append(retrace_steps(states, tail, start(silent)[:1], silent, lambda _: None).values[0].numpy())
     lengths = [float(np.linalg.norm(values)) for values in found]
     cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan

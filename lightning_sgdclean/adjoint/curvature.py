@@ -13,7 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.losses.kernels import gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
+from lightning_sgdclean.losses.kernels import (
+    gradient,
+    length_of,
+    refuse_cut_graphs,
+    resting_hooks,
+    twice_differentiable_kernels,
+)
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
 from lightning_sgdclean.losses.weighting import Evaluated
 
@@ -47,7 +53,13 @@ class Linearised(Protocol):
 
 
 class Engine(Protocol):
-    """A way to have the scores and the Hessian-vector product."""
+    """A way to have the scores and the Hessian-vector product.
+
+    Attributes:
+        with_hessian: Whether it has the latter.
+    """
+
+    with_hessian: bool
 
     def open(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> Linearised:
         """Evaluate a batch; with ``needs_gradient`` also its gradient."""
@@ -61,7 +73,7 @@ class Exact:
     """
 
     def __init__(self, with_hessian: bool = True) -> None:
-        self._with_hessian = with_hessian
+        self.with_hessian = with_hessian
 
     def open(self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool) -> "_Twice":
         """Evaluate the batch and its gradient, both with graph."""
@@ -69,7 +81,7 @@ class Exact:
             evaluated = problem(weights)
             refuse_cut_graphs(evaluated.loss)
             graph = gradient([evaluated.loss], list(params), create_graph=True)
-        return _Twice(evaluated, graph, list(params), weights, self._with_hessian)
+        return _Twice(evaluated, graph, list(params), weights, self.with_hessian)
 
 
 class _Twice:
@@ -82,7 +94,7 @@ class _Twice:
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
         values, pulls, before = pull_back_updates(self.updates, buffers)
-        with twice_differentiable_kernels():
+        with twice_differentiable_kernels(), resting_hooks(self._params):
             if not self._with_hessian:
                 (scores,) = gradient(self._graph, [self._weights], cotangent, retain_graph=again or bool(values))
                 return Pulled(scores, gradient(values, self._params, pulls, retain_graph=again), before)
@@ -105,6 +117,8 @@ class Finite:
     Args:
         radius: Length of the move relative to that of the parameters.
     """
+
+    with_hessian = True
 
     def __init__(self, radius: float = 0.01) -> None:
         self._radius = radius

@@ -16,7 +16,7 @@ from lightning_sgdclean.base.randomness import random_state, set_random_state, u
 from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.evaluate import takes_batch_idx
-from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.kernels import WatchedCalls, gradient, resting_hooks
 from lightning_sgdclean.losses.running_statistics import RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, logging_to, untouched_module
 from lightning_sgdclean.replay.replay import Replay
@@ -140,7 +140,7 @@ def objective_gradients(
         for name, objective in objectives.items():
             watched = RunningStatistics(module)
             own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
-            with eagerly(), surroundings.val_context(), watched:
+            with eagerly(), surroundings.val_context(), WatchedCalls(module), watched:
                 value, weight, seen = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
             names += [seen_name for seen_name in seen if seen_name not in names]
             if value is not None and weight:
@@ -204,7 +204,8 @@ class _Mean:
         self._by_buffer: dict[str, Tensor] = {}
 
     def add(self, value: Tensor, weight: float, leaves: dict[str, Tensor]) -> None:
-        found = gradient([value], [*self._params, *leaves.values()], [torch.full_like(value, weight)])
+        with resting_hooks(self._params):
+            found = gradient([value], [*self._params, *leaves.values()], [torch.full_like(value, weight)])
         found = [summable(grad) for grad in found]
         torch._foreach_add_(self._by_param, found[: len(self._params)])
         for name, grad in zip(leaves, found[len(self._params) :], strict=True):

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.adjoint.curvature import Engine, engine_named
+from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
@@ -44,6 +45,7 @@ class Walk:
         update: The optimizer's rule.
         widens: Whether derivatives of a run in 16 bits are taken in float32.
         labels_of: Gives labels that the samples could have had, ``(B,)``, where the influence of that is wanted.
+        checks: Which steps' derivatives are held against differences of training's gradient; None: no step's.
     """
 
     replay: Replay
@@ -51,6 +53,7 @@ class Walk:
     update: Update
     widens: bool = False
     labels_of: Callable[[list[SampleId]], Tensor] | None = None
+    checks: DerivativeChecks | None = None
 
     def pulling(self) -> AbstractContextManager[Surroundings]:
         """Context to take derivatives in, and what stands for the Trainer there."""
@@ -58,8 +61,8 @@ class Walk:
         return in_float32(self.replay.module, own) if self.widens else nullcontext(own)
 
 
-def walk_of(replay: Replay, optimizer: Optimizer, options: Options) -> Walk:
-    """The walk that the options ask for.
+def walk_of(replay: Replay, optimizer: Optimizer, options: Options, steps: Sequence[Step] = ()) -> Walk:
+    """The walk that the options ask for, over some steps.
 
     Raises:
         UnsupportedTrainingError: If there is no transpose of the optimizer's step.
@@ -69,6 +72,7 @@ def walk_of(replay: Replay, optimizer: Optimizer, options: Options) -> Walk:
         engine_named(options.curvature, options.finite_radius),
         update_of(optimizer),
         _widens(options.retrace_precision, replay.surroundings, replay.module),
+        checks=DerivativeChecks(steps),
     )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "ValidationBatch",
     "Variant",
     "as_float32",
+    "as_float64",
     "attributes_of",
     "batch_digest",
     "class_names_of",

@@ -152,6 +152,11 @@ def as_float32(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, summable)
 
 
+def as_float64(batch: Any) -> Any:
+    """The batch with all its tensors of floats in float64."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
 def summable(tensor: Tensor) -> Tensor:
     """In float32 at least."""
     return tensor.float() if tensor.dtype in SIXTEEN_BITS else tensor

@@ -4,7 +4,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
-from lightning_sgdclean.data.batches import as_float32, cloned
-from lightning_sgdclean.losses.kernels import RefusedLookups
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.weighting import (
@@ -59,6 +59,7 @@ class RecordedBatch:
         split: Whose the parts of the loss are, where the user does not say it.
         divisor: By how much the loss is divided, since so many micro-batches are accumulated.
         is_relabelled: Whether every evaluation with other labels found where to put them.
+        manner: How the loss was made when it was last evaluated with a graph: its operations, and what left the graph.
     """
 
     module: Any
@@ -71,6 +72,7 @@ class RecordedBatch:
     split: Split | None = None
     divisor: int = 1
     is_relabelled: bool = field(default=True, init=False)
+    manner: tuple[frozenset[Any], frozenset[Any]] | None = field(default=None, init=False)
     _plan: SplitPlan | None = field(default=None, init=False)
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # before the first evaluation
     _references: dict[str, dict[int, Tensor]] = field(default_factory=dict, init=False)  # by precision
@@ -138,13 +140,22 @@ class RecordedBatch:
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others)
-        watchers = [norms, RefusedLookups(self.module)]
+        watched = WatchedCalls(self.module)
+        watchers = [norms, watched]
         if self.sample_losses is None:
             loss = self.call([*watchers, weighing], surroundings)
         else:
             loss = self._mean(self.call(watchers, surroundings, self.sample_losses), own)
         self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
+        if loss.grad_fn is not None and not independent:
+            self.manner = frozenset(graph_of(loss).items()), frozenset(watched.stops.items())
         return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
+
+    def elsewhere(self) -> "RecordedBatch":
+        """The same batch, split as it was here, to be evaluated at other parameters."""
+        other = replace(self)
+        other._plan = self._plan
+        return other
 
     def watched(self, weighing: SampleWeights) -> Evaluated:
         """The loss with its graph and the loss calls that it is made of, to be differentiated once; any kernel."""
@@ -215,8 +226,7 @@ class RecordedBatch:
         own = surroundings or self.surroundings
         set_random_state(self.micro.random, own.device)
         own.set_clock(self.micro.epoch, self.micro.global_step)
-        batch = cloned(self.content)  # training_step may write to it
-        batch = batch if own is self.surroundings else as_float32(batch)
+        batch = own.widen(cloned(self.content))  # training_step may write to it
         with ExitStack() as stack:
             if watchers is not None:
                 stack.enter_context(eagerly())

@@ -3,7 +3,10 @@
 
 import inspect
 import math
+import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
@@ -54,6 +58,36 @@ def twice_differentiable_kernels() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_Substitutes())
         yield
+
+
+_hooks_rest = False
+
+
+def _resting(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing while the second derivative is taken."""
+    return lambda *arguments: None if _hooks_rest else hook(*arguments)
+
+
+@contextmanager
+def resting_hooks(params: Iterable[Tensor]) -> Iterator[None]:
+    """To be held where a derivative is taken that training did not take: backward hooks do nothing.
+
+    The gradient of the training loss passes the hooks of tensors, parameters and modules. What they do to it is part
+    of its graph. When that graph is differentiated, torch goes back over the loss's own graph, too, and would call
+    them once more, on derivatives that they never saw in training. So it is with the objective's gradient.
+    """
+    global _hooks_rest  # noqa: PLW0603 - hooks are called by torch, from its own threads on a GPU
+    tables = [hooks for param in params if (hooks := param._backward_hooks)]
+    originals = [dict(hooks) for hooks in tables]
+    for hooks in tables:
+        hooks.clear()
+    _hooks_rest = True
+    try:
+        yield
+    finally:
+        _hooks_rest = False
+        for hooks, own in zip(tables, originals, strict=True):
+            hooks.update(own)
 
 
 @contextmanager
@@ -127,12 +161,64 @@ _REASONS = {
 }
 
 
-class RefusedLookups(TorchFunctionMode):
-    """Refuses ``embedding`` and ``embedding_bag`` with options that cannot be followed, by the weight's name."""
+_STOPPING = frozenset(
+    {
+        Tensor.detach,
+        Tensor.detach_,
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__float__,
+        torch.tensor,
+        torch.as_tensor,
+    }
+)
 
-    def __init__(self, module: nn.Module) -> None:
+
+class WatchedCalls(TorchFunctionMode):
+    """Watches what a ``training_step`` or ``validation_step`` does to its derivative.
+
+    ``embedding`` and ``embedding_bag`` are refused with options that cannot be followed, by the weight's name. Backward
+    hooks of modules and tensors are made to rest when they have to; see :func:`resting_hooks`. Values that leave the
+    graph are noted.
+
+    Args:
+        module: The LightningModule.
+        locates: Whether to note the lines at which values leave the graph.
+
+    Attributes:
+        stops: How often values that the parameters move left the graph, by the function that took them.
+        places: ``detach at train.py:31``, in order, each once.
+    """
+
+    def __init__(self, module: nn.Module, *, locates: bool = False) -> None:
         super().__init__()
+        self._module, self._locates = module, locates
         self._names = {id(param): name for name, param in module.named_parameters()}
+        self._originals: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._has_graph = True
+        self.stops: Counter[str] = Counter()
+        self.places: dict[str, None] = {}
+
+    def __enter__(self) -> "WatchedCalls":
+        """Modules hand their hooks on when they are called, so these are replaced before."""
+        for part in self._module.modules():
+            for hooks in (part._backward_hooks, part._backward_pre_hooks):
+                if hooks:
+                    self._originals.append((hooks, dict(hooks)))
+                    hooks.update({key: _resting(hook) for key, hook in hooks.items()})
+        self._has_graph = torch.is_grad_enabled()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Give the modules their own hooks back."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hooks, own in self._originals:
+            hooks.update(own)
+        self._originals.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,14 +230,61 @@ class RefusedLookups(TorchFunctionMode):
         """
         kwargs = kwargs or {}
         if func in _SIGNATURES:
-            options = _SIGNATURES[func].bind(*args, **kwargs).arguments
-            for option, reason in _REASONS.items():
-                if options.get(option):
-                    raise UnsupportedOperationError(
-                        f"The {func.__name__} of {self._names.get(id(options['weight']), 'a tensor')!r} with "
-                        f"{option}={options[option]} {reason}. Use it without {option}."
-                    )
+            self._check_lookup(func, args, kwargs)
+        elif func is Tensor.register_hook:
+            return func(args[0], _resting(*args[1:], **kwargs))
+        if self._has_graph and (func in _STOPPING or not torch.is_grad_enabled()):
+            self._note_stop(func, tree_leaves((args, kwargs)))
         return passed_on(func, args, kwargs)
+
+    def _note_stop(self, func: Callable[..., Any], given: list[Any]) -> None:
+        if not any(map(self._moves, given)):
+            return
+        name = func.__name__.strip("_") if torch.is_grad_enabled() else "no_grad"
+        name = "data" if name == "get" else name
+        self.stops[name] += 1
+        if self._locates:
+            self.places[f"{name} at {_place()}"] = None
+
+    def _check_lookup(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = _SIGNATURES[func].bind(*args, **kwargs).arguments
+        for option, reason in _REASONS.items():
+            if options.get(option):
+                raise UnsupportedOperationError(
+                    f"The {func.__name__} of {self._names.get(id(options['weight']), 'a tensor')!r} with "
+                    f"{option}={options[option]} {reason}. Use it without {option}."
+                )
+
+    def _moves(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.requires_grad and (not value.is_leaf or id(value) in self._names)
+
+
+def _place() -> str:
+    """The innermost line of the user's code that is being run."""
+    frame = sys._getframe(3)
+    while frame.f_back is not None and _is_machinery(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _is_machinery(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "lightning_sgdclean", "contextlib", "numpy")
+
+
+def graph_of(loss: Tensor) -> Counter[str]:
+    """The operations that a loss was made by, as autograd names them, with their numbers."""
+    nodes = [loss.grad_fn]
+    seen, names = set(nodes), Counter[str]()
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        names[node.name()] += 1
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return names
 
 
 def gradient(

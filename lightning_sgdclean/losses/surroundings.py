@@ -7,18 +7,22 @@ that was rounded to 8 or 11 bits are noisy, and sums of their products more so.
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sgdclean.base.lightning import silent_logger
-from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32
+from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32, as_float64
+from lightning_sgdclean.losses.loss_functions import passed_on
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Surroundings:
         set_clock: ``(epoch, global_step)`` that ``current_epoch`` and ``global_step`` are to show.
         precision: The Trainer's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
+        widen: Brings a prepared batch to the precision to compute in.
     """
 
     device: torch.device
@@ -42,6 +47,7 @@ class Surroundings:
     set_clock: Callable[[int, int], None]
     precision: str
     as_stage: Callable[[str], AbstractContextManager[Any]]
+    widen: Callable[[Any], Any] = lambda batch: batch
 
 
 def surroundings_of(trainer: Any, module: Any) -> Surroundings:
@@ -96,40 +102,100 @@ def widened(module: nn.Module, surroundings: Surroundings) -> AbstractContextMan
     return in_float32(module, surroundings) if is_low(surroundings, module) else nullcontext(surroundings)
 
 
-@contextmanager
-def in_float32(module: nn.Module, surroundings: Surroundings) -> Iterator[Surroundings]:
-    """Within the block the module's parameters and buffers are float32, and nothing is cast down.
+def in_float32(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
+    """Within the block the module's parameters and buffers are float32 at least, and nothing is cast down.
 
     Yields:
         Surroundings to evaluate the module in.
     """
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in SIXTEEN_BITS]
-    dtypes = [tensor.dtype for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield replace(
-            surroundings,
-            prepare=lambda batch, number: as_float32(surroundings.prepare(batch, number)),
-            train_context=_uncast,
-            val_context=_uncast,
-            precision="32-true",
-        )
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
+    return _in_precision(module, surroundings, torch.float32, SIXTEEN_BITS, as_float32, "32-true")
+
+
+def in_float64(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
+    """Within the block everything is float64: parameters, buffers, batches, and what the module asks for in less.
+
+    Rounding is then so small that a difference quotient can be taken over steps too short to cross the kinks of ReLU.
+
+    Yields:
+        Surroundings to evaluate the module in.
+    """
+    return _in_precision(module, surroundings, torch.float64, _NARROW, as_float64, "64-true")
+
+
+_NARROW = (*SIXTEEN_BITS, torch.float32)
 
 
 @contextmanager
-def _uncast() -> Iterator[None]:
-    """No autocast on any device, and new tensors in float32."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+def _in_precision(
+    module: nn.Module,
+    surroundings: Surroundings,
+    dtype: torch.dtype,
+    narrower: Sequence[torch.dtype],
+    widen: Callable[[Any], Any],
+    name: str,
+) -> Iterator[Surroundings]:
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in narrower]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(dtype)
+    context = partial(_uncast, dtype)
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield replace(
+            surroundings,
+            prepare=lambda batch, number: widen(surroundings.prepare(batch, number)),
+            train_context=context,
+            val_context=context,
+            precision=name,
+            widen=widen,
+        )
+    finally:
+        for tensor, own in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(own)
+
+
+@contextmanager
+def _uncast(dtype: torch.dtype) -> Iterator[None]:
+    """No autocast on any device, and new tensors in ``dtype``."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+            if dtype is torch.float64:
+                stack.enter_context(_AlwaysDouble())
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+class _AlwaysDouble(TorchFunctionMode):
+    """Gives float64 wherever the module asks for less: by ``float()``, by ``dtype=``, by a constant of its own."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Widen dtypes and tensors among the arguments, but a tensor that is written to."""
+        kwargs = kwargs or {}
+        if func in _CASTS:
+            return args[0].double()
+        name = getattr(func, "__name__", "")
+        if name == "__set__" or "out" in kwargs:
+            return func(*args, **kwargs)
+        keeps = args[:1] if name in _WRITES or (name.endswith("_") and not name.endswith("__")) else ()
+        wide = tree_map(_doubled, (args[len(keeps) :], kwargs))
+        return passed_on(func, (*keeps, *wide[0]), wide[1])
+
+
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "register_hook", "backward")
+_DOUBLED = dict.fromkeys(_NARROW, torch.float64) | {torch.complex64: torch.complex128}
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if type(value) in (Tensor, nn.Parameter) and value.dtype in _NARROW else value
+    return _DOUBLED.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 _TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold what the engine makes of a step against differences of the gradient that training really used.
+
+A derivative can be right for the loss and wrong for the training: a hook edits the gradient, an ``autograd.Function``
+gives another one than the loss has, a value that the parameters move is used behind ``detach``, ``item`` or
+``no_grad``. All of it shows when the parameters are moved a little and the module's own ``backward`` is asked again::
+
+    <w, J^T v>  =  <v, g(theta + e w) - g(theta - e w)> / 2 e
+
+``J`` is the Jacobian of the gradient ``g`` by parameters and running statistics, or by the samples' weights. ``v`` and
+``w`` are random, and besides have a share along ``g``, where a factor shows that is no constant, and ``w`` along
+``J^T v``, where most of the derivative lies. Everything is computed in float64, and ``e`` is so small that hardly a
+ReLU is crossed: those kinks are what no exact Hessian sees.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
+from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
+from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of, length_of
+from lightning_sgdclean.losses.surroundings import Surroundings, in_float64
+from lightning_sgdclean.replay.replay import Replay
+from lightning_sgdclean.trajectory.records import State, Step
+
+_TOLERANCE = 1e-5
+_MOVES = (1e-8, 1e-9, 1e-7, 1e-6, 1e-5)  # relative to what is moved
+_AGREEING = 0.1  # of their distance to the derivative: what moves of two sizes show is no rounding, and no kink
+
+
+@dataclass
+class DerivativeChecks:
+    """Which steps of a walk are checked: the first and the last of each epoch, and those made in a new manner.
+
+    A check takes about as long as four retraced steps. So there are few of them: four, and one more for each 128 steps.
+
+    Args:
+        steps: The window; none for a single step, which is then checked.
+
+    Attributes:
+        num_checked: Steps whose derivative was held against differences.
+        unknown: Why it could not be told of others, in words.
+        largest: Largest relative difference.
+    """
+
+    steps: Sequence[Step] = ()
+    num_checked: int = 0
+    unknown: list[str] = field(default_factory=list)
+    largest: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._num = _FEW + len(self.steps) // _STEPS_A_CHECK
+        last = {step.epoch: step.index for step in self.steps if step.is_update}
+        first = {step.epoch: step.index for step in reversed(self.steps) if step.is_update}
+        ends = sorted({*first.values(), *last.values()})
+        self._planned = {ends[round(i * (len(ends) - 1) / (self._num - 1))] for i in range(self._num)} if ends else None
+        self._manners: set[Any] = set()
+        self._num_new = 0
+
+    def is_due(self, step: Step, batch: RecordedBatch) -> bool:
+        """Whether a batch that was just evaluated is to be checked; not asked twice of one."""
+        is_new = batch.manner not in self._manners
+        self._manners.add(batch.manner)
+        if self._planned is None or step.index in self._planned:
+            return True
+        self._num_new += is_new
+        return is_new and self._num_new <= self._num
+
+    @property
+    def is_told(self) -> bool:
+        """Whether any step's derivative could be checked as a whole."""
+        return self.num_checked > len(self.unknown)
+
+    @property
+    def words(self) -> str:
+        """How it went."""
+        if not self.num_checked:
+            return "no step was checked"
+        steps = "1 step" if self.num_checked == 1 else f"{self.num_checked} steps"
+        of = f"; of {len(self.unknown)} it could not be told: {self.unknown[0]}" if self.unknown else ""
+        return f"{steps} held against differences of training's own gradient, off by {self.largest:.1g} at most{of}"
+
+    def complaints(self) -> list[str]:
+        """That nothing could be told, if so."""
+        if self.is_told or not self.num_checked:
+            return []
+        return [f"Whether the influences follow the gradient that training used could not be told: {self.unknown[0]}."]
+
+
+_FEW, _STEPS_A_CHECK = 4, 128
+
+
+def check_derivative(
+    step: Step, before: State, batch: RecordedBatch, engine: Engine, replay: Replay, checks: DerivativeChecks
+) -> None:
+    """Check the derivative of one batch; the module is left at other parameters.
+
+    Args:
+        step: The step that the batch is of.
+        before: The state before it.
+        batch: The batch, evaluated before.
+        engine: What is checked.
+        replay: The live module.
+        checks: Takes in the outcome.
+
+    Raises:
+        UnsupportedOperationError: If the engine's derivative is not that of the training, unless mismatches are only
+            warned about.
+    """
+    checks.num_checked += 1
+    try:
+        with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
+            point = _Point(batch.elsewhere(), before, engine, wide, replay)
+            found = point.differences()
+            told = {part: off for part, off in found.items() if off is not None}
+            wrong = next((part for part, off in told.items() if off > _TOLERANCE), None)
+            causes = point.causes() if wrong is not None else _Causes()
+    except SGDInfluenceError:
+        raise
+    except Exception as error:  # theirs: code that wants float32, a kernel without float64, too little memory
+        checks.unknown.append(f"in float64 the step cannot be evaluated ({type(error).__name__}: {error})"[:300])
+        return
+    checks.largest = max(checks.largest, *told.values(), 0.0)
+    if len(told) < len(found):
+        checks.unknown.append("differences of two sizes contradict each other")
+    if wrong is None:
+        return
+    text = (
+        f"{causes.words} At step {step.index} (epoch {step.epoch}) {wrong} is off by "
+        f"{told[wrong]:.1%}. {causes.way_out(engine)}"
+    )
+    if replay.fidelity.on_mismatch == "raise":
+        raise UnsupportedOperationError(f'{text} on_mismatch="warn" leaves that part of the effect out.')
+    if text not in replay.fidelity.complaints:
+        replay.fidelity.complaints.append(text)
+
+
+@contextmanager
+def _own_gradients(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter has a gradient; afterwards each has its own again, the very object."""
+    gradients = [(param, param.grad) for param in module.parameters()]
+    for param, _ in gradients:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in gradients:
+            param.grad = None
+            param.grad = gradient
+
+
+@dataclass
+class _Causes:
+    """What could make the derivative of the loss another one than that of the training."""
+
+    stops: list[str] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        if self.stops:
+            return (
+                f"training_step stops gradients ({', '.join(self.stops[:_NUM_NAMED])}) at values that the parameters "
+                "move, and the gradient depends on them."
+            )
+        seen = f" ({', '.join(self.edits[:_NUM_NAMED])})" if self.edits else ""
+        return f"The gradient that training uses is not the derivative of its loss{seen}."
+
+    def way_out(self, engine: Engine) -> str:
+        if self.stops:
+            return "Let the gradient through, or compute these values from what is not trained."
+        if isinstance(engine, Finite):
+            return 'Use curvature="exact", which follows hooks of tensors, parameters and modules.'
+        return (
+            "Edit gradients by a hook of the tensor, x.register_hook(lambda grad: -grad) say, of operations that "
+            "autograd can differentiate: such hooks are followed."
+        )
+
+
+_NUM_NAMED = 3
+
+
+class _Point:
+    """A batch at the parameters of its step, shaken a little, since zeros may hide what is wrong, or sit on a kink."""
+
+    def __init__(self, batch: RecordedBatch, before: State, engine: Engine, wide: Surroundings, replay: Replay) -> None:
+        self._batch, self._wide, self._engine, self._module = batch, wide, engine, replay.module
+        replay.load(before)
+        self._params = list(replay.params.values())
+        self._source = torch.Generator().manual_seed(len(batch.micro.ids) + batch.micro.global_step)
+        with torch.no_grad():
+            for param in self._params:
+                param.add_(self._normal(param), alpha=_SHAKEN * (1.0 + float(param.square().mean().sqrt())))
+        self._at = [param.detach().clone() for param in self._params]
+        self._buffers = {name: buffer.detach().clone() for name, buffer in replay.module.named_buffers()}
+        self._weights = batch.weights()
+        engine = Finite(_MOVES[0]) if isinstance(engine, Finite) else engine
+        evaluate = partial(batch.evaluate, surroundings=wide)
+        linearised: Linearised = engine.open(evaluate, self._params, self._weights, needs_gradient=True)
+        self._gradient = linearised.gradient or []
+        self._v = self._without_padding(self._towards(self._gradient, self._gradient))
+        self._nu = {update.name: self._normal(self._buffers[update.name]) for update in linearised.updates}
+        self._pulled = linearised.pull_back(self._v, dict(self._nu))
+
+    def differences(self) -> dict[str, float | None]:
+        """How far the derivative is off, by its parts; None where it could not be told."""
+        found: dict[str, float | None] = {}
+        if self._engine.with_hessian:
+            found["the gradient's change with the parameters"] = self._difference_by_parameters()
+        found["the gradient's change with the samples' weights"] = self._difference_by_weights()
+        used = self._used([torch.zeros_like(at) for at in self._at], {})
+        off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
+        found["the gradient"] = off / (length_of(used.gradient) or 1.0)
+        return found
+
+    def _difference_by_parameters(self) -> float | None:
+        found = self._pulled
+        moves = self._without_padding(self._towards(self._at, found.adjoint, self._gradient))
+        buffers = {
+            name: self._normal(nu) * (length_of([self._buffers[name]]) or 1.0) for name, nu in found.buffers.items()
+        }
+        expected = _dot(found.adjoint, moves) + _dot(found.buffers.values(), buffers.values())
+        return self._compare(
+            lambda e: self._used([e * move for move in moves], {name: e * move for name, move in buffers.items()}),
+            expected,
+        )
+
+    def _without_padding(self, moves: list[Tensor]) -> list[Tensor]:
+        """Rows of padding get no gradient, so that nothing moves them: what they would do does not matter."""
+        rows = {id(part.weight): part.padding_idx for part in self._module.modules() if isinstance(part, _LOOKUPS)}
+        for param, gradient, move in zip(self._params, self._gradient, moves, strict=True):
+            row = rows.get(id(param))
+            if row is not None and not gradient[row].any():
+                move[row] = 0.0
+        return moves
+
+    def _difference_by_weights(self) -> float | None:
+        weights, scores = self._weights.detach(), self._pulled.scores
+        (move,) = self._towards([weights], [scores])
+        return self._compare(lambda e: self._weighted(weights + e * move), _dot([scores], [move]))
+
+    def _compare(self, answer: Callable[[float], "_Answer"], expected: float) -> float | None:
+        """The relative difference of a difference quotient from what the engine expects."""
+        quotients: list[float] = []
+        for e in _MOVES:
+            plus, minus = answer(e), answer(-e)
+            quotient = (self._against(plus) - self._against(minus)) / (2 * e)
+            rounding = 64 * torch.finfo(torch.float64).eps * self._size(plus) / (2 * e)
+            size = max(abs(quotient), abs(expected))
+            off = abs(quotient - expected)
+            if off <= _TOLERANCE * size + rounding:
+                return max(0.0, off - rounding) / (size or 1.0)
+            quotients.append(quotient)
+            if any(abs(quotient - other) <= _AGREEING * off for other in quotients[:-1]):
+                return off / size
+        return None
+
+    def _against(self, answer: "_Answer") -> float:
+        return _dot(self._v, answer.gradient) + _dot(self._nu.values(), [answer.buffers[name] for name in self._nu])
+
+    def _size(self, answer: "_Answer") -> float:
+        buffers = [answer.buffers[name] for name in self._nu]
+        return length_of(self._v) * length_of(answer.gradient) + length_of(self._nu.values()) * length_of(buffers)
+
+    def _towards(self, at: list[Tensor], *directions: list[Tensor]) -> list[Tensor]:
+        """A direction as long as what is moved: in equal parts random and along some others."""
+        length = length_of(at) or 1.0
+        total = [torch.zeros_like(tensor) for tensor in at]
+        for direction in ([self._normal(tensor) for tensor in at], *directions):
+            torch._foreach_add_(total, direction, alpha=length / (length_of(direction) or 1.0))
+        return total
+
+    def _used(self, moves: list[Tensor], moved: dict[str, Tensor]) -> "_Answer":
+        """What training gets at other parameters and running statistics: no watcher, the module's own ``backward``."""
+        self._put(moves, moved)
+        return self._backward(self._batch.call([], self._wide, restores=False) / self._batch.divisor)
+
+    def _weighted(self, weights: Tensor) -> "_Answer":
+        """The same with other weights on the samples' losses."""
+        self._put([torch.zeros_like(at) for at in self._at], {})
+        return self._backward(self._batch.evaluate(weights, surroundings=self._wide).loss)
+
+    @torch.no_grad()
+    def _put(self, moves: list[Tensor], moved: dict[str, Tensor]) -> None:
+        for param, at, move in zip(self._params, self._at, moves, strict=True):
+            param.copy_(at + move)
+            param.grad = None
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(self._buffers[name] + moved[name] if name in moved else self._buffers[name])
+
+    def _backward(self, loss: Tensor) -> "_Answer":
+        self._module.backward(loss)
+        self._batch.restore()
+        gradient = [torch.zeros_like(param) if param.grad is None else param.grad for param in self._params]
+        return _Answer(gradient, {name: buffer.clone() for name, buffer in self._module.named_buffers()})
+
+    def causes(self) -> _Causes:
+        """What the module does that could explain a difference."""
+        watched = WatchedCalls(self._module, locates=True)
+        self._put([torch.zeros_like(at) for at in self._at], {})
+        names = graph_of(self._batch.call([watched], self._wide))
+        functions = [name.removesuffix("Backward") for name in names if name.endswith("Backward")]
+        edits = [f"torch.autograd.Function {name!r}" for name in functions if name != "BackwardHookFunction"]
+        for name, param in self._module.named_parameters():
+            if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+                edits.append(f"a hook of the parameter {name!r}")
+        for name, part in self._module.named_modules():
+            if part._backward_hooks or part._backward_pre_hooks:
+                edits.append(f"a backward hook of the module {name or type(part).__name__!r}")
+        return _Causes([*watched.places], edits)
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._source, dtype=torch.float64).to(like.device)
+
+
+_SHAKEN = 1e-3
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass
+class _Answer:
+    """A gradient as training would use it, and the buffers after it."""
+
+    gradient: list[Tensor]
+    buffers: dict[str, Tensor]
+
+
+def _dot(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    return sum(float((one * other).sum()) for one, other in zip(ones, others, strict=True))
