@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_sgdclean.adjoint.objective import logs_value
+from lightning_sgdclean.adjoint.objective_check import check_sanity
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
@@ -260,9 +260,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return
         num_loaders = len(trainer.num_sanity_val_batches)
         batch = cloned(batch), batch_idx, dataloader_idx
-        self._checked_validation = logs_value(
-            pl_module, batch, self.options.monitor, num_loaders, surroundings_of(trainer, pl_module)
-        )
+        around = surroundings_of(trainer, pl_module)
+        self._checked_validation = check_sanity(pl_module, batch, num_loaders, self.options, around)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""

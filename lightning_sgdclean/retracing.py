@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
+from lightning_sgdclean.adjoint.objective_check import check_objectives
 from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
 from lightning_sgdclean.base.errors import ReplayMismatchError, warn_of
 from lightning_sgdclean.base.lightning import shown_bar
@@ -141,6 +143,7 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
     if not run.averaging:
         complaints += _compare_objective(objectives[0].value, steps[-1], run, replay, options)
+    complaints += _check_objectives(this)
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
 
     def start(walk: Walk) -> list[Adjoint]:
@@ -171,6 +174,20 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     ranking, about["trust"], doubts = _tested(this, ranking, bar)
     return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]
+
+
+_NUM_CHECKED = 2  # validation batches
+
+
+def _check_objectives(this: OpenedRun) -> list[str]:
+    """Whether the objectives' gradients are the derivatives of their values, on the first validation batches."""
+    replay = this.replay
+    replay.load(this.end)
+    batches, num_loaders = this.validation()
+    some, params = list(islice(batches, _NUM_CHECKED)), list(replay.params.values())
+    complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
+    replay.restore()  # validation had put the module into evaluation mode
+    return complaints
 
 
 def _tested(this: OpenedRun, ranking: Ranking, bar: Any) -> tuple[Ranking, dict[str, Any] | None, list[str]]:

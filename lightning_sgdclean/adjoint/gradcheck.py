@@ -13,7 +13,7 @@ gives another one than the loss has, a value that the parameters move is used be
 ReLU is crossed: those kinks are what no exact Hessian sees.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of, length_of
@@ -30,9 +31,7 @@ from lightning_sgdclean.losses.surroundings import Surroundings, in_float64
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State, Step
 
-_TOLERANCE = 1e-5
 _MOVES = (1e-8, 1e-9, 1e-7, 1e-6, 1e-5)  # relative to what is moved
-_AGREEING = 0.1  # of their distance to the derivative: what moves of two sizes show is no rounding, and no kink
 
 
 @dataclass
@@ -120,7 +119,7 @@ def check_derivative(
             point = _Point(batch.elsewhere(), before, engine, wide, replay)
             found = point.differences()
             told = {part: off for part, off in found.items() if off is not None}
-            wrong = next((part for part, off in told.items() if off > _TOLERANCE), None)
+            wrong = next((part for part, off in told.items() if off > TOLERANCE), None)
             causes = point.causes() if wrong is not None else _Causes()
     except SGDInfluenceError:
         raise
@@ -195,9 +194,7 @@ class _Point:
         replay.load(before)
         self._params = list(replay.params.values())
         self._source = torch.Generator().manual_seed(len(batch.micro.ids) + batch.micro.global_step)
-        with torch.no_grad():
-            for param in self._params:
-                param.add_(self._normal(param), alpha=_SHAKEN * (1.0 + float(param.square().mean().sqrt())))
+        shaken(self._params, self._source)
         self._at = [param.detach().clone() for param in self._params]
         self._buffers = {name: buffer.detach().clone() for name, buffer in replay.module.named_buffers()}
         self._weights = batch.weights()
@@ -205,8 +202,8 @@ class _Point:
         evaluate = partial(batch.evaluate, surroundings=wide)
         linearised: Linearised = engine.open(evaluate, self._params, self._weights, needs_gradient=True)
         self._gradient = linearised.gradient or []
-        self._v = self._without_padding(self._towards(self._gradient, self._gradient))
-        self._nu = {update.name: self._normal(self._buffers[update.name]) for update in linearised.updates}
+        self._v = self._without_padding(towards(self._source, self._gradient, self._gradient))
+        self._nu = {update.name: self._buffer_along(update.name, *self._gradient) for update in linearised.updates}
         self._pulled = linearised.pull_back(self._v, dict(self._nu))
 
     def differences(self) -> dict[str, float | None]:
@@ -218,19 +215,24 @@ class _Point:
         used = self._used([torch.zeros_like(at) for at in self._at], {})
         off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
         found["the gradient"] = off / (length_of(used.gradient) or 1.0)
+        if self._batch.leaves_torch:
+            found["the gradient's change with numbers that leave torch"] = self._difference_by_numbers(used)
         return found
 
     def _difference_by_parameters(self) -> float | None:
         found = self._pulled
-        moves = self._without_padding(self._towards(self._at, found.adjoint, self._gradient))
-        buffers = {
-            name: self._normal(nu) * (length_of([self._buffers[name]]) or 1.0) for name, nu in found.buffers.items()
-        }
-        expected = _dot(found.adjoint, moves) + _dot(found.buffers.values(), buffers.values())
+        moves = self._without_padding(towards(self._source, self._at, found.adjoint, self._gradient))
+        buffers = {name: self._buffer_along(name, self._buffers[name]) for name in found.buffers}
+        expected = dot(found.adjoint, moves) + dot(found.buffers.values(), buffers.values())
         return self._compare(
             lambda e: self._used([e * move for move in moves], {name: e * move for name, move in buffers.items()}),
             expected,
         )
+
+    def _buffer_along(self, name: str, *like: Tensor) -> Tensor:
+        """A random tensor for a buffer, as long as others."""
+        found = normal(self._source, self._buffers[name])
+        return found * (length_of(like) / (length_of([found]) or 1.0))
 
     def _without_padding(self, moves: list[Tensor]) -> list[Tensor]:
         """Rows of padding get no gradient, so that nothing moves them: what they would do does not matter."""
@@ -243,44 +245,34 @@ class _Point:
 
     def _difference_by_weights(self) -> float | None:
         weights, scores = self._weights.detach(), self._pulled.scores
-        (move,) = self._towards([weights], [scores])
-        return self._compare(lambda e: self._weighted(weights + e * move), _dot([scores], [move]))
+        (move,) = towards(self._source, [weights], [scores])
+        return self._compare(lambda e: self._weighted(weights + e * move), dot([scores], [move]))
+
+    def _difference_by_numbers(self, used: "_Answer") -> float:
+        """It must not change with them. Code that rounds them to float32 hides moves as small as the others."""
+        watched = WatchedCalls(self._module, nudge=_NUDGE)
+        nudged = self._used([torch.zeros_like(at) for at in self._at], {}, watched)
+        off = length_of(one - other for one, other in zip(used.gradient, nudged.gradient, strict=True))
+        return max(0.0, off / (length_of(used.gradient) or 1.0) - 1e-10) / _NUDGE
 
     def _compare(self, answer: Callable[[float], "_Answer"], expected: float) -> float | None:
-        """The relative difference of a difference quotient from what the engine expects."""
-        quotients: list[float] = []
-        for e in _MOVES:
+        def quotient(e: float) -> tuple[float, float]:
             plus, minus = answer(e), answer(-e)
-            quotient = (self._against(plus) - self._against(minus)) / (2 * e)
-            rounding = 64 * torch.finfo(torch.float64).eps * self._size(plus) / (2 * e)
-            size = max(abs(quotient), abs(expected))
-            off = abs(quotient - expected)
-            if off <= _TOLERANCE * size + rounding:
-                return max(0.0, off - rounding) / (size or 1.0)
-            quotients.append(quotient)
-            if any(abs(quotient - other) <= _AGREEING * off for other in quotients[:-1]):
-                return off / size
-        return None
+            return (self._against(plus) - self._against(minus)) / (2 * e), self._size(plus) / (2 * e)
+
+        return difference(expected, quotient, _MOVES)
 
     def _against(self, answer: "_Answer") -> float:
-        return _dot(self._v, answer.gradient) + _dot(self._nu.values(), [answer.buffers[name] for name in self._nu])
+        return dot(self._v, answer.gradient) + dot(self._nu.values(), [answer.buffers[name] for name in self._nu])
 
     def _size(self, answer: "_Answer") -> float:
         buffers = [answer.buffers[name] for name in self._nu]
         return length_of(self._v) * length_of(answer.gradient) + length_of(self._nu.values()) * length_of(buffers)
 
-    def _towards(self, at: list[Tensor], *directions: list[Tensor]) -> list[Tensor]:
-        """A direction as long as what is moved: in equal parts random and along some others."""
-        length = length_of(at) or 1.0
-        total = [torch.zeros_like(tensor) for tensor in at]
-        for direction in ([self._normal(tensor) for tensor in at], *directions):
-            torch._foreach_add_(total, direction, alpha=length / (length_of(direction) or 1.0))
-        return total
-
-    def _used(self, moves: list[Tensor], moved: dict[str, Tensor]) -> "_Answer":
-        """What training gets at other parameters and running statistics: no watcher, the module's own ``backward``."""
+    def _used(self, moves: list[Tensor], moved: dict[str, Tensor], *watchers: WatchedCalls) -> "_Answer":
+        """What training gets at other parameters and running statistics, by the module's own ``backward``."""
         self._put(moves, moved)
-        return self._backward(self._batch.call([], self._wide, restores=False) / self._batch.divisor)
+        return self._backward(self._batch.call(watchers, self._wide, restores=False) / self._batch.divisor)
 
     def _weighted(self, weights: Tensor) -> "_Answer":
         """The same with other weights on the samples' losses."""
@@ -316,11 +308,8 @@ class _Point:
                 edits.append(f"a backward hook of the module {name or type(part).__name__!r}")
         return _Causes([*watched.places], edits)
 
-    def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self._source, dtype=torch.float64).to(like.device)
 
-
-_SHAKEN = 1e-3
+_NUDGE = 1e-5
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -330,7 +319,3 @@ class _Answer:
 
     gradient: list[Tensor]
     buffers: dict[str, Tensor]
-
-
-def _dot(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
-    return sum(float((one * other).sum()) for one, other in zip(ones, others, strict=True))

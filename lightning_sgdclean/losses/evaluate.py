@@ -15,7 +15,7 @@ from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of
+from lightning_sgdclean.losses.kernels import LEAVING, WatchedCalls, graph_of
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.weighting import (
@@ -150,6 +150,11 @@ class RecordedBatch:
         if loss.grad_fn is not None and not independent:
             self.manner = frozenset(graph_of(loss).items()), frozenset(watched.stops.items())
         return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
+
+    @property
+    def leaves_torch(self) -> bool:
+        """Whether numbers that the parameters move left torch when it was last evaluated with a graph."""
+        return self.manner is not None and not LEAVING.isdisjoint(name for name, _ in self.manner[1])
 
     def elsewhere(self) -> "RecordedBatch":
         """The same batch, split as it was here, to be evaluated at other parameters."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
@@ -173,8 +173,10 @@ _STOPPING = frozenset(
         Tensor.__float__,
         torch.tensor,
         torch.as_tensor,
+        torch.autograd.grad,
     }
 )
+LEAVING = frozenset({"item", "tolist", "numpy", "array", "float"})  # those of them that give no tensor
 
 
 class WatchedCalls(TorchFunctionMode):
@@ -187,18 +189,19 @@ class WatchedCalls(TorchFunctionMode):
     Args:
         module: The LightningModule.
         locates: Whether to note the lines at which values leave the graph.
+        nudge: By how much of their size to move numbers that leave torch: what rounds them hides smaller moves.
 
     Attributes:
-        stops: How often values that the parameters move left the graph, by the function that took them.
+        stops: How often values that the parameters move left the graph, by the function that took them; and hooks.
         places: ``detach at train.py:31``, in order, each once.
     """
 
-    def __init__(self, module: nn.Module, *, locates: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, locates: bool = False, nudge: float = 0.0) -> None:
         super().__init__()
-        self._module, self._locates = module, locates
+        self._module, self._locates, self._nudge = module, locates, nudge
         self._names = {id(param): name for name, param in module.named_parameters()}
         self._originals: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._has_graph = True
+        self._has_graph, self._is_stopped = True, False
         self.stops: Counter[str] = Counter()
         self.places: dict[str, None] = {}
 
@@ -209,7 +212,9 @@ class WatchedCalls(TorchFunctionMode):
                 if hooks:
                     self._originals.append((hooks, dict(hooks)))
                     hooks.update({key: _resting(hook) for key, hook in hooks.items()})
-        self._has_graph = torch.is_grad_enabled()
+        self._has_graph, self._is_stopped = torch.is_grad_enabled(), False
+        self.stops["hooks"] += sum(len(hooks) for hooks, _ in self._originals)
+        self.stops["hooks"] += sum(len(param._backward_hooks or ()) for param in self._module.parameters())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -231,20 +236,29 @@ class WatchedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SIGNATURES:
             self._check_lookup(func, args, kwargs)
-        elif func is Tensor.register_hook:
+        if func is Tensor.register_hook:
+            self.stops["hooks"] += 1
             return func(args[0], _resting(*args[1:], **kwargs))
-        if self._has_graph and (func in _STOPPING or not torch.is_grad_enabled()):
-            self._note_stop(func, tree_leaves((args, kwargs)))
+        if func is torch._C._set_grad_enabled:  # by the user: torch, too, records nothing within a Function
+            self._is_stopped = not args[0] and (self._is_stopped or torch.is_grad_enabled())
+        elif self._has_graph and (func in _STOPPING or self._is_stopped or torch.is_inference_mode_enabled()):
+            return self._stopped(func, args, kwargs)
         return passed_on(func, args, kwargs)
 
-    def _note_stop(self, func: Callable[..., Any], given: list[Any]) -> None:
-        if not any(map(self._moves, given)):
-            return
+    def _stopped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function whose result has no graph, and note it if the parameters move it all the same."""
+        output = passed_on(func, args, kwargs)
+        is_followed = func is torch.autograd.grad and kwargs.get("create_graph")
+        if is_followed or not any(map(self._moves, tree_leaves((args, kwargs)))):
+            return output
         name = func.__name__.strip("_") if torch.is_grad_enabled() else "no_grad"
         name = "data" if name == "get" else name
         self.stops[name] += 1
-        if self._locates:
-            self.places[f"{name} at {_place()}"] = None
+        if self._locates and (place := _place()):
+            self.places[f"{name} at {place}"] = None
+        if self._nudge and name in LEAVING:
+            return tree_map(lambda value: value if isinstance(value, int) else value * (1 + self._nudge), output)
+        return output
 
     def _check_lookup(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         options = _SIGNATURES[func].bind(*args, **kwargs).arguments
@@ -260,15 +274,15 @@ class WatchedCalls(TorchFunctionMode):
 
 
 def _place() -> str:
-    """The innermost line of the user's code that is being run."""
+    """The line of the user's code that called the watched function; empty if ours did."""
     frame = sys._getframe(3)
-    while frame.f_back is not None and _is_machinery(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame = frame.f_back
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    is_ours = frame.f_globals.get("__name__", "").startswith(__name__.partition(".")[0])
+    return "" if is_ours else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-def _is_machinery(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "lightning_sgdclean", "contextlib", "numpy")
+_BETWEEN = ("torch", "numpy", "contextlib")
 
 
 def graph_of(loss: Tensor) -> Counter[str]:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold the objective's gradient against differences of its value: a part of it may be detached, or a Python number."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
+from lightning_sgdclean.base.errors import ObjectiveError, SGDInfluenceError, warn_of
+from lightning_sgdclean.base.options import Options
+from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
+from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.fetching import ValidationBatch
+from lightning_sgdclean.losses.kernels import WatchedCalls, length_of
+from lightning_sgdclean.losses.surroundings import Surroundings, in_float64, untouched_module
+
+_MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
+
+
+def check_objectives(
+    module: Any,
+    params: list[nn.Parameter],
+    batches: list[ValidationBatch],
+    num_loaders: int,
+    options: Options,
+    surroundings: Surroundings,
+) -> list[str]:
+    """Check the gradients of all objectives on a few batches; parameters and buffers are as before.
+
+    Args:
+        module: The LightningModule, in the state to check it in.
+        params: By which the objectives are differentiated.
+        batches: Some of the validation set.
+        num_loaders: How many validation loaders there are.
+        options: The callback's.
+        surroundings: What stands for the Trainer.
+
+    Returns:
+        What is wrong, where mismatches are only warned about.
+
+    Raises:
+        ObjectiveError: If an objective's gradient is not the derivative of its value.
+    """
+    if not batches:
+        return []
+    tensors = [*module.parameters(), *module.buffers()]
+    contents = [tensor.detach().clone() for tensor in tensors]
+    complaints = []
+    try:
+        with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"):
+            point = _Point(module, params, batches, num_loaders, options, wide)
+            for name in options.objectives:
+                off = point.difference(name)
+                if off is not None and off > TOLERANCE:
+                    complaints.append(_complaint(name, off, point.places(name)))
+    except SGDInfluenceError:
+        raise
+    except Exception as error:  # theirs: code that wants float32, a kernel without float64
+        where = f"in float64 it cannot be evaluated ({type(error).__name__}: {error})"
+        complaints.append(
+            f"Whether the objective's gradient is the derivative of its value could not be told: {where}."
+        )
+        return complaints
+    finally:
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+    if complaints and options.on_mismatch == "raise":
+        raise ObjectiveError(f'{complaints[0]} on_mismatch="warn" leaves that part out.')
+    return complaints
+
+
+def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options: Options, around: Surroundings) -> bool:
+    """Whether ``validation_step`` logs the monitored value for a batch, and if so, that its gradient is all of it.
+
+    Module and random state stay as they are.
+
+    Args:
+        module: The LightningModule.
+        batch: A batch as ``validation_step`` gets it.
+        num_loaders: How many validation loaders there are.
+        options: The callback's.
+        around: What stands for the Trainer.
+
+    Raises:
+        ObjectiveError: If the value is not logged, though there is one loader only, or its gradient is wrong.
+    """
+    found = logs_value(module, batch, options.monitor, num_loaders, around)
+    params = [param for param in module.parameters() if param.requires_grad]
+    if found:
+        as_it_is = replace(around, prepare=lambda batch, number: batch)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            untouched_randomness(around.device),
+            untouched_module(module),
+        ):
+            warn_of(check_objectives(module, params, [batch], num_loaders, options, as_it_is))
+    return found
+
+
+def _complaint(name: str, off: float, places: list[str]) -> str:
+    seen = f" Values leave the graph there: {', '.join(places[:3])}." if places else ""
+    return (
+        f"The gradient of the objective {name!r} is not the derivative of its value: it is off by {off:.1%}.{seen} Log "
+        "the loss itself, self.log(name, loss), or give objective=, a callable (pl_module, batch) -> scalar whose "
+        "parts can all be differentiated."
+    )
+
+
+class _Point:
+    """Objectives on a few batches, at parameters and buffers that can be moved."""
+
+    def __init__(
+        self,
+        module: Any,
+        params: list[nn.Parameter],
+        batches: list[ValidationBatch],
+        num_loaders: int,
+        options: Options,
+        wide: Surroundings,
+    ) -> None:
+        self._module, self._params, self._batches, self._num_loaders = module, params, batches, num_loaders
+        self._options, self._wide = options, wide
+        self._random = random_state(wide.device)
+        self._source = torch.Generator().manual_seed(0)
+        shaken(params, self._source)
+        self._at = [param.detach().clone() for param in params]
+        self._buffers = dict(module.named_buffers())
+        self._were = {name: buffer.detach().clone() for name, buffer in self._buffers.items()}
+        self._found = self._gradients(list(options.objectives))
+
+    def difference(self, name: str) -> float | None:
+        """How far the gradient is off, relatively; None where it cannot be told."""
+        found = self._found[name]
+        moves = towards(self._source, self._at, found.params)
+        buffers = {
+            key: normal(self._source, grad) * length_of([self._were[key]]) for key, grad in found.buffers.items()
+        }
+        expected = dot(found.params, moves) + dot(found.buffers.values(), buffers.values())
+
+        def quotient(e: float) -> tuple[float, float]:
+            plus, minus = (self._value(name, sign * e, moves, buffers) for sign in (1, -1))
+            return (plus - minus) / (2 * e), abs(plus) / (2 * e)
+
+        return difference(expected, quotient, _MOVES)
+
+    def _value(self, name: str, e: float, moves: list[Tensor], buffers: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            for param, at, move in zip(self._params, self._at, moves, strict=True):
+                param.copy_(at + e * move)
+            for key, buffer in self._buffers.items():
+                buffer.copy_(self._were[key] + e * buffers[key] if key in buffers else self._were[key])
+        return self._gradients([name])[name].value
+
+    def _gradients(self, names: list[str]) -> dict[str, ObjectiveGradient]:
+        set_random_state(self._random, self._wide.device)
+        found = objective_gradients(
+            self._module,
+            self._params,
+            [(cloned(content), *numbers) for content, *numbers in self._batches],
+            self._wide,
+            self._options.monitor,
+            {name: self._options.objectives[name] for name in names},
+            self._num_loaders,
+        )
+        return dict(zip(names, found, strict=True))
+
+    def places(self, name: str) -> list[str]:
+        """The lines at which values leave the graph."""
+        with WatchedCalls(self._module, locates=True) as watched:
+            self._gradients([name])
+        return [*watched.places]

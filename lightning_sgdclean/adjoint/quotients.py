@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold a derivative against difference quotients, in float64."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sgdclean.losses.kernels import length_of
+
+TOLERANCE = 1e-5  # relative; what rounding explains comes on top
+_AGREEING = 0.1  # of their distance to the derivative: what moves of two sizes show is no rounding, and no kink
+_ROUNDINGS = 64 * torch.finfo(torch.float64).eps
+_SHAKEN = 1e-3
+
+
+def difference(
+    expected: float, quotient: Callable[[float], tuple[float, float]], moves: Sequence[float]
+) -> float | None:
+    """How far difference quotients are from a derivative, relative to the larger of the two.
+
+    A single quotient may be off though the derivative is right: by rounding, or since a kink was crossed. Then one
+    over another distance is off by another amount. So a derivative is wrong where two quotients agree that it is.
+
+    Args:
+        expected: The derivative in a direction.
+        quotient: Gives the quotient over a distance, and the size of the numbers that were subtracted, divided by it.
+        moves: Distances to try, until one agrees.
+
+    Returns:
+        None if it cannot be told.
+    """
+    seen: list[float] = []
+    for move in moves:
+        found, numbers = quotient(move)
+        size, off = max(abs(found), abs(expected)), abs(found - expected)
+        if off <= TOLERANCE * size + _ROUNDINGS * numbers:
+            return min(TOLERANCE, off / size) if size else 0.0
+        if any(abs(found - other) <= _AGREEING * off for other in seen):
+            return off / size
+        seen.append(found)
+    return None
+
+
+def towards(source: torch.Generator, at: list[Tensor], *directions: list[Tensor]) -> list[Tensor]:
+    """A direction in which to move tensors, as long as they are: in equal parts random and along other directions."""
+    length = length_of(at) or 1.0
+    total = [torch.zeros_like(tensor) for tensor in at]
+    for direction in ([normal(source, tensor) for tensor in at], *directions):
+        torch._foreach_add_(total, direction, alpha=length / (length_of(direction) or 1.0))
+    return total
+
+
+@torch.no_grad()
+def shaken(tensors: Iterable[Tensor], source: torch.Generator) -> None:
+    """Move tensors a little, in place: zeros may hide what is wrong, or sit on a kink."""
+    for tensor in tensors:
+        tensor.add_(normal(source, tensor), alpha=_SHAKEN * (1.0 + math.sqrt(float(tensor.square().mean()))))
+
+
+def normal(source: torch.Generator, like: Tensor) -> Tensor:
+    """Normal numbers in float64, the same ones on every device."""
+    return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like.device)
+
+
+def dot(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    """The product of tensors as one vector with others."""
+    return sum(float((one * other).sum()) for one, other in zip(ones, others, strict=True))
