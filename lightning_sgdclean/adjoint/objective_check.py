@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients, value_of
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
 from lightning_sgdclean.base.errors import ObjectiveError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
@@ -103,9 +103,13 @@ def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options:
 
 
 def _complaint(name: str, off: float, places: list[str]) -> str:
-    seen = f" Values leave the graph there: {', '.join(places[:3])}." if places else ""
+    stops = (
+        f"The objective stops gradients ({', '.join(places[:3])}) at values that the parameters move. "
+        if places
+        else ""
+    )
     return (
-        f"The gradient of the objective {name!r} is not the derivative of its value: it is off by {off:.1%}.{seen} Log "
+        f"{stops}The gradient of the objective {name!r} is not the derivative of its value: it is off by {off:.1%}. Log "
         "the loss itself, self.log(name, loss), or give objective=, a callable (pl_module, batch) -> scalar whose "
         "parts can all be differentiated."
     )
@@ -171,6 +175,9 @@ class _Point:
 
     def places(self, name: str) -> list[str]:
         """The lines at which values leave the graph."""
-        with WatchedCalls(self._module, locates=True) as watched:
-            self._gradients([name])
+        watched = WatchedCalls(self._module, locates=True)
+        for content, batch_idx, number in self._batches:
+            batch = self._wide.prepare(cloned(content), number), batch_idx, number
+            with self._wide.val_context(), watched:
+                value_of(self._options.objectives[name], self._module, batch, self._options.monitor, self._num_loaders)
         return [*watched.places]
