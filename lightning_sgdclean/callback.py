@@ -136,7 +136,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         epochs: int | Literal["all"] = 1,
         at: Literal["last", "best"] = "last",
         curvature: Literal["exact", "finite", "none"] = "exact",
-        finite_radius: float = 0.01,
+        finite_radius: float = 0.03,
         dirpath: str | Path | None = None,
         overwrite: bool = False,
         sample_ids: Callable[[Any], Any] | None = None,

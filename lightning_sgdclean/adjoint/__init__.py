@@ -6,6 +6,7 @@
 __all__ = [
     "Adjoint",
     "Bookmark",
+    "Finite",
     "Gradients",
     "Influences",
     "ObjectiveGradient",

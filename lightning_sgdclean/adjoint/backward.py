@@ -137,10 +137,12 @@ def retrace_step(
     scores = []
     with walk.pulling() as surroundings:
         pulls = [[(c / shrink).to(p.dtype) for c, p in zip(one, params, strict=True)] for one in cotangents]
-        for problem in reversed(problems):
-            linearised = opened[0]
+        for problem, first in zip(reversed(problems), reversed(opened), strict=True):
+            linearised = first
             if not is_alone or walk.widens:
                 linearised = walk.engine.open(problem.within(surroundings), params, problem.weights(), False)
+                if linearised.gradient is None and not walk.widens:
+                    linearised.gradient = first.gradient
             found = _pull_back(linearised, pulls, adjoints)
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan

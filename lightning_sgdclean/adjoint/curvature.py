@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import (
     gradient,
     length_of,
@@ -111,17 +112,32 @@ def _read(buffers: dict[str, Tensor], leaves: dict[str, Tensor], found: list[Ten
     return buffers
 
 
+_BENT = 0.3  # of what slope and curvature say the loss does along the move
+_WOKEN = 0.1  # of the curvature found
+
+
 class Finite:
     """Central difference along ``c``: two ordinary passes, any operation that trains.
 
+    Where the batch's gradient is at hand, it is checked at no cost that the loss does along the move what its slope and
+    the curvature found say. Where it does not, kinks were crossed, and the batch is pulled back by :class:`Exact`.
+
     Args:
         radius: Length of the move relative to that of the parameters.
+
+    Attributes:
+        num_pulled: How many batches were pulled back.
+        num_replaced: How many of them by :class:`Exact`.
+        num_doubtful: How many should have been, but cannot.
+        why: Why they cannot.
     """
 
     with_hessian = True
 
-    def __init__(self, radius: float = 0.01) -> None:
-        self._radius = radius
+    def __init__(self, radius: float = 0.03) -> None:
+        self.radius = radius
+        self.num_pulled = self.num_replaced = self.num_doubtful = 0
+        self.why = ""
 
     def open(
         self, problem: Problem, params: list[nn.Parameter], weights: Tensor, needs_gradient: bool
@@ -132,7 +148,17 @@ class Finite:
             evaluated = problem(weights)
             if needs_gradient:
                 found = gradient([evaluated.loss], list(params))
-        return _Difference(problem, evaluated, found, params, weights, self._radius)
+        return _Difference(problem, evaluated, found, params, weights, self)
+
+    def complaints(self) -> list[str]:
+        """That differences were used which cannot be trusted, if so."""
+        if not self.num_doubtful:
+            return []
+        return [
+            f'curvature="finite" cannot be trusted here: in {self.num_doubtful} of {self.num_pulled} batches the loss, '
+            "along the move, is not what its slope and the curvature found say, since kinks of ReLU or pooling were "
+            f"crossed. The exact derivative, which would stand in for it, cannot be had: {self.why}"
+        ]
 
 
 class _Difference:
@@ -143,24 +169,26 @@ class _Difference:
         found: list[Tensor] | None,
         params: list[nn.Parameter],
         weights: Tensor,
-        radius: float,
+        engine: Finite,
     ) -> None:
-        self._problem, self._params, self._weights, self._radius = problem, params, weights, radius
+        self._problem, self._params, self._weights, self._engine = problem, params, weights, engine
         self.gradient = found
         self.loss, self.updates = evaluated.loss.detach(), evaluated.updates
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
-        length = length_of(cotangent)
+        direction = self._live(cotangent)
+        length = length_of(direction)
         start = [param.detach().clone() for param in self._params]
-        move = self._radius * (length_of(start) or 1.0) / (length or 1.0)
+        move = self._engine.radius * (length_of(start) or 1.0) / (length or 1.0)
         scores = torch.zeros_like(self._weights)
         adjoint = [torch.zeros_like(param) for param in self._params]
-        before, read = dict(buffers), dict[str, Tensor]()
+        before, read, losses = dict(buffers), dict[str, Tensor](), dict[int, float]()
         for sign in (1, -1):
             with torch.no_grad():
-                for param, origin, c in zip(self._params, start, cotangent, strict=True):
+                for param, origin, c in zip(self._params, start, direction, strict=True):
                     param.copy_(origin + sign * move * c)
             evaluated = self._problem(self._weights)
+            losses[sign] = float(evaluated.loss.detach())
             values, pulls, before = pull_back_updates(evaluated.updates, buffers)
             factor = sign / (2 * move)
             # The statistics' term needs no difference: its mean over the two passes rides along.
@@ -175,7 +203,56 @@ class _Difference:
         with torch.no_grad():
             for param, origin in zip(self._params, start, strict=True):
                 param.copy_(origin)
+        self._engine.num_pulled += 1
+        if self._is_bent(direction, adjoint, losses, move):
+            exact = self._exact(cotangent, buffers)
+            if exact is not None:
+                return exact
         return Pulled(scores, adjoint, _read(before, read, list(read.values())))
+
+    def _live(self, cotangent: list[Tensor]) -> list[Tensor]:
+        """The part of ``c`` that the batch's gradient knows of.
+
+        Where a gradient is zero, as at units that are dead for all samples, so is its curvature. After Adam's division
+        by the root of a second moment that is zero, too, ``c`` is huge just there: the move would be all along it.
+        """
+        if self.gradient is None:
+            return cotangent
+        live = [torch.where(grad != 0, c, 0.0) for grad, c in zip(self.gradient, cotangent, strict=True)]
+        return live if any(bool(c.any()) for c in live) else cotangent
+
+    def _is_bent(self, cotangent: list[Tensor], curved: list[Tensor], losses: dict[int, float], move: float) -> bool:
+        """Whether the loss, along the move, is far from the parabola of its slope and of the curvature found.
+
+        Or whether gradients that were zero are not any more: a dead unit woke, or factors that began at zero moved.
+        """
+        if self.gradient is None:
+            return False
+        woken = [torch.where(grad == 0, h, 0.0) for grad, h in zip(self.gradient, curved, strict=True)]
+        if length_of(woken) > _WOKEN * length_of(curved):
+            return True
+        slope, curvature, loss = _dot(self.gradient, cotangent), _dot(curved, cotangent), float(self.loss)
+        rounding = 16 * torch.finfo(self.loss.dtype).eps * abs(loss)
+        for sign, there in losses.items():
+            rise, bend = sign * move * slope, move**2 * curvature / 2
+            if abs(there - loss - rise - bend) > _BENT * (abs(rise) + abs(bend)) + rounding:
+                return True
+        return False
+
+    def _exact(self, cotangent: list[Tensor], buffers: dict[str, Tensor]) -> Pulled | None:
+        try:
+            linearised = Exact().open(self._problem, self._params, self._weights, needs_gradient=True)
+            pulled = linearised.pull_back(cotangent, dict(buffers))
+        except UnsupportedOperationError as error:
+            self._engine.num_doubtful += 1
+            self._engine.why = str(error)
+            return None
+        self._engine.num_replaced += 1
+        return pulled
+
+
+def _dot(ones: list[Tensor], others: list[Tensor]) -> float:
+    return float(sum((one * other).sum(dtype=torch.float64) for one, other in zip(ones, others, strict=True)))
 
 
 def engine_named(name: str, radius: float) -> Engine:

@@ -25,11 +25,15 @@ from lightning_sgdclean.trajectory.records import State
 
 @dataclass
 class ObjectiveGradient:
-    """``F`` and its derivatives by parameters (in their order) and running statistics (by name)."""
+    """``F`` and its derivatives by parameters (in their order) and running statistics (by name).
+
+    ``as_logged`` is ``F`` summed up in the precision in which Lightning sums what is logged.
+    """
 
     value: float
     params: list[Tensor]
     buffers: dict[str, Tensor]
+    as_logged: float
 
 
 def logged_value(
@@ -200,6 +204,7 @@ class _Mean:
     def __init__(self, params: list[nn.Parameter]) -> None:
         self._params = params
         self._total, self._weights = 0.0, 0.0
+        self._logged = torch.zeros(())
         self._by_param = [summable(torch.zeros_like(param)) for param in params]  # sums in 16 bits stop growing
         self._by_buffer: dict[str, Tensor] = {}
 
@@ -211,6 +216,7 @@ class _Mean:
         for name, grad in zip(leaves, found[len(self._params) :], strict=True):
             self._by_buffer[name] = self._by_buffer[name] + grad if name in self._by_buffer else grad
         self._total, self._weights = self._total + weight * float(value.detach()), self._weights + weight
+        self._logged = self._logged.to(value.device) + summable(value.detach()) * weight
 
     def result(self, name: str, missing: ObjectiveError) -> ObjectiveGradient:
         if self._weights == 0:
@@ -222,7 +228,7 @@ class _Mean:
             raise NonFiniteError(
                 f"The objective {name!r} is {value} or its gradient is not finite: nothing can be ranked by it."
             )
-        return ObjectiveGradient(value, by_param, by_buffer)
+        return ObjectiveGradient(value, by_param, by_buffer, float(self._logged / self._weights))
 
 
 def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:

@@ -103,14 +103,11 @@ def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options:
 
 
 def _complaint(name: str, off: float, places: list[str]) -> str:
-    stops = (
-        f"The objective stops gradients ({', '.join(places[:3])}) at values that the parameters move. "
-        if places
-        else ""
-    )
+    seen = ", ".join(places[:3])
+    stops = f"The objective stops gradients ({seen}) at values that the parameters move. " if seen else ""
     return (
-        f"{stops}The gradient of the objective {name!r} is not the derivative of its value: it is off by {off:.1%}. Log "
-        "the loss itself, self.log(name, loss), or give objective=, a callable (pl_module, batch) -> scalar whose "
+        f"{stops}The gradient of the objective {name!r} is not the derivative of its value: it is off by {off:.1%}. "
+        "Log the loss itself, self.log(name, loss), or give objective=, a callable (pl_module, batch) -> scalar whose "
         "parts can all be differentiated."
     )
 

@@ -35,7 +35,7 @@ class Options:
     epochs: int | Literal["all"] = 1
     at: Literal["last", "best"] = "last"
     curvature: Literal["exact", "finite", "none"] = "exact"
-    finite_radius: float = 0.01
+    finite_radius: float = 0.03
     dirpath: str | Path | None = None
     overwrite: bool = False
     sample_ids: Callable[[Any], Any] | None = None
