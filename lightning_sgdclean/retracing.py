@@ -161,8 +161,8 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
             walk = replace(walk, labels_of=labels_of)
             complaints += problems
         adjoints = start(walk)
-        bookmark = Bookmark(this.trajectory.folder, _key(this, walk, adjoints))
-        found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
+        with Bookmark(this.trajectory.folder, _key(this, walk, adjoints)) as bookmark:
+            found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
     about["float32_agreement"] = agreement and asdict(agreement)
