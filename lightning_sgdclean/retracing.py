@@ -86,7 +86,8 @@ def retrace(
             with the precision and the kind of device that the run had.
 
     Returns:
-        The ranking; nothing is written.
+        The ranking, with its ``summary``; nothing is written. Where the fit of the run did not come to its end, a
+        warning says so, and ``summary["window"]["partial"]`` is true.
 
     Raises:
         ValueError: If an option is wrong.
@@ -94,7 +95,7 @@ def retrace(
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
     options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
-    ranking, _, complaints = reopened(
+    ranking, about, complaints = reopened(
         run_dir,
         model,
         options,
@@ -106,7 +107,7 @@ def retrace(
         trainer=trainer,
     )
     warn_of(complaints)
-    return ranking
+    return replace(ranking, summary=about)
 
 
 def call_of(run_dir: Path | None, options: Options) -> str:
@@ -138,7 +139,7 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
         return objectives_at(this.end, replay, *this.validation(), options, surroundings)
 
     objectives = objectives_within(replay.surroundings)
-    complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
+    complaints = [*this.partial_in_words(), *(f"{text} So only what was kept is ranked." for text in this.complaints)]
     if not run.averaging:
         complaints += _compare_objective(objectives[0].value, steps[-1], run, replay, options)
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
@@ -242,7 +243,10 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
     run, options, steps, fidelity = this.run, this.options, this.steps, this.replay.fidelity
     last = steps[-1]
     names = list(options.objectives)
+    window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
     return {
+        "optimizer": this.trajectory.trained["optimizer"],
+        "precision": this.trajectory.trained["precision"],
         "engine": options.curvature,
         "options": {name: getattr(options, name) for name in ("epochs", "finite_radius", "tolerance")},
         "objective": {
@@ -255,7 +259,8 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
         "end_point": _end_point_in_words(last, run, options),
         "dataset_size": _dataset_size([micro for step in steps for micro in step.micro], run),
         "window": {
-            "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
+            "words": f"{window}; the fit did not come to its end" if this.is_partial else window,
+            "partial": this.is_partial,
             "first_step": steps[0].index,
             "last_step": last.index,
             "num_steps": sum(step.is_update for step in steps),

@@ -263,10 +263,7 @@ class Recording:
 
     def summary(self, trainer: Any) -> dict[str, Any]:
         """What was recorded, for the summary."""
-        optimizer = trainer.optimizers[0]
         return {
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "precision": str(trainer.precision),
             "batches": self.keeper.summary(),
             "budget": self.outlook.summary(trainer),
             "trajectory_bytes": self.writer.bytes_written,

@@ -217,6 +217,24 @@ class OpenedRun:
     validation: Validation
     loader_of: Callable[[MicroBatch], Any]
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the fit did not come to its end, as far as its files say."""
+        return not self.run.ending.is_complete
+
+    def partial_in_words(self) -> list[str]:
+        """What is to be said of a run whose fit did not come to its end."""
+        if not self.is_partial:
+            return []
+        last = self.trajectory.steps[-1]
+        return [
+            f"The fit of {self.run.folder} did not come to its end, as far as its files say: it was killed, or ended "
+            "by an exception, or could not be recorded any further (a full disk, say). Its recorded steps end with "
+            f"step {last.index}, {'the last' if last.ends_epoch else 'inside'} of epoch {last.epoch}. Window and end "
+            "point are taken from these steps: what is said is of a model that was not trained to its end. For the "
+            "whole run, go on from a checkpoint (fit with ckpt_path=) or train again."
+        ]
+
     def prepare(self, batch: Any) -> Any:
         """A training loader's batch as ``training_step`` gets it."""
         return self.replay.surroundings.prepare(self.run.as_delivered(batch), 0)

@@ -53,7 +53,8 @@ def _window(summary: Mapping[str, Any]) -> list[TrustLine]:
     if not window:
         return []
     words = f"{window['words']}. What samples did in earlier steps is not in the numbers."
-    return [TrustLine("Window", words if window.get("first_step") else window["words"])]
+    state: Literal["warning", "plain"] = "warning" if window.get("partial") else "plain"
+    return [TrustLine("Window", words if window.get("first_step") else window["words"], state)]
 
 
 def _end_point(summary: Mapping[str, Any]) -> list[TrustLine]:
