@@ -139,7 +139,9 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
         return objectives_at(this.end, replay, *this.validation(), options, surroundings)
 
     objectives = objectives_within(replay.surroundings)
-    complaints = [*this.partial_in_words(), *(f"{text} So only what was kept is ranked." for text in this.complaints)]
+    rates, of_rates = this.rates()
+    complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
+    complaints = [*this.partial_in_words(), *of_rates, *complaints]
     if not run.averaging:
         complaints += _compare_objective(objectives[0].value, steps[-1], run, replay, options)
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
@@ -166,7 +168,7 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
             found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
-    about["float32_agreement"] = agreement and asdict(agreement)
+    about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     ranking, about["trust"], doubts = _tested(this, ranking, bar)
     return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]

@@ -22,6 +22,7 @@ __all__ = [
     "check_moved_buffers",
     "eagerly",
     "gradient",
+    "ignore",
     "in_float32",
     "in_half",
     "is_low",
@@ -36,5 +37,6 @@ __all__ = [
     "twice_differentiable_kernels",
     "unit_weights",
     "untouched_module",
+    "untouched_options",
     "widened",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sgdclean.base.lightning import silent_logger
@@ -239,6 +240,28 @@ def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
             part._buffers[name] = buffer
         with torch.no_grad():
             for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+
+
+@contextmanager
+def untouched_options(optimizer: Optimizer) -> Iterator[None]:
+    """Within the block the optimizer makes no step; what is written to its groups meanwhile is put back."""
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+    options = [value for group, _ in groups for key, value in group.items() if key != "params"]
+    tensors = [(value, value.detach().clone()) for value in options if isinstance(value, Tensor)]
+    own: dict[str, Any] = {name: vars(optimizer)[name] for name in ("step", "zero_grad") if name in vars(optimizer)}
+    vars(optimizer).update(step=ignore, zero_grad=ignore)
+    try:
+        yield
+    finally:
+        for name in ("step", "zero_grad"):
+            del vars(optimizer)[name]
+        vars(optimizer).update(own)
+        for group, saved in groups:
+            group.clear()
+            group.update(saved)
+        with torch.no_grad():
+            for tensor, content in tensors:
                 tensor.copy_(content)
 
 
