@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning_sgdclean.adjoint.objective_check import check_sanity
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
-from lightning_sgdclean.base.files import check_free, fresh_directory, write_json
+from lightning_sgdclean.base.files import check_free, fresh_directory, write_summary
 from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
     check_alone,
@@ -382,10 +382,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._seconds["retrace"] += time.perf_counter()
         seconds = {name: round(value, 3) for name, value in self._seconds.items()}
         self.summary = {**about, "seconds": seconds, **self._recording.summary(trainer)}
-        for kind in self.options.formats:
-            ranking.save(self.run_dir / f"influence.{kind}")
-        write_json(self.run_dir / "summary.json", self.summary)
-        self.ranking = ranking
+        names = [ranking.save(self.run_dir / f"influence.{kind}").name for kind in self.options.formats]
+        write_summary(self.run_dir, self.summary, names)
+        self.ranking = replace(ranking, summary=self.summary)
 
     def _show(self, trainer: Any, page: PageOfRun, complaints: list[str]) -> None:
         """The page, the loggers, the last word; warnings at the very end, since they may be errors."""

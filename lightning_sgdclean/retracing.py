@@ -22,7 +22,8 @@ from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.leave_out.trust import put_to_the_test
-from lightning_sgdclean.losses.surroundings import Surroundings, is_low
+from lightning_sgdclean.losses.precision import is_low
+from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.inspection import predicted_labels, sample_columns
 from lightning_sgdclean.replay.open import reopened
@@ -89,7 +90,8 @@ def retrace(
             with the precision and the kind of device that the run had.
 
     Returns:
-        The ranking; nothing is written.
+        The ranking, with its ``summary``; nothing is written. Where the fit of the run did not come to its end, a
+        warning says so, and ``summary["window"]["partial"]`` is true.
 
     Raises:
         ValueError: If an option is wrong.
@@ -97,7 +99,7 @@ def retrace(
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
     options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
-    ranking, _, complaints = reopened(
+    ranking, about, complaints = reopened(
         run_dir,
         model,
         options,
@@ -109,7 +111,7 @@ def retrace(
         trainer=trainer,
     )
     warn_of(complaints)
-    return ranking
+    return replace(ranking, summary=about)
 
 
 def call_of(run_dir: Path | None, options: Options) -> str:
@@ -141,7 +143,9 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
         return objectives_at(this.end, replay, *this.validation(), options, surroundings)
 
     objectives = objectives_within(replay.surroundings)
+    rates, of_rates = this.rates()
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
+    complaints = [*this.partial_in_words(), *of_rates, *complaints]
     if not run.averaging:
         complaints += _compare_objective(objectives[0], steps[-1], run, replay, options)
     complaints += _check_objectives(this)
@@ -165,14 +169,14 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
             walk = replace(walk, labels_of=labels_of)
             complaints += problems
         adjoints = start(walk)
-        bookmark = Bookmark(this.trajectory.folder, _key(this, walk, adjoints))
-        found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
+        with Bookmark(this.trajectory.folder, _key(this, walk, adjoints)) as bookmark:
+            found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
     about["derivative"], about["finite"] = _derivative(walk), _finite(walk)
     complaints += walk.checks.complaints() if walk.checks else []
     complaints += walk.engine.complaints() if isinstance(walk.engine, Finite) else []
-    about["float32_agreement"] = agreement and asdict(agreement)
+    about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     ranking, about["trust"], doubts = _tested(this, ranking, bar)
     return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]
@@ -290,7 +294,10 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
     run, options, steps, fidelity = this.run, this.options, this.steps, this.replay.fidelity
     last = steps[-1]
     names = list(options.objectives)
+    window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
     return {
+        "optimizer": this.trajectory.trained["optimizer"],
+        "precision": this.trajectory.trained["precision"],
         "engine": options.curvature,
         "options": {name: getattr(options, name) for name in ("epochs", "finite_radius", "tolerance")},
         "objective": {
@@ -303,7 +310,8 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
         "end_point": _end_point_in_words(last, run, options),
         "dataset_size": _dataset_size([micro for step in steps for micro in step.micro], run),
         "window": {
-            "words": window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps)),
+            "words": f"{window}; the fit did not come to its end" if this.is_partial else window,
+            "partial": this.is_partial,
             "first_step": steps[0].index,
             "last_step": last.index,
             "num_steps": sum(step.is_update for step in steps),

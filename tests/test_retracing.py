@@ -295,6 +295,26 @@ def test_a_mark_of_another_walk_is_not_taken_and_stays(monkeypatch, run):
     assert walked[0] == 8
 
 
+class Elsewhere(Plain):
+    """Another network than the recorded one in the first epoch only, so that a walk is refused on the way."""
+
+    def loss(self, batch, reduction="mean"):
+        early = self.training and self.current_epoch == 0
+        return super().loss(batch, reduction) * (1.1 if early else 1.0)
+
+
+def test_a_refused_walk_leaves_no_mark_to_go_on_from(monkeypatch, run):
+    """An interrupted one does, and what it left before is gone as well: its part may be as wrong."""
+    interrupt(monkeypatch, run, 6)
+    assert list(run.run_dir.rglob("*retracing*"))
+    with pytest.raises(ReplayMismatchError):
+        later(run, Elsewhere(**MODEL))
+    assert not list(run.run_dir.rglob("*retracing*"))
+    ranking, walked = steps_walked(monkeypatch, lambda: later(run))
+    assert walked[0] == 14
+    assert_same(ranking, run.ranking)
+
+
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
 def test_a_damaged_mark_is_no_mark(monkeypatch, run, kind):
     interrupt(monkeypatch, run, 6)

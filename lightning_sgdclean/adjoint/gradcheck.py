@@ -27,7 +27,8 @@ from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, nor
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of, length_of
-from lightning_sgdclean.losses.surroundings import Surroundings, in_float64
+from lightning_sgdclean.losses.precision import in_float64
+from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State, Step
 

@@ -15,7 +15,8 @@ from lightning_sgdclean.base.randomness import random_state, set_random_state, u
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.kernels import WatchedCalls, length_of
-from lightning_sgdclean.losses.surroundings import Surroundings, in_float64, untouched_module
+from lightning_sgdclean.losses.precision import in_float64
+from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
 

@@ -23,12 +23,13 @@ from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
-from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceError
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
 from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.data.batches import summable
-from lightning_sgdclean.losses.surroundings import Surroundings, in_float32, in_half, is_low
+from lightning_sgdclean.losses.precision import in_float32, in_half, is_low
+from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
@@ -166,6 +167,9 @@ class Carried:
 class Bookmark:
     """Writes now and then how far a walk is, and reads it back.
 
+    As a context around the walk it removes what was written if the walk is refused: whatever is mended then, data or
+    module, the part that was gone over was not of it. After a kill, an interrupt or a lack of memory it stays.
+
     Args:
         folder: Where its two files lie while the walk goes on. Where they cannot be written, it goes on without.
         key: What tells this walk from others; see :func:`key_of`.
@@ -176,6 +180,13 @@ class Bookmark:
         self._name = f"retracing-{key[:12]}"
         self._last, self._took = time.monotonic(), 0.0
         self._number = 0
+
+    def __enter__(self) -> "Bookmark":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SGDInfluenceError):
+            self.remove()
 
     def restore(self, carried: Carried) -> int:
         """Put back what was written last; how many steps had been gone over then, 0 where nothing can be used."""

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,16 +152,80 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is damaged.
     """
-    path = folder / "summary.json"
+    content = _json_in(folder / "summary.json")
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{folder / 'summary.json'}: expected a JSON object, found {type(content).__name__}. Mend or remove it."
+        )
+    return content
+
+
+def summary_beside(path: Path) -> dict[str, Any]:
+    """What the ``summary.json`` beside a table says, which may be another program's; nothing where there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    content = _json_in(path.with_name("summary.json"))
+    return content if isinstance(content, dict) else {}
+
+
+def _json_in(path: Path) -> Any:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error}). Mend or remove it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}. Mend or remove it.")
-    return content
+
+
+_CHECKSUMS = "checksums"  # of the tables, by name, in summary.json
+
+
+def write_summary(folder: Path, summary: dict[str, Any], tables: Iterable[str]) -> None:
+    """Write ``summary.json`` with the checksums of the tables that were written just before; they enter ``summary``."""
+    summary[_CHECKSUMS] = {name: checksum_of(folder / name) for name in tables}
+    write_json(folder / "summary.json", summary)
+
+
+def check_as_written(path: Path) -> None:
+    """Is a table what the ``summary.json`` beside it says was written? Where that says nothing, nothing is checked.
+
+    Raises:
+        FileNotFoundError: If there is no such table.
+        ValueError: If it is not, or the summary is damaged.
+    """
+    expected = _checksums_in(summary_beside(path)).get(path.name)
+    if expected is None or checksum_of(path) == expected:
+        return
+    raise ValueError(
+        f"{path} is damaged, or was edited: its checksum is not the one that {path.with_name('summary.json')} has of "
+        "it. Restore it from a copy, or rank the run again (lightning_sgdclean.retrace). If it was edited on purpose, "
+        f'copy it into a folder of its own and load it there, or remove "{path.name}" from "{_CHECKSUMS}" in '
+        "summary.json."
+    )
+
+
+def note_saved(path: Path, about: dict[str, Any]) -> None:
+    """A table was saved where a run's own lay: have the ``summary.json`` beside it say so.
+
+    Args:
+        path: The table.
+        about: Entries of the summary that the table brings along; those of the run that it lacks stay.
+
+    Raises:
+        ValueError: If the summary is damaged.
+    """
+    summary = summary_beside(path)
+    tables = _checksums_in(summary)
+    if path.name in tables:
+        tables = tables | {path.name: checksum_of(path)}
+        write_json(path.with_name("summary.json"), summary | about | {_CHECKSUMS: tables})
+
+
+def _checksums_in(summary: dict[str, Any]) -> dict[str, str]:
+    found = summary.get(_CHECKSUMS)
+    return found if isinstance(found, dict) else {}
 
 
 def check_dataset(summary: dict[str, Any], dataset: Any, remedy: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning_sgdclean.base.errors import SGDInfluenceError
 from lightning_sgdclean.base.files import read_summary
-from lightning_sgdclean.ranking.columns import SUFFIX, read_parquet
-from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of, read_table
+from lightning_sgdclean.ranking.columns import SUFFIX, read_ranking
+from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of
 
 _LONGEST_CELL = 32
 
@@ -145,8 +145,7 @@ def read_run(path: str) -> FinishedRun:
             raise FileNotFoundError(f"{path} holds no {CSV_NAME}: no run that came to its end.")
     if not file.is_file():
         raise FileNotFoundError(f"There is neither a run directory nor a ranking at {path}.")
-    table = read_parquet(file) if file.suffix == SUFFIX else read_table(file)
-    return FinishedRun(file, table, read_summary(file.parent))
+    return FinishedRun(file, read_ranking(file), read_summary(file.parent))
 
 
 def whole_number(text: str) -> int:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`counterfactual`: what leaving samples out really does, beside what was predicted."""
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -116,6 +115,7 @@ class Counterfactual:
             difference is exactly zero, and a warning names the first of them.
         is_batched: Whether the runs were made at once, by ``torch.func.vmap``.
         is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
+        partial: Whether the fit of the run did not come to its end, so that ``whole`` is of a model half trained.
         words: What was run, in words.
     """
 
@@ -128,6 +128,7 @@ class Counterfactual:
     visits: NDArray[np.int64]
     is_batched: bool
     is_bitwise: bool
+    partial: bool
     words: str
 
 
@@ -220,6 +221,7 @@ def _counterfactual(
     found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
     values = np.array(found.values, dtype=np.float64)
+    predicted, unread = _predicted(this, groups, found.whole)
     last = steps[-1]
     window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
     result = Counterfactual(
@@ -228,13 +230,14 @@ def _counterfactual(
         whole=found.whole,
         values=values,
         differences=sign * np.array(found.differences, dtype=np.float64),
-        predicted=_predicted(this, groups, found.whole),
+        predicted=predicted,
         visits=np.array([sum(drawn.get(name, 0) for name in group) for group in groups], dtype=np.int64),
         is_batched=found.is_batched,
         is_bitwise=found.is_bitwise,
+        partial=this.is_partial,
         words=f"{len(groups)} runs over {window}, {found.words}",
     )
-    return result, [*replay.fidelity.complaints[:3], *complaints, *unknown]
+    return result, [*this.partial_in_words(), *replay.fidelity.complaints[:3], *complaints, *unknown, *unread]
 
 
 def _drawn(steps: list[Step]) -> dict[SampleId, int]:
@@ -246,20 +249,28 @@ def _drawn(steps: list[Step]) -> dict[SampleId, int]:
     return drawn
 
 
-def _predicted(this: OpenedRun, groups: list[list[SampleId]], whole: float) -> NDArray[np.float64] | None:
-    """What the ranking in the run directory says, if it is one of this objective, of that value, over this window."""
+def _predicted(
+    this: OpenedRun, groups: list[list[SampleId]], whole: float
+) -> tuple[NDArray[np.float64] | None, list[str]]:
+    """What the ranking in the run directory says, if it is one of this objective, of that value, over this window.
+
+    And what to warn of, if it cannot be read.
+    """
     try:
-        summary = json.loads((this.run.folder / "summary.json").read_text(encoding="utf-8"))
         ranking = Ranking.load(this.run.folder)
-    except (OSError, ValueError):
-        return None
-    objective, window = summary["objective"], summary["window"]
+    except OSError:
+        return None, []
+    except ValueError as error:
+        return None, [f"The ranking of the run cannot be read, so there is nothing predicted to compare with: {error}"]
+    if ranking.summary is None:
+        return None, []
+    objective, window = ranking.summary["objective"], ranking.summary["window"]
     if (objective["name"], objective["mode"]) != (next(iter(this.options.objectives)), this.options.mode):
-        return None
+        return None, []
     if not math.isclose(objective["recomputed"], whole, rel_tol=1e-3):
-        return None
+        return None, []
     if (window["first_step"], window["last_step"]) != (this.steps[0].index, this.steps[-1].index):
-        return None
+        return None, []
     predicted = ranking.columns.get("predicted", ranking.influence)  # in a ranking that was reranked
     influence = dict(zip(ranking.sample_id.tolist(), predicted.tolist(), strict=True))
-    return np.array([sum(influence.get(name, 0.0) for name in group) for group in groups], dtype=np.float64)
+    return np.array([sum(influence.get(name, 0.0) for name in group) for group in groups], dtype=np.float64), []

@@ -20,7 +20,7 @@ from lightning_sgdclean.adjoint.objective import objective_values
 from lightning_sgdclean.adjoint.optimizers import Gradients, clipped, is_elementwise, update_of
 from lightning_sgdclean.base.resources import slots_for
 from lightning_sgdclean.losses.evaluate import RecordedBatch
-from lightning_sgdclean.losses.surroundings import is_low
+from lightning_sgdclean.losses.precision import is_low
 from lightning_sgdclean.replay.forward import Borrowed, Weights, accumulate, live_state, load_all, losses_of
 from lightning_sgdclean.replay.replay import OpenedRun, Replay
 from lightning_sgdclean.trajectory.records import State, Step, copied, nudged

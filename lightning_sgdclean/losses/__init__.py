@@ -24,6 +24,7 @@ __all__ = [
     "eagerly",
     "gradient",
     "graph_of",
+    "ignore",
     "in_float32",
     "in_float64",
     "in_half",
@@ -40,4 +41,5 @@ __all__ = [
     "twice_differentiable_kernels",
     "unit_weights",
     "untouched_module",
+    "untouched_options",
 ]

@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands for the Trainer around a module, and what the module keeps in itself: set up, noted, put back.
-
-A run in 16 bits is replayed in its own precision. Derivatives and probes of it are taken in float32: those of a loss
-that was rounded to 8 or 11 bits are noisy, and sums of their products more so.
-"""
+"""What stands for the Trainer around a module, and what the module keeps in itself: set up, noted, put back."""
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sgdclean.base.lightning import silent_logger
-from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32, as_float64
-from lightning_sgdclean.losses.loss_functions import passed_on
 
 
 @dataclass(frozen=True)
@@ -83,119 +75,6 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
         precision=str(trainer.precision),
         as_stage=as_stage,
     )
-
-
-def is_low(surroundings: Surroundings, module: nn.Module) -> bool:
-    """Whether the run computes in 16 bits, by autocast or by its parameters."""
-    return surroundings.precision.startswith(("16", "bf16")) or any(
-        param.dtype in SIXTEEN_BITS for param in module.parameters()
-    )
-
-
-def in_half(surroundings: Surroundings) -> bool:
-    """Whether that is float16, whose derivatives overflow as well."""
-    return surroundings.precision.startswith("16")
-
-
-def widened(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
-    """:func:`in_float32` for a run in 16 bits; any other keeps its surroundings."""
-    return in_float32(module, surroundings) if is_low(surroundings, module) else nullcontext(surroundings)
-
-
-def in_float32(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
-    """Within the block the module's parameters and buffers are float32 at least, and nothing is cast down.
-
-    Yields:
-        Surroundings to evaluate the module in.
-    """
-    return _in_precision(module, surroundings, torch.float32, SIXTEEN_BITS, as_float32, "32-true")
-
-
-def in_float64(module: nn.Module, surroundings: Surroundings) -> AbstractContextManager[Surroundings]:
-    """Within the block everything is float64: parameters, buffers, batches, and what the module asks for in less.
-
-    Rounding is then so small that a difference quotient can be taken over steps too short to cross the kinks of ReLU.
-
-    Yields:
-        Surroundings to evaluate the module in.
-    """
-    return _in_precision(module, surroundings, torch.float64, _NARROW, as_float64, "64-true")
-
-
-_NARROW = (*SIXTEEN_BITS, torch.float32)
-
-
-@contextmanager
-def _in_precision(
-    module: nn.Module,
-    surroundings: Surroundings,
-    dtype: torch.dtype,
-    narrower: Sequence[torch.dtype],
-    widen: Callable[[Any], Any],
-    name: str,
-) -> Iterator[Surroundings]:
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in narrower]
-    dtypes = [tensor.dtype for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(dtype)
-    context = partial(_uncast, dtype)
-    try:
-        yield replace(
-            surroundings,
-            prepare=lambda batch, number: widen(surroundings.prepare(batch, number)),
-            train_context=context,
-            val_context=context,
-            precision=name,
-            widen=widen,
-        )
-    finally:
-        for tensor, own in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(own)
-
-
-@contextmanager
-def _uncast(dtype: torch.dtype) -> Iterator[None]:
-    """No autocast on any device, and new tensors in ``dtype``."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-            stack.enter_context(torch.autocast("cuda", enabled=False))
-            if dtype is torch.float64:
-                stack.enter_context(_AlwaysDouble())
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-class _AlwaysDouble(TorchFunctionMode):
-    """Gives float64 wherever the module asks for less: by ``float()``, by ``dtype=``, by a constant of its own."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Widen dtypes and tensors among the arguments, but a tensor that is written to."""
-        kwargs = kwargs or {}
-        if func in _CASTS:
-            return args[0].double()
-        name = getattr(func, "__name__", "")
-        if name == "__set__" or "out" in kwargs:
-            return func(*args, **kwargs)
-        keeps = args[:1] if name in _WRITES or (name.endswith("_") and not name.endswith("__")) else ()
-        wide = tree_map(_doubled, (args[len(keeps) :], kwargs))
-        return passed_on(func, (*keeps, *wide[0]), wide[1])
-
-
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "register_hook", "backward")
-_DOUBLED = dict.fromkeys(_NARROW, torch.float64) | {torch.complex64: torch.complex128}
-
-
-def _doubled(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if type(value) in (Tensor, nn.Parameter) and value.dtype in _NARROW else value
-    return _DOUBLED.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 _TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
@@ -305,6 +184,28 @@ def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
             part._buffers[name] = buffer
         with torch.no_grad():
             for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+
+
+@contextmanager
+def untouched_options(optimizer: Optimizer) -> Iterator[None]:
+    """Within the block the optimizer makes no step; what is written to its groups meanwhile is put back."""
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+    options = [value for group, _ in groups for key, value in group.items() if key != "params"]
+    tensors = [(value, value.detach().clone()) for value in options if isinstance(value, Tensor)]
+    own: dict[str, Any] = {name: vars(optimizer)[name] for name in ("step", "zero_grad") if name in vars(optimizer)}
+    vars(optimizer).update(step=ignore, zero_grad=ignore)
+    try:
+        yield
+    finally:
+        for name in ("step", "zero_grad"):
+            del vars(optimizer)[name]
+        vars(optimizer).update(own)
+        for group, saved in groups:
+            group.clear()
+            group.update(saved)
+        with torch.no_grad():
+            for tensor, content in tensors:
                 tensor.copy_(content)
 
 

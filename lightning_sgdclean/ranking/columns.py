@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.files import appearing_whole, check_as_written
 from lightning_sgdclean.base.resources import pyarrow
-from lightning_sgdclean.ranking.table import COLUMNS, Table, as_numpy, effect_of, typed
+from lightning_sgdclean.ranking.table import COLUMNS, Table, as_numpy, effect_of, read_table, typed, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def write_parquet(path: Path, table: Table) -> None:
     arrays = [pa.array(list(values), types.get(name) or _type_of(pa, values)) for name, values in columns.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(path) as temporary:
-        parquet.write_table(pa.table(arrays, names=list(columns)), temporary)
+        parquet.write_table(pa.table(arrays, names=list(columns)), temporary, write_page_checksum=True)
 
 
 def read_parquet(path: Path) -> Table:
@@ -128,11 +128,12 @@ def read_parquet(path: Path) -> Table:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If pyarrow is not installed.
-        ValueError: If the file is damaged, or no ranking.
+        ValueError: If the file is damaged, not what the ``summary.json`` beside it says was written, or no ranking.
     """
     pa, parquet = pyarrow()
+    check_as_written(path)
     try:
-        found = parquet.read_table(path)
+        found = parquet.read_table(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -172,6 +173,16 @@ def _is_nan(value: Any) -> bool:
 def _type_of(pa: Any, values: Any) -> Any:
     kinds = {type(value) for value in values if value is not None}
     return pa.string() if str in kinds else pa.int64() if kinds == {int} else pa.float64()
+
+
+def read_ranking(path: Path) -> Table:
+    """Read a ranking of either kind: :func:`read_parquet` where the name ends so, else :func:`read_table`."""
+    return (read_parquet if path.suffix == SUFFIX else read_table)(path)
+
+
+def write_ranking(path: Path, table: Table) -> None:
+    """Write a ranking as its name says: :func:`write_parquet` or :func:`write_table`."""
+    (write_parquet if path.suffix == SUFFIX else write_table)(path, table)
 
 
 def data_frame(table: Any, columns: Any = None) -> "pd.DataFrame":

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from lightning_sgdclean.base.files import note_saved, summary_beside
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.ranking.columns import (
-    SUFFIX,
     Columns,
     as_columns,
     data_frame,
-    read_parquet,
+    read_ranking,
     same_columns,
-    write_parquet,
+    write_ranking,
 )
 from lightning_sgdclean.ranking.figures import exhibits
 from lightning_sgdclean.ranking.groups import Groups, effects_by_group, groups_of, labels_if_few
@@ -34,9 +34,8 @@ from lightning_sgdclean.ranking.table import (
     check_values,
     checked_count,
     checked_ids,
+    counts_of,
     effect_of,
-    read_table,
-    write_table,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +58,8 @@ class Ranking:
         influence: Influences in the objective's unit, float64, ascending, shape ``(N,)``.
         visits: How often the sample was drawn in the window, int64, shape ``(N,)``.
         columns: Further columns by name, each ``(N,)``: int64, float64 (NaN: unknown) or an object array of str.
+        summary: Of a fit, of :func:`retrace` or a run directory: what ``summary.json`` says (objective, window, replay,
+            trust, ...); else None. It has no part in comparisons.
 
     Example:
         >>> ranking = Ranking.from_influence([7, 8, 9], [0.5, -0.25, 0.0], [1, 1, 2])
@@ -72,6 +73,7 @@ class Ranking:
     influence: NDArray[np.float64]
     visits: NDArray[np.int64]
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for array in (self.sample_id, self.influence, self.visits, *self.columns.values()):
@@ -302,7 +304,7 @@ class Ranking:
 
         Args:
             path: The file, Parquet if it ends in ``.parquet``, else CSV; its folder is made if missing, an older file
-                is replaced.
+                is replaced. Where that is a run's own, the checksum in its ``summary.json`` is, too.
 
         Returns:
             ``path``.
@@ -312,7 +314,8 @@ class Ranking:
         """
         columns = {name: column.tolist() for name, column in self.columns.items()}
         table = Table(self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist(), columns)
-        (write_parquet if Path(path).suffix == SUFFIX else write_table)(Path(path), table)
+        write_ranking(Path(path), table)
+        note_saved(Path(path), (self.summary or {}) | counts_of(table))
         return Path(path)
 
     @classmethod
@@ -328,12 +331,11 @@ class Ranking:
         Raises:
             FileNotFoundError: If there is no such file.
             ImportError: If pyarrow is not installed, which Parquet needs.
-            ValueError: If the file is damaged; the message names file and line.
+            ValueError: If the file is damaged, or not what the ``summary.json`` beside it has the checksum of.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / CSV_NAME
-        return cls.from_influence(*(read_parquet if path.suffix == SUFFIX else read_table)(path))
+        path = Path(path) / CSV_NAME if Path(path).is_dir() else Path(path)
+        ranking = cls.from_influence(*read_ranking(path))
+        return replace(ranking, summary=summary_beside(path) or None) if path.stem == "influence" else ranking
 
 
 def run_id(ranking: Ranking) -> str:

@@ -3,7 +3,6 @@
 
 import csv
 import io
-import json
 import math
 import operator
 import re
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.files import appearing_whole, check_as_written, summary_beside
 from lightning_sgdclean.base.options import SampleId
 
 if TYPE_CHECKING:
@@ -49,6 +48,13 @@ def typed(cells: list[str]) -> list[Any]:
     if any(cells) and all(not cell or _is_finite(cell) for cell in cells):
         return [float(cell) if cell else math.nan for cell in cells]
     return cells
+
+
+def counts_of(table: Table) -> dict[str, Any]:
+    """What ``summary.json`` says of a table itself."""
+    is_text = any(isinstance(name, str) for name in table.sample_id)
+    harmful = sum(influence < 0 for influence in table.influence)
+    return {"id_type": "str" if is_text else "int", "num_samples": len(table.influence), "num_harmful": harmful}
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -119,8 +125,10 @@ def read_table(path: Path) -> Table:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged; the message names file and line.
+        ValueError: If the file is damaged, or not what the ``summary.json`` beside it says was written; the message
+            names file and line.
     """
+    check_as_written(path)
     table = _read_lines(path)
     _, header = next(table)
     if tuple(header[: len(COLUMNS)]) != COLUMNS:
@@ -174,21 +182,15 @@ def _is_int64(text: str) -> bool:
     return bool(_INTEGER.fullmatch(text)) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
 
 
-def _id_type_of(summary: Path) -> str | None:
-    if not summary.is_file():
-        return None
-    try:
-        content = json.loads(summary.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{summary}: expected JSON ({error}). Mend or remove it.") from error
-    id_type = content.get("id_type") if isinstance(content, dict) else None
+def _id_type_beside(path: Path) -> str | None:
+    id_type = summary_beside(path).get("id_type")
     if id_type not in (None, "int", "str"):
-        raise ValueError(f"{summary}: expected id_type 'int' or 'str', found {id_type!r}.")
+        raise ValueError(f"{path.with_name('summary.json')}: expected id_type 'int' or 'str', found {id_type!r}.")
     return id_type
 
 
 def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
-    id_type = _id_type_of(path.with_name("summary.json"))
+    id_type = _id_type_beside(path)
     as_int = id_type == "int" or (id_type is None and all(map(_is_int64, cells)))
     first_line: dict[SampleId, int] = {}
     for line, cell in zip(lines, cells, strict=True):

@@ -27,10 +27,11 @@ from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.record.budget import Budget, Forecast
 from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
+from lightning_sgdclean.record.rates import RateNotes
 from lightning_sgdclean.record.recorder import BestModel, EarlyStep, Recorder
 from lightning_sgdclean.trajectory.joining import CheckpointMark, without_mark
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, first_epoch_kept
-from lightning_sgdclean.trajectory.store import FitEnd, fit_of, write_ending
+from lightning_sgdclean.trajectory.store import FitEnd, fit_of, steps_written, write_ending
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -77,6 +78,8 @@ class Recording:
         rehearse: Callable[[KeptStep, bool], list[str]],
         joined: dict[str, Any] | None = None,
     ) -> None:
+        self._module, self._rates = module, RateNotes(trainer, goes_on=bool(joined))
+        self._unexplained: dict[str, Any] | None = None  # not known yet
         joined = joined or {}  # what the checkpoint said that this fit goes on from, a CheckpointMark as a dict
         self._loaders, self._folder, self._options = loaders, folder, options
         self.failure: Exception | None = None
@@ -191,6 +194,8 @@ class Recording:
                 divisor=trainer.accumulate_grad_batches,
                 last_index=trainer.max_steps - 1,
             )
+            if step is not None:
+                self._rates.note(trainer, step.index, step.groups)
             if self._early is not None:
                 self._early.commit(step, self.recorder.state())
 
@@ -251,6 +256,9 @@ class Recording:
         if self.failure is None:
             with self._never_breaking_the_training:
                 self.writer.close()
+                if is_complete:
+                    written = steps_written(self._folder / "trajectory")
+                    self._unexplained = self._rates.unexplained(trainer, self._module, written)
                 ending = self.ending(trainer, is_complete)
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()
@@ -259,14 +267,11 @@ class Recording:
         """What is known when the fit is over."""
         num_val_batches = validation_limits(trainer.val_dataloaders, trainer.num_val_batches)
         best = None if self.best is None else self.best.step
-        return FitEnd(self._options.monitor, self.logged, best, num_val_batches, is_complete)
+        return FitEnd(self._options.monitor, self.logged, best, num_val_batches, is_complete, self._unexplained)
 
     def summary(self, trainer: Any) -> dict[str, Any]:
         """What was recorded, for the summary."""
-        optimizer = trainer.optimizers[0]
         return {
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "precision": str(trainer.precision),
             "batches": self.keeper.summary(),
             "budget": self.outlook.summary(trainer),
             "trajectory_bytes": self.writer.bytes_written,

@@ -217,6 +217,51 @@ class OpenedRun:
     validation: Validation
     loader_of: Callable[[MicroBatch], Any]
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the fit did not come to its end, as far as its files say."""
+        return not self.run.ending.is_complete
+
+    def partial_in_words(self) -> list[str]:
+        """What is to be said of a run whose fit did not come to its end."""
+        if not self.is_partial:
+            return []
+        last = self.trajectory.steps[-1]
+        return [
+            f"The fit of {self.run.folder} did not come to its end, as far as its files say: it was killed, or ended "
+            "by an exception, or could not be recorded any further (a full disk, say). Its recorded steps end with "
+            f"step {last.index}, {'the last' if last.ends_epoch else 'inside'} of epoch {last.epoch}. Window and end "
+            "point are taken from these steps: what is said is of a model that was not trained to its end. For the "
+            "whole run, go on from a checkpoint (fit with ckpt_path=) or train again."
+        ]
+
+    def rates(self) -> tuple[dict[str, Any], list[str]]:
+        """What the summary says of learning rates, momenta and the like, and what is to be warned of."""
+        updates = [step.groups for step in self.steps if step.is_update]
+        varies = any(groups is not updates[0] and groups != updates[0] for groups in updates)
+        found = self.run.ending.unexplained
+        if not varies or (found is not None and found.get("last", -1) <= self.steps[0].index):
+            words = "functions of the step alone" if varies else "constant"
+            return {"of_step_alone": True, "words": words}, []
+        if found is None:
+            text = (
+                "Whether the learning rates of this run follow its training is not known, since its fit did not come "
+                "to its end. They count as constants, which is right if they are functions of the step alone."
+            )
+            return {"of_step_alone": None, "words": text}, [text]
+        cause = "no scheduler set it"
+        if found["by"]:
+            cause = f"{found['by']} gave other values when asked again at the end of the training"
+        raised = f" (and raised {found['raised']})" if found["raised"] else ""
+        text = (
+            f"The option {found['option']!r} of parameter group {found['group']}, which changed from step "
+            f"{found['first']} on (last at step {found['last']}), may follow the training: {cause}{raised}. Rates "
+            "count as constants: what a sample does through a rate that is computed from losses or weights is not in "
+            "its influence. Where the rate follows nothing but the step, or moves in jumps only, the influences are "
+            "right; a scheduler of the step (LambdaLR, say) is recognised as such. Otherwise train with one."
+        )
+        return {"of_step_alone": False, "words": text}, [text]
+
     def prepare(self, batch: Any) -> Any:
         """A training loader's batch as ``training_step`` gets it."""
         return self.replay.surroundings.prepare(self.run.as_delivered(batch), 0)

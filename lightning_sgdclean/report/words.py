@@ -36,7 +36,7 @@ class TrustLine:
 
 def trust_lines(summary: Mapping[str, Any]) -> list[TrustLine]:
     """What the summary says of the trust that a ranking deserves; what it lacks is left out."""
-    makers = (_replay, _window, _end_point, _objective, _engine, _noise, _kept, _measured)
+    makers = (_replay, _window, _end_point, _objective, _engine, _rates, _noise, _kept, _measured)
     return [line for maker in makers for line in maker(summary)]
 
 
@@ -53,7 +53,8 @@ def _window(summary: Mapping[str, Any]) -> list[TrustLine]:
     if not window:
         return []
     words = f"{window['words']}. What samples did in earlier steps is not in the numbers."
-    return [TrustLine("Window", words if window.get("first_step") else window["words"])]
+    state: Literal["warning", "plain"] = "warning" if window.get("partial") else "plain"
+    return [TrustLine("Window", words if window.get("first_step") else window["words"], state)]
 
 
 def _end_point(summary: Mapping[str, Any]) -> list[TrustLine]:
@@ -74,6 +75,11 @@ def _engine(summary: Mapping[str, Any]) -> list[TrustLine]:
     engine = summary.get("engine")
     words = f"“{engine}”: {_ENGINES.get(str(engine), 'another one')}; precision {summary.get('precision', 'unknown')}"
     return [TrustLine("Engine", words, "warning" if engine == "none" else "plain")] if engine else []
+
+
+def _rates(summary: Mapping[str, Any]) -> list[TrustLine]:
+    rates = summary.get("rates")
+    return [] if not rates or rates["of_step_alone"] else [TrustLine("Learning rate", rates["words"], "warning")]
 
 
 def _noise(summary: Mapping[str, Any]) -> list[TrustLine]:

@@ -35,6 +35,7 @@ __all__ = [
     "repeated_steps",
     "reversal",
     "revolve",
+    "steps_written",
     "trained_parameters",
     "unflatten",
     "window_in_words",

@@ -4,7 +4,7 @@
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class FitEnd:
         num_val_batches: How many batches of each validation loader Lightning took, infinity where all; None where
             it never validated.
         is_complete: Whether the fit came to its end, rather than to an exception.
+        unexplained: What moved the optimizer's options and may have followed the training; see
+            :meth:`lightning_sgdclean.record.rates.RateNotes.unexplained`. None where that is not known.
     """
 
     monitor: str
@@ -38,6 +40,7 @@ class FitEnd:
     best_step: int | None = None
     num_val_batches: list[float] | None = None
     is_complete: bool = False
+    unexplained: dict[str, Any] | None = None
 
     def logged_at(self, monitor: str, index: int) -> float | None:
         """The value of ``monitor`` that was logged after so many steps."""
@@ -181,6 +184,12 @@ class Trajectory:
         if self._open is None or self._open[0] != file:
             self._open = file, Segment(self.folder / file)
         return self._open[1]
+
+
+def steps_written(folder: Path) -> Iterator[Step]:
+    """The steps that a manifest names, in order, for one who has just written them: no checksum is looked at."""
+    for segment in _manifest(folder)["segments"]:
+        yield from Segment(folder / segment["file"]).steps()
 
 
 def fit_of(fits: Iterable[tuple[int, str]], index: int) -> str:

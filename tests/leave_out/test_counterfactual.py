@@ -135,7 +135,11 @@ def test_what_was_predicted_of_another_objective_or_window_is_not_shown(tmp_path
     assert again(callback, case, without=IDS, epochs=1).predicted is None
     assert again(callback, case, without=IDS, mode="max").predicted is None
     assert again(callback, case, without=IDS, val_dataloaders=DataLoader(TRAIN, batch_size=4)).predicted is None
-    (tmp_path / "run" / "influence.csv").unlink()
+    table = tmp_path / "run" / "influence.csv"
+    table.write_text(table.read_text().replace(",harmful,", ",helpful,", 1))
+    with pytest.warns(SGDInfluenceWarning, match=r"nothing predicted to compare with: .*influence\.csv is damaged"):
+        assert again(callback, case, without=IDS).predicted is None
+    table.unlink()
     assert again(callback, case, without=IDS).predicted is None
 
 

@@ -37,6 +37,17 @@ def test_what_speaks_against_trust_is_a_warning():
     assert "may look different" in found["Data", "plain"]
 
 
+def test_a_run_that_is_not_whole_and_rates_that_may_follow_the_training_are_warnings():
+    window = {"words": "steps 0 to 9; the fit did not come to its end", "first_step": 0, "partial": True}
+    for is_known in (False, None):
+        rates = {"of_step_alone": is_known, "words": "may follow"}
+        found = {line.term: line for line in trust_lines(SUMMARY | {"window": window, "rates": rates})}
+        assert (found["Window"].words, found["Window"].state) == (window["words"], "warning")
+        assert (found["Learning rate"].words, found["Learning rate"].state) == ("may follow", "warning")
+    whole = SUMMARY | {"rates": {"of_step_alone": True, "words": "constant"}}
+    assert [line.term for line in trust_lines(whole)] == [line.term for line in trust_lines(SUMMARY)]
+
+
 @pytest.mark.parametrize("cosine", [None, math.nan])  # as summary.json holds it, and as the callback does
 def test_a_cosine_that_is_no_number_is_a_warning(cosine):
     summary = SUMMARY | {"float32_agreement": {"cosine": cosine, "num_steps": 8}}
