@@ -124,6 +124,7 @@ class Finite:
 
     Args:
         radius: Length of the move relative to that of the parameters.
+        falls_back: Whether :class:`Exact` stands in where the differences cannot be trusted.
 
     Attributes:
         num_pulled: How many batches were pulled back.
@@ -134,8 +135,8 @@ class Finite:
 
     with_hessian = True
 
-    def __init__(self, radius: float = 0.03) -> None:
-        self.radius = radius
+    def __init__(self, radius: float = 0.03, *, falls_back: bool = True) -> None:
+        self.radius, self.falls_back = radius, falls_back
         self.num_pulled = self.num_replaced = self.num_doubtful = 0
         self.why = ""
 
@@ -204,7 +205,7 @@ class _Difference:
             for param, origin in zip(self._params, start, strict=True):
                 param.copy_(origin)
         self._engine.num_pulled += 1
-        if self._is_bent(direction, adjoint, losses, move):
+        if self._engine.falls_back and self._is_bent(direction, adjoint, losses, move):
             exact = self._exact(cotangent, buffers)
             if exact is not None:
                 return exact

@@ -199,7 +199,7 @@ class _Point:
         self._at = [param.detach().clone() for param in self._params]
         self._buffers = {name: buffer.detach().clone() for name, buffer in replay.module.named_buffers()}
         self._weights = batch.weights()
-        engine = Finite(_MOVES[0]) if isinstance(engine, Finite) else engine
+        engine = Finite(_MOVES[0], falls_back=False) if isinstance(engine, Finite) else engine
         evaluate = partial(batch.evaluate, surroundings=wide)
         linearised: Linearised = engine.open(evaluate, self._params, self._weights, needs_gradient=True)
         self._gradient = linearised.gradient or []

@@ -137,8 +137,12 @@ class Attributes:
                 live.clear()
                 live.extend(content) if isinstance(live, list | deque) else live.update(content)
         with torch.no_grad():
-            for array, content in self._arrays:
-                array.copy_(content) if isinstance(array, Tensor) else np.copyto(array, content)
+            for array, content in self._arrays:  # what did not change may be part of a graph: writing would break it
+                if isinstance(array, Tensor):
+                    if not torch.equal(array, content):
+                        array.copy_(content)
+                else:
+                    np.copyto(array, content)
 
 
 def _members(container: Any) -> Iterator[Any]:
