@@ -141,7 +141,8 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
     if not run.averaging:
         complaints += _compare_objective(objectives[0].value, steps[-1], run, replay, options)
-    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
+    named = options.sample_ids is not None
+    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)
 
     def start(walk: Walk) -> list[Adjoint]:
         """The objectives' gradients, in the precision that the walk takes derivatives in."""

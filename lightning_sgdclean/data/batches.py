@@ -161,3 +161,27 @@ def _is_by_row(item: Any, num: int) -> bool:
     if isinstance(item, Tensor):
         return item.layout is torch.strided and not item.is_nested and item.ndim > 0 and item.shape[0] == num > 0
     return isinstance(item, list | tuple) and len(item) == num > 0
+
+
+def has_row_each(part: Any, num: int) -> bool:
+    """Whether a part of a batch has a row, or an entry, for each of ``num`` samples."""
+    if isinstance(part, list | tuple):
+        return is_entry_each(part, num)
+    return bool(getattr(part, "ndim", 0)) and part.shape[0] == num
+
+
+def batch_parts(batch: Any, num: int, above: tuple[int, ...] = ()) -> list[Any]:
+    """What a batch is made of, part by part, each with samples first where it has a row for each."""
+    if isinstance(batch, Tensor):
+        is_time_first = batch.ndim > 1 and batch.shape[0] != num == batch.shape[1] and batch.layout is torch.strided
+        return [batch.transpose(0, 1) if is_time_first else batch]
+    if id(batch) in above:
+        return []
+    if isinstance(batch, Mapping):
+        inner = list(batch.values())
+    elif isinstance(batch, list | tuple):
+        inner = [] if is_entry_each(batch, num) else list(batch)
+    else:
+        inner = [] if callable(batch) else list(attributes_of(batch).values())
+    found = [part for value in inner for part in batch_parts(value, num, (*above, id(batch)))]
+    return found or [batch]
