@@ -50,6 +50,7 @@ __all__ = [
     "pack_batch",
     "picture_of",
     "picture_values",
+    "samples_first",
     "share_samples",
     "source_of",
     "stop_noting",

@@ -163,25 +163,27 @@ def _is_by_row(item: Any, num: int) -> bool:
     return isinstance(item, list | tuple) and len(item) == num > 0
 
 
-def has_row_each(part: Any, num: int) -> bool:
-    """Whether a part of a batch has a row, or an entry, for each of ``num`` samples."""
-    if isinstance(part, list | tuple):
-        return is_entry_each(part, num)
-    return bool(getattr(part, "ndim", 0)) and part.shape[0] == num
-
-
 def batch_parts(batch: Any, num: int, above: tuple[int, ...] = ()) -> list[Any]:
-    """What a batch is made of, part by part, each with samples first where it has a row for each."""
-    if isinstance(batch, Tensor):
-        is_time_first = batch.ndim > 1 and batch.shape[0] != num == batch.shape[1] and batch.layout is torch.strided
-        return [batch.transpose(0, 1) if is_time_first else batch]
-    if id(batch) in above:
-        return []
+    """What a batch of ``num`` samples is made of: tensors, sequences with an entry a sample, and single values."""
+    if isinstance(batch, Tensor) or id(batch) in above:
+        return [batch]
     if isinstance(batch, Mapping):
         inner = list(batch.values())
     elif isinstance(batch, list | tuple):
         inner = [] if is_entry_each(batch, num) else list(batch)
     else:
         inner = [] if callable(batch) else list(attributes_of(batch).values())
-    found = [part for value in inner for part in batch_parts(value, num, (*above, id(batch)))]
-    return found or [batch]
+    return [part for value in inner for part in batch_parts(value, num, (*above, id(batch)))] or [batch]
+
+
+def samples_first(part: Any, num: int) -> tuple[Any, int]:
+    """A part of a batch with samples in the first dimension, and which dimension they had: the second in time-first."""
+    is_second = isinstance(part, Tensor) and part.ndim > 1 and part.shape[0] != num == part.shape[1]
+    return (part.transpose(0, 1), 1) if is_second and part.layout is torch.strided else (part, 0)
+
+
+def has_row_each(part: Any, num: int, dim: int = 0) -> bool:
+    """Whether a part of a batch has a row along a dimension, or an entry, for each of ``num`` samples."""
+    if isinstance(part, list | tuple):
+        return is_entry_each(part, num)
+    return int(getattr(part, "ndim", 0)) > dim and part.shape[dim] == num

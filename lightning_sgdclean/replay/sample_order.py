@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sgdclean.base.errors import NAME_THEM, ReplayMismatchError, SampleIdError
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
-from lightning_sgdclean.data.batches import batch_parts, cloned, has_row_each, of_one_shape
+from lightning_sgdclean.data.batches import batch_parts, cloned, has_row_each, of_one_shape, samples_first
 from lightning_sgdclean.data.fetching import (
     collate_items,
     fetch_batch,
@@ -152,7 +152,7 @@ class CollateProof:
             return fetch_batch(loader, micro.positions)
         collated = self._collated(loader, micro)
         collated.prove()
-        return collated.batch
+        return collated.batch()
 
     def check_kept(self, loader: Any, micro: MicroBatch) -> None:
         """Likewise of a batch that was kept, by what its samples are now.
@@ -200,9 +200,14 @@ class _Collated:
         self._loader, self._micro, self._num = loader, micro, len(micro.positions)
         self.items = [*fetch_items(loader, micro.positions), *spare]
         self._own = list(range(self._num))
-        self.batch, self._draws = self._collate(self._own)
-        self._found = fingerprint(self.batch, self._num)
-        self._parts = [fingerprint(part, self._num) for part in batch_parts(self.batch, self._num)]
+        batch, self._draws = self._collate(self._own)
+        # Read at once: the next batch may be put into the memory of this one.
+        self._found = fingerprint(batch, self._num)
+        parts = batch_parts(batch, self._num)
+        self._dims = [samples_first(part, self._num)[1] for part in parts]
+        self._parts = self._prints(parts)
+        # Numbers so fine that two samples hardly share them; labels they may.
+        self._is_fine = [isinstance(part, Tensor) and part.is_floating_point() for part in parts]
         self._by_row: list[bool] | None = None
 
     def prove(self) -> None:
@@ -215,6 +220,13 @@ class _Collated:
             self._expect(order, self._own, can_fail=True)
         for row, order in self._without_doubles():
             self._expect(order, [row], can_fail=len(set(order)) > 1)
+
+    def _prints(self, parts: list[Any]) -> list[Fingerprint]:
+        return [fingerprint(samples_first(part, self._num)[0], self._num) for part in parts]
+
+    def batch(self) -> Any:
+        """The samples as they were drawn."""
+        return self._collate(self._own)[0]
 
     def _collate(self, order: list[int]) -> tuple[Any, bool]:
         """The samples of these places as a batch, and whether that drew random numbers; from one random state."""
@@ -240,7 +252,7 @@ class _Collated:
             found.rows[rows], self._found.rows[[order[row] for row in rows]]
         ):
             return
-        parts = [fingerprint(part, self._num) for part in batch_parts(batch, self._num)]
+        parts = self._prints(batch_parts(batch, self._num))
         off = sorted(self._off(order, parts) & {*rows})
         if off and self._is_certain(found, order, off, is_double=len(rows) == 1):
             raise self._refusal(order[off[0]])
@@ -271,7 +283,7 @@ class _Collated:
                 parts = batch_parts(fewer, self._num - 1)
                 is_alike = len(parts) == len(self._parts)
                 for i, was in enumerate(self._by_row):
-                    self._by_row[i] = was and is_alike and has_row_each(parts[i], self._num - 1)
+                    self._by_row[i] = was and is_alike and has_row_each(parts[i], self._num - 1, self._dims[i])
         return self._by_row[number]
 
     def _is_certain(self, found: Fingerprint, order: list[int], off: list[int], is_double: bool) -> bool:
@@ -279,16 +291,17 @@ class _Collated:
 
         Of a random one only rows that were equal, or few that are copies of others, are held against it.
         """
-        again, _ = self._collate(self._own)
-        if np.array_equal(fingerprint(again, self._num).digest, self._found.digest) and (is_double or not self._draws):
+        if np.array_equal(fingerprint(self.batch(), self._num).digest, self._found.digest) and (
+            is_double or not self._draws
+        ):
             return True
         copies = [row for row in off if found.rows[row] in np.delete(self._found.rows, order[row])]
         return copies == off and 2 * len(off) <= self._num
 
     def _without_doubles(self) -> Iterator[tuple[int, list[int]]]:
         """For samples that differ but have equal rows: each without the others, which it may be a copy of."""
-        numbers = [part for part in map(_floating, batch_parts(self.batch, self._num)) if part is not None]
-        for rows in [self._found.rows, *(fingerprint(part, self._num).rows for part in numbers)]:
+        fine = [part.rows for part, is_fine in zip(self._parts, self._is_fine, strict=True) if is_fine]
+        for rows in [self._found.rows, *fine]:
             _, kind, counts = np.unique(rows, return_inverse=True, return_counts=True)
             is_telling = (counts > 1) & ((counts < self._num) | (self._num == 2) | (rows is self._found.rows))
             for number in np.flatnonzero(is_telling & rows.any())[:_MOST]:
@@ -333,8 +346,3 @@ def _orders(num: int, seed: int) -> Iterator[list[int]]:
             )
             order = drawn.tolist()
         yield order
-
-
-def _floating(part: Any) -> Any:
-    """The part if it is made of numbers so fine that two samples hardly share them; labels they may."""
-    return part if isinstance(part, Tensor) and part.is_floating_point() else None
