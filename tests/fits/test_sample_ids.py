@@ -14,6 +14,7 @@ from cases import TRAIN, VAL, Plain, objective, quiet_trainer
 from datasets import KEPT, Augmented, Wrapped
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError, SampleIdError, SGDInfluenceWarning
+from lightning_sgdclean.report.samples import ids_to_show
 from lightning_sgdclean.trajectory.store import Trajectory
 from reference import assert_derivative, influences
 
@@ -421,6 +422,36 @@ def test_with_sample_ids_whatever_a_collate_function_does_is_followed(data, coll
     train = DataLoader(data, batch_size=5, shuffle=True, collate_fn=collate)
     callback, module = rank(train, sample_ids=lambda batch: batch[2], epochs="all", keep_batches=keep)
     assert recorded(callback) == module.order
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Passing(TRAIN, batch_size=5, shuffle=True),
+        lambda: DataLoader(TRAIN, batch_size=5, shuffle=True, collate_fn=with_rows_swapped),
+        lambda: DataLoader(Fragile(), batch_size=5, shuffle=True, collate_fn=dropped),
+    ],
+)
+def test_the_page_shows_the_samples_that_sample_ids_named(make):
+    shown = []
+    callback, _ = rank(
+        make(), sample_ids=lambda batch: batch[2], render=lambda sample: str(shown.append(int(sample[2])))
+    )
+    assert shown == ids_to_show(callback.ranking)
+
+
+def test_a_sampler_whose_draws_are_no_ids_needs_sample_ids_only():
+    class Asked(Wrapped):
+        def __getitem__(self, query):
+            return self.inner[query["row"]]
+
+    def train():
+        return DataLoader(Asked(), batch_size=5, sampler=[{"row": i} for i in range(23)])
+
+    callback, module = rank(train(), sample_ids=lambda batch: batch[2], epochs="all")
+    assert recorded(callback) == module.order
+    with pytest.raises(SampleIdError, match=r"of type dict.*Give sample_ids="):
+        rank(train())
 
 
 def numbered(items):
