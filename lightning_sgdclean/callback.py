@@ -189,7 +189,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return
         check_alone(trainer, SGDInfluence)
         check_module(trainer, pl_module, self.options.objective is not None)
-        self._loaders = TrainLoaders(self.options.sample_ids, may_keep=self.options.keep_batches is not False)
+        self._loaders = TrainLoaders(self.options)
         self._loaders.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

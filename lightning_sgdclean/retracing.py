@@ -2,22 +2,19 @@
 """From a recorded run to a ranking: where its fit has just ended, or with :func:`retrace` on another day."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
 from lightning_sgdclean.adjoint.curvature import Finite
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
-from lightning_sgdclean.adjoint.objective_check import check_objectives
+from lightning_sgdclean.adjoint.objective_check import check_at_end, compare_with_logged
 from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
-from lightning_sgdclean.base.errors import ReplayMismatchError, warn_of
+from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import versions
@@ -27,7 +24,7 @@ from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.inspection import predicted_labels, sample_columns
 from lightning_sgdclean.replay.open import reopened
-from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, Replay
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
 from lightning_sgdclean.replay.sample_order import prove_ids
 from lightning_sgdclean.report.words import replay_in_words, retrace_bar, runs_bar
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
@@ -147,9 +144,10 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
     complaints = [*this.partial_in_words(), *of_rates, *complaints]
     if not run.averaging:
-        complaints += _compare_objective(objectives[0], steps[-1], run, replay, options)
-    complaints += _check_objectives(this)
-    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
+        complaints += compare_with_logged(objectives[0], this)
+    complaints += check_at_end(this)
+    named = options.sample_ids is not None
+    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)
 
     def start(walk: Walk) -> list[Adjoint]:
         """The objectives' gradients, in the precision that the walk takes derivatives in."""
@@ -180,20 +178,6 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     ranking, about["trust"], doubts = _tested(this, ranking, bar)
     return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]
-
-
-_NUM_CHECKED = 2  # validation batches
-
-
-def _check_objectives(this: OpenedRun) -> list[str]:
-    """Whether the objectives' gradients are the derivatives of their values, on the first validation batches."""
-    replay = this.replay
-    replay.load(this.end)
-    batches, num_loaders = this.validation()
-    some, params = list(islice(batches, _NUM_CHECKED)), list(replay.params.values())
-    complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
-    replay.restore()  # validation had put the module into evaluation mode
-    return complaints
 
 
 def _tested(this: OpenedRun, ranking: Ranking, bar: Any) -> tuple[Ranking, dict[str, Any] | None, list[str]]:
@@ -232,32 +216,6 @@ def _columns(found: Influences, walk: Walk, options: Options) -> dict[str, Any]:
     columns |= by_epoch if "by_epoch" in wanted else {}
     changes = [None] * len(found.ids) if walk.labels_of is None else found.relabelled
     return columns | ({"relabel": changes} if "relabel" in wanted else {})
-
-
-_ROUNDINGS = 16  # of the logged value
-_FAR = 1e-4  # relative: no rounding
-
-
-def _compare_objective(
-    found: ObjectiveGradient, last: Step, run: RecordedRun, replay: Replay, options: Options
-) -> list[str]:
-    """Hold the recomputed value against the logged one, where both are of the same weights and data."""
-    if options.objective is not None or options.val_dataloaders is not None:
-        return []
-    at_end = run.ending.logged_at(options.monitor, last.index + 1)
-    eps = max(torch.finfo(param.dtype).eps for param in replay.params.values())
-    eps = max(eps, 2.0**-8) if is_low(replay.surroundings, replay.module) else eps
-    if at_end is None or math.isclose(found.as_logged, at_end, rel_tol=_ROUNDINGS * eps, abs_tol=1e-12):
-        return []
-    text = (
-        f"{options.monitor!r} recomputed on the final weights is {found.as_logged!r}, but {at_end!r} was logged for "
-        "them, which is more than rounding. Likely causes: random validation data, weights moved after the last step, "
-        f"{'' if run.is_of_fit else 'other validation data than the fit had, '}or a value not averaged by batch size."
-    )
-    is_far = not math.isclose(found.as_logged, at_end, rel_tol=max(_FAR, 4 * eps), abs_tol=1e-12)
-    if is_far and options.on_mismatch == "raise" and run.is_of_fit:
-        raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
-    return [text]
 
 
 def _derivative(walk: Walk) -> dict[str, Any]:

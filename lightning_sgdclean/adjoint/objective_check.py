@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hold the objective's gradient against differences of its value: a part of it may be detached, or a Python number."""
 
+import math
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,14 +11,15 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients, value_of
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
-from lightning_sgdclean.base.errors import ObjectiveError, SGDInfluenceError, warn_of
+from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.kernels import WatchedCalls, length_of
-from lightning_sgdclean.losses.precision import in_float64
+from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
+from lightning_sgdclean.replay.replay import OpenedRun
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
 
@@ -101,6 +104,56 @@ def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options:
         ):
             warn_of(check_objectives(module, params, [batch], num_loaders, options, as_it_is))
     return found
+
+
+_NUM_CHECKED = 2  # validation batches
+
+
+def check_at_end(this: OpenedRun) -> list[str]:
+    """:func:`check_objectives` at the end of a run's window, on the first validation batches."""
+    replay = this.replay
+    replay.load(this.end)
+    batches, num_loaders = this.validation()
+    some, params = list(islice(batches, _NUM_CHECKED)), list(replay.params.values())
+    complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
+    replay.restore()  # validation had put the module into evaluation mode
+    return complaints
+
+
+_ROUNDINGS = 16  # of the logged value
+_FAR = 1e-4  # relative: no rounding
+
+
+def compare_with_logged(found: ObjectiveGradient, this: OpenedRun) -> list[str]:
+    """Hold the recomputed objective against the logged one, where both are of the same weights and data.
+
+    Args:
+        found: The first objective at the end of the window.
+        this: The run.
+
+    Returns:
+        That they differ by more than rounding, if so.
+
+    Raises:
+        ReplayMismatchError: If they differ by far, on the data of the fit itself.
+    """
+    run, replay, options = this.run, this.replay, this.options
+    if options.objective is not None or options.val_dataloaders is not None:
+        return []
+    logged = run.ending.logged_at(options.monitor, this.steps[-1].index + 1)
+    eps = max(torch.finfo(param.dtype).eps for param in replay.params.values())
+    eps = max(eps, torch.finfo(torch.bfloat16).eps) if is_low(replay.surroundings, replay.module) else eps
+    if logged is None or math.isclose(found.as_logged, logged, rel_tol=_ROUNDINGS * eps, abs_tol=1e-12):
+        return []
+    text = (
+        f"{options.monitor!r} recomputed on the final weights is {found.as_logged!r}, but {logged!r} was logged for "
+        "them, which is more than rounding. Likely causes: random validation data, weights moved after the last step, "
+        f"{'' if run.is_of_fit else 'other validation data than the fit had, '}or a value not averaged by batch size."
+    )
+    is_far = not math.isclose(found.as_logged, logged, rel_tol=max(_FAR, 4 * eps), abs_tol=1e-12)
+    if is_far and options.on_mismatch == "raise" and run.is_of_fit:
+        raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
+    return [text]
 
 
 def _complaint(name: str, off: float, places: list[str]) -> str:

@@ -4,6 +4,9 @@
 import warnings
 from collections.abc import Iterable
 
+# The way out where positions in the dataset do not tell which samples a batch holds.
+NAME_THEM = "Give sample_ids=, a callable from the batch to its samples' ids."
+
 
 class SGDInfluenceError(RuntimeError):
     """Base of all refusals: the influences cannot be computed right, so they are not computed."""

@@ -166,3 +166,29 @@ def _is_by_row(item: Any, num: int) -> bool:
     if isinstance(item, Tensor):
         return item.layout is torch.strided and not item.is_nested and item.ndim > 0 and item.shape[0] == num > 0
     return isinstance(item, list | tuple) and len(item) == num > 0
+
+
+def batch_parts(batch: Any, num: int, above: tuple[int, ...] = ()) -> list[Any]:
+    """What a batch of ``num`` samples is made of: tensors, sequences with an entry a sample, and single values."""
+    if isinstance(batch, Tensor) or id(batch) in above:
+        return [batch]
+    if isinstance(batch, Mapping):
+        inner = list(batch.values())
+    elif isinstance(batch, list | tuple):
+        inner = [] if is_entry_each(batch, num) else list(batch)
+    else:
+        inner = [] if callable(batch) else list(attributes_of(batch).values())
+    return [part for value in inner for part in batch_parts(value, num, (*above, id(batch)))] or [batch]
+
+
+def samples_first(part: Any, num: int) -> tuple[Any, int]:
+    """A part of a batch with samples in the first dimension, and which dimension they had: the second in time-first."""
+    is_second = isinstance(part, Tensor) and part.ndim > 1 and part.shape[0] != num == part.shape[1]
+    return (part.transpose(0, 1), 1) if is_second and part.layout is torch.strided else (part, 0)
+
+
+def has_row_each(part: Any, num: int, dim: int = 0) -> bool:
+    """Whether a part of a batch has a row along a dimension, or an entry, for each of ``num`` samples."""
+    if isinstance(part, list | tuple):
+        return is_entry_each(part, num)
+    return int(getattr(part, "ndim", 0)) > dim and part.shape[dim] == num

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_sgdclean.base.errors import ReplayMismatchError
 from lightning_sgdclean.base.options import SampleId
@@ -74,6 +74,12 @@ def collate_items(loader: "DataLoader[Any]", items: Any) -> Any:
     """
     collate: Callable[[Any], Any] = loader.collate_fn
     return _asked_again("collate function", lambda: collate(items))
+
+
+def has_own_collate(loader: Any) -> bool:
+    """Whether batches are put together by a function that is not torch's, which keeps samples in their order."""
+    is_batching = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    return is_batching and loader.collate_fn is not default_collate
 
 
 def _asked_again(who: str, what: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ import copy
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_sgdclean.base.errors import SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
 from lightning_sgdclean.base.options import Positions
 
 
 class _NotingIterator:
-    def __init__(self, inner: Iterator[Any], drawn: deque[Any]) -> None:
+    def __init__(self, inner: Iterator[Any]) -> None:
         self._inner = inner
-        self.drawn = drawn
+        self._drawn: deque[Any] = deque()
+        self._is_begun = False
 
     def __iter__(self) -> "_NotingIterator":
         return self
@@ -34,24 +36,60 @@ class _NotingIterator:
     def __next__(self) -> Any:
         drawn = next(self._inner)
         # A copy: a dataset may change the list that it is handed.
-        is_many = isinstance(drawn, Iterable) and not isinstance(drawn, str | bytes) and getattr(drawn, "ndim", 1) != 0
+        is_many = _is_many(drawn)
         if is_many and iter(drawn) is drawn:
             raise SampleIdError(
                 f"The sampler yields a {type(drawn).__name__}, which can be read only once. Let it yield lists."
             )
-        self.drawn.append([_position(item) for item in drawn] if is_many else _position(drawn))
+        self._drawn.append([_position(item) for item in drawn] if is_many else _position(drawn))
         return drawn
 
+    def take(self, num_waiting: int | None, goes_on: bool) -> Any:
+        """See :meth:`NotingSampler.next_positions`; where a pass goes on, its first draws are of an earlier one."""
+        surplus = 0 if num_waiting is None else len(self._drawn) - num_waiting - 1
+        taken = [self._drawn.popleft() for _ in range(min(max(surplus, 0) + 1, len(self._drawn)))]
+        is_begun, self._is_begun = self._is_begun, True
+        if surplus > 0 and (is_begun or not goes_on):
+            raise SampleIdError(
+                f"The loader's sampler drew {surplus + 1} batches since the last one that was trained on, expected "
+                f"one: something takes batches out of the pass over the loader. {NAME_THEM}"
+            )
+        if not taken or surplus < 0:
+            raise SampleIdError(_NOT_DRAWN)
+        return taken[-1]
 
-class _StatefulNotingIterator(_NotingIterator):
+
+class _Stateful:
+    # Real methods: a runtime protocol check does not see what __getattr__ would find.
+    _inner: Any
+
     def state_dict(self) -> Any:
-        return self._inner.state_dict()  # type: ignore[attr-defined]
+        return self._inner.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        self._inner.load_state_dict(state)  # type: ignore[attr-defined]
+        self._inner.load_state_dict(state)
 
 
-class NotingSampler:
+class _StatefulNotingIterator(_Stateful, _NotingIterator):
+    pass
+
+
+_NOT_DRAWN = f"A training batch arrived that the loader's sampler did not draw; expected one draw a batch. {NAME_THEM}"
+
+
+class _StandIn:
+    _inner: Any
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+class NotingSampler(_StandIn):
     """A stand-in for a sampler or batch sampler that behaves like it and notes what it yields.
 
     One queue an iterator: what workers had prefetched of an abandoned iterator is forgotten with it, and
@@ -60,66 +98,56 @@ class NotingSampler:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._drawn: deque[Positions] = deque()
+        self._latest: _NotingIterator | None = None
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
         iterator = iter(self._inner)
-        self._drawn = deque()
-        wrap = _StatefulNotingIterator if _is_stateful(iterator) else _NotingIterator
-        return wrap(iterator, self._drawn)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self._inner, name)
+        self._latest = (_StatefulNotingIterator if _is_stateful(iterator) else _NotingIterator)(iterator)
+        return self._latest
 
     @property
     def inner(self) -> Any:
         """The user's own sampler."""
         return self._inner
 
-    def next_positions(self, iterator: Any = None) -> Positions:
+    def next_positions(self, draws: Any = None, num_waiting: int | None = None) -> Positions:
         """Dataset positions of the batch that the loader delivers next; a single one if it was drawn alone.
 
         Args:
-            iterator: The sampler's iterator that the batch was drawn from; by default the latest.
+            draws: The sampler's iterator that the batch was drawn from; by default the latest.
+            num_waiting: Batches of it that are drawn but not trained on yet, besides this one; None: unknown.
 
         Raises:
-            SampleIdError: If a batch was delivered that the sampler never drew, or whose positions are neither
-                int nor str.
+            SampleIdError: If the sampler drew other batches than those delivered, or positions that are neither int
+                nor str.
         """
-        queue = iterator.drawn if isinstance(iterator, _NotingIterator) else self._drawn
-        if not queue:
-            raise SampleIdError(
-                "A training batch arrived that the loader's sampler did not draw, so its samples are unknown. "
-                "Expected one draw a batch; give sample_ids=, a callable from the batch to its samples' ids."
-            )
-        drawn = queue.popleft()
-        odd = [item for item in (drawn if isinstance(drawn, list) else [drawn]) if not isinstance(item, int | str)]
+        # torchdata goes on from a checkpoint behind an islice, which passes over what was drawn before it.
+        noting = self._latest if draws is None or isinstance(draws, islice) else draws
+        if not isinstance(noting, _NotingIterator):
+            raise SampleIdError(_NOT_DRAWN)
+        drawn: Positions = noting.take(num_waiting, goes_on=isinstance(draws, islice))
+        items = drawn if isinstance(drawn, list) else [drawn]
+        odd = [item for item in items if not isinstance(item, int | str)]
         if odd:
             raise SampleIdError(
                 f"The sampler drew {odd[0]!r} of type {type(odd[0]).__name__}; a dataset's position must be an int or "
-                "a str to serve as a sample's id."
+                f"a str to serve as a sample's id. {NAME_THEM}"
             )
         return drawn
 
 
-class _StatefulNotingSampler(NotingSampler):
-    # Real methods: a runtime protocol check does not see what __getattr__ would find.
-    def state_dict(self) -> Any:
-        return self._inner.state_dict()
-
-    def load_state_dict(self, state: Any) -> None:
-        self._inner.load_state_dict(state)
+class _StatefulNotingSampler(_Stateful, NotingSampler):
+    pass
 
 
 def _position(item: Any) -> Any:
     """An index as a plain int where it is one, be it a tensor's, NumPy's or the user's own."""
     return operator.index(item) if hasattr(item, "__index__") and not isinstance(item, bool) else item
+
+
+def _is_many(drawn: Any) -> bool:
+    return isinstance(drawn, Iterable) and not isinstance(drawn, str | bytes) and getattr(drawn, "ndim", 1) != 0
 
 
 def _is_stateful(candidate: Any) -> bool:
@@ -152,7 +180,7 @@ def stop_noting(loader: "DataLoader[Any]") -> None:
 _WAY_OUT = "Leave the samples out yourself, where the loader is made."
 
 
-class DrawnSamples:
+class DrawnSamples(_StandIn):
     """The outermost sampler of a changed loader: passes on what is drawn, and sees to it that nothing dropped is.
 
     Attributes:
@@ -174,14 +202,6 @@ class DrawnSamples:
                     f"{type(self._inner).__name__} draws samples that are to be left out. {_WAY_OUT}"
                 )
             yield drawn
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while it is being copied
-            raise AttributeError(name)
-        return getattr(self._inner, name)
 
 
 def without_samples(loader: "DataLoader[Any]", dropped: Iterable[int]) -> "DataLoader[Any]":
@@ -226,8 +246,7 @@ def over_dataset(loader: "DataLoader[Any]", dataset: "Dataset[Any]") -> "DataLoa
 
 def _positions(drawn: Any) -> list[Any]:
     """What a sampler drew, one position or a batch of them, as plain numbers."""
-    is_batch = isinstance(drawn, Iterable) and getattr(drawn, "ndim", 1) != 0
-    return [operator.index(item) if hasattr(item, "__index__") else item for item in (drawn if is_batch else [drawn])]
+    return [_position(item) for item in (drawn if _is_many(drawn) else [drawn])]
 
 
 def _size_of(loader: Any) -> int:
@@ -305,7 +324,7 @@ class _Positions:
         return len(self._inner)
 
 
-class _Filtered:
+class _Filtered(_StandIn):
     """A sampler of the user's own, which draws each sample once, without some of them."""
 
     def __init__(self, inner: Any, out: frozenset[int]) -> None:
@@ -328,8 +347,3 @@ class _Filtered:
 
     def __len__(self) -> int:
         return len(self._inner) - len(self._out)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while it is being copied
-            raise AttributeError(name)
-        return getattr(self._inner, name)

@@ -225,7 +225,9 @@ class BatchKeeper:
             packed: PackedBatch | None = pack_batch(batch, self.classes)
             self._announce(why, packed, epoch, must=True)
         else:
-            self.watch.look(positions if isinstance(positions, list) else [positions], print_, epoch, drew)
+            names = positions if isinstance(positions, list) else [positions]
+            # Of a batch with more or fewer rows than were drawn, it is not known which sample to compare.
+            self.watch.look(names if len(names) == len(print_.rows) else [], print_, epoch, drew)
             why = self.watch.evidence
             packed = self._pack_if_wanted(batch, why)
             self._announce(why, packed, epoch, must=False)

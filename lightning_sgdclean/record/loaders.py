@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loaders as Lightning prepares them: may they be followed, and the names of their samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sgdclean.base.errors import SampleIdError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
 from lightning_sgdclean.base.lightning import combined_loader, one_loader
-from lightning_sgdclean.base.options import Positions, SampleId
+from lightning_sgdclean.base.options import Options, Positions, SampleId
+from lightning_sgdclean.data.batches import attributes_of, tensor_shapes
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
 
 
@@ -17,17 +18,18 @@ class TrainLoaders:
     """Shadows the strategy's hook that every loader passes, and notes what their samplers draw.
 
     Args:
-        sample_ids: The user's own names, a callable from a batch.
-        may_keep: Whether batches may be kept, so that they need not be fetched again.
+        options: The callback's.
 
     Attributes:
         loaders: All of the fit; several if they were made anew on the way.
         as_delivered: What makes a loader's batch what ``training_step`` gets.
     """
 
-    def __init__(self, sample_ids: Callable[[Any], Any] | None, may_keep: bool) -> None:
-        self._sample_ids, self._may_keep = sample_ids, may_keep
+    def __init__(self, options: Options) -> None:
+        self._sample_ids, self._may_keep = options.sample_ids, options.keep_batches is not False
+        self._rows = _RowCheck() if options.sample_losses is None else None
         self._noting: NotingSampler | None = None
+        self._dataset: Any = None  # of the latest loader, when it was first seen
         self.loaders: list[Any] = []
         self._first_used: dict[int, int] = {}  # epoch -> number of the loader that it began with
         self.as_delivered: Callable[[Any], Any] = lambda batch: batch
@@ -49,6 +51,7 @@ class TrainLoaders:
             self._noting = note_samples(loader)
         if not self.loaders or loader is not self.loaders[-1]:
             self.loaders.append(loader)
+            self._dataset = getattr(loader, "dataset", None)
 
     def check(self, trainer: Any) -> None:
         """Once training starts: was exactly one loader seen?
@@ -85,31 +88,141 @@ class TrainLoaders:
                 stop_noting(loader)
 
     def next_positions(self, trainer: Any) -> Positions | None:
-        """Dataset positions of the batch that the Trainer goes on with; None where samples have none."""
-        return None if self._noting is None else self._noting.next_positions(_sampler_iterator(trainer))
+        """Dataset positions of the batch that the Trainer goes on with; None where samples have none.
+
+        Raises:
+            SampleIdError: If a batch need not be the one that was drawn, and the user does not name its samples, or
+                does not let it be kept.
+        """
+        if self._noting is None:
+            return None
+        iterator, num_ahead = _pass_of(trainer)
+        try:
+            _check_pass(iterator, self._dataset)
+            num_waiting = num_ahead + len(getattr(iterator, "_task_info", ()))  # those that workers have at hand
+            return self._noting.next_positions(iterator._sampler_iter, num_waiting)
+        except SampleIdError as error:
+            if self._sample_ids is None:
+                raise
+            if not self._may_keep:
+                found = str(error).removesuffix(NAME_THEM)
+                raise SampleIdError(
+                    f"{found}Its batches can only be kept, but keep_batches=False. {_LEAVE_AT_AUTO}"
+                ) from error
+            return None
 
     def names(self, batch: Any, positions: Positions | None) -> list[SampleId]:
         """The samples' ids: those that the user gives, else their positions.
 
         Raises:
-            SampleIdError: If the user's are no ids, or of another number.
+            SampleIdError: If the user's are no ids, or the batch has another number of samples.
         """
-        positions = positions if isinstance(positions, list | None) else [positions]
+        drawn = positions if isinstance(positions, list | None) else [positions]
         if self._sample_ids is None:
-            assert positions is not None  # else the loader would have been refused
-            return list(positions)
+            assert drawn is not None  # else the loader would have been refused
+            if isinstance(positions, list) and self._rows is not None:
+                self._rows.check(batch, len(positions))
+            return list(drawn)
         given = self._sample_ids(batch)
         names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
-        if positions is not None and len(names) != len(positions):
-            raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(positions)} samples.")
+        if drawn is not None and len(names) not in (len(drawn), _num_rows(batch)):
+            raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(drawn)} samples.")
         return names
 
 
-def _sampler_iterator(trainer: Any) -> Any:
-    """The iterator that Lightning's own pass over the loader draws from; others may go through the loader, too."""
+def _pass_of(trainer: Any) -> tuple[Any, int]:
+    """The iterator of Lightning's own pass over the loader, and how many batches it has fetched ahead.
+
+    Others may go through the loader, too.
+    """
     passes = getattr(combined_loader(trainer), "_iterator", None)
-    first = next(iter(getattr(passes, "iterators", [])), None)
-    return getattr(first, "_sampler_iter", None)
+    ahead = getattr(getattr(trainer.fit_loop, "_data_fetcher", None), "batches", ())
+    return next(iter(getattr(passes, "iterators", [])), None), len(ahead)
+
+
+# What an iterator of torch's delivers by: each draw once, in the order of the draws.
+_DELIVERING = ("__next__", "_next_data", "_next_index", "_process_data", "_try_put_index", "_get_data", "_try_get_data")
+
+
+def _check_pass(iterator: Any, dataset: Any) -> None:
+    """Does each batch of the pass come straight from torch's DataLoader, as the sampler drew it?
+
+    Raises:
+        SampleIdError: If code of somebody else's stands between.
+    """
+    methods = {name: getattr(iterator, name) for name in _DELIVERING if hasattr(iterator, name)}
+    foreign = [name for name, method in methods.items() if not _is_torchs(method)]
+    if foreign or not methods:
+        # A generator has the name of the function that made it, say MyLoader.__iter__.
+        name = getattr(iterator, "__qualname__", type(iterator).__qualname__)
+        name = f"{name}, with another {foreign[0]}" if "_next_data" in methods else name
+        raise SampleIdError(
+            f"The training batches come out of {name}, not straight from torch's DataLoader: it may pass over, repeat, "
+            f"buffer or shuffle batches, so which samples a batch holds is not known. {NAME_THEM}"
+        )
+    if iterator._dataset is not dataset:
+        raise SampleIdError(
+            "The loader goes over another dataset than it had when training began, so positions are no names. "
+            f"{NAME_THEM}"
+        )
+
+
+def _is_torchs(method: Any) -> bool:
+    home = getattr(getattr(method, "__func__", method), "__globals__", {}).get("__name__", "")
+    return str(home).startswith(("torch.", "torchdata."))
+
+
+class _RowCheck:
+    """Can a batch hold the samples that were drawn for it?"""
+
+    def __init__(self) -> None:
+        self._led = False  # whether all tensors of a batch were once as long as its draw
+
+    def check(self, batch: Any, num: int) -> None:
+        """Refuse a batch that surely does not.
+
+        All its tensors have another length than ``num``, and it is none of several views of each sample. Either no
+        other dimension is as long as the draw, or earlier batches had a row a sample.
+
+        Raises:
+            SampleIdError: With both numbers.
+        """
+        shapes = _shapes(batch)
+        rows = _num_rows(batch)
+        if rows == num:
+            self._led = True
+        elif rows is not None and rows % num:
+            # Time may come first, then samples; not so in a tensor of one dimension.
+            seems_time_first = any(num in shape for shape in shapes)
+            shows = not seems_time_first or (self._led and any(len(shape) == 1 for shape in shapes))
+            if shows and not _may_list_samples(batch, num):
+                raise SampleIdError(
+                    f"A training batch has {rows} rows, but {num} samples were drawn for it: the collate function (or "
+                    f"a transfer hook) drops or adds samples, so which row is whose is not known. {NAME_THEM}"
+                )
+
+
+def _may_list_samples(value: Any, num: int, above: tuple[int, ...] = ()) -> bool:
+    """Whether there is a sequence in a batch that may have one entry a sample."""
+    if isinstance(value, Tensor | str) or id(value) in above:
+        return False
+    if isinstance(value, list | tuple):
+        if len(value) == num or not any(isinstance(item, Tensor) for item in value):
+            return True
+        parts = list(value)
+    else:
+        parts = list((value if isinstance(value, Mapping) else attributes_of(value)).values())
+    return any(_may_list_samples(part, num, (*above, id(value))) for part in parts)
+
+
+def _shapes(batch: Any) -> list[tuple[int, ...]]:
+    return [shape for shape in tensor_shapes(batch) if shape]
+
+
+def _num_rows(batch: Any) -> int | None:
+    """The length of all the batch's tensors; None where they differ."""
+    lengths = {shape[0] for shape in _shapes(batch)}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _plain_id(name: Any) -> SampleId:
@@ -117,6 +230,9 @@ def _plain_id(name: Any) -> SampleId:
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
+
+
+_LEAVE_AT_AUTO = 'Leave it at "auto".'
 
 
 def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> None:
@@ -130,19 +246,18 @@ def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> Non
     if is_stream and has_sample_ids and not may_keep:
         raise SampleIdError(
             f"The training data are a stream ({type(getattr(loader, 'dataset', loader)).__name__}), whose batches can "
-            'only be kept, but keep_batches=False. Leave it at "auto".'
+            f"only be kept, but keep_batches=False. {_LEAVE_AT_AUTO}"
         )
     if not isinstance(loader, DataLoader):
         if has_sample_ids:
             return
         raise SampleIdError(
             f"The training data come from a {type(loader).__name__}, not a torch DataLoader, so samples have no "
-            "positions. Give sample_ids=, a callable from the batch to its samples' ids."
+            f"positions. {NAME_THEM}"
         )
     if isinstance(loader.dataset, IterableDataset) and not has_sample_ids:
         raise SampleIdError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. "
-            "Give sample_ids=, a callable from the batch to its samples' ids."
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. {NAME_THEM}"
         )
     if not getattr(loader, "in_order", True):
         raise UnsupportedTrainingError(

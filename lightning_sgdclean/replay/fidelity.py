@@ -71,7 +71,8 @@ class Fidelity:
             f"{len(off)} of {len(digest)} samples of its batch, fetched again, hold other data "
             f"(sample {micro.ids[off[0]]!r} first). Random augmentation, in the dataset, the collate function or a "
             "transfer hook, or data that changed since, is the likely cause. Train again with keep_batches=True, which "
-            "stores batches as they are trained on.",
+            "stores batches as they are trained on; where a position has come to be another sample, or a collate "
+            "function takes samples from batches before, with sample_ids=, which names them, too.",
         )
 
     def compare_losses(self, step: Step, losses: list[Tensor], counts: bool = True) -> None:

@@ -23,7 +23,6 @@ from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.fetching import (
     ValidationBatch,
-    fetch_batch,
     loaders_in,
     moved_positions,
     validation_batches,
@@ -32,6 +31,7 @@ from lightning_sgdclean.data.packing import Classes, classes_of, unpack_batch
 from lightning_sgdclean.losses.surroundings import surroundings_of, untouched_module
 from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, replay_of
+from lightning_sgdclean.replay.sample_order import CollateProof, are_names
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, first_epoch_kept
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
@@ -53,6 +53,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
         with torch.enable_grad(), untouched_randomness(surroundings.device), untouched_module(module) as restore:
             trajectory = Trajectory(run.folder / "trajectory", run.ending.best_step if options.at == "best" else None)
             steps, complaints = _window(trajectory, run, options)
+            collating = CollateProof(options.sample_ids is not None or are_names(trajectory.steps))
 
             def loader_of(micro: MicroBatch) -> Any:
                 joint = max(trajectory.joints, default=-1)
@@ -62,9 +63,9 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 """As it was kept, when the transfer hooks had seen it already, or fetched again."""
                 kept, micro = trajectory.batch(step, number), step.micro[number]
                 if kept is not None:
+                    collating.check_kept(loader_of(micro), micro)
                     return unpack_batch(kept, run.classes, surroundings.device)
-                assert micro.positions is not None
-                return surroundings.prepare(run.as_delivered(fetch_batch(loader_of(micro), micro.positions)), 0)
+                return surroundings.prepare(run.as_delivered(collating.fetched(loader_of(micro), micro)), 0)
 
             check_finite(steps)
             check_positions(steps, loader_of)

@@ -13,6 +13,7 @@ from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import attributes_of, is_entry_each
 from lightning_sgdclean.data.datasets import listed_labels
+from lightning_sgdclean.data.fetching import has_own_collate
 from lightning_sgdclean.data.labels import Label, label_of, likely_place_of_label
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.replay import OpenedRun
@@ -140,7 +141,7 @@ class RunSamples:
         try:
             if dataset is None:
                 raise LookupError("it came from a stream and cannot be fetched again")
-            return dataset[_position(micro, row)]
+            return dataset[self._position(micro, row)]
         except Exception:  # the user's dataset, which may raise anything
             if micro.batch is None:
                 raise
@@ -151,7 +152,23 @@ class RunSamples:
         if self.dataset is None:
             return None
         visits = [self._visits[name] for name in ranking.sample_id.tolist()]
-        return listed_labels(self.dataset, [_position(step.micro[number], row) for step, number, row in visits])
+        try:
+            positions = [self._position(step.micro[number], row) for step, number, row in visits]
+        except LookupError:
+            return None
+        return listed_labels(self.dataset, positions)
+
+    def _position(self, micro: MicroBatch, row: int) -> Any:
+        """Where the sample of a row lies in the dataset.
+
+        Raises:
+            LookupError: If that is not known: a row that ``sample_ids=`` named, a collate function may have moved.
+        """
+        drawn = micro.positions if isinstance(micro.positions, list) else [micro.positions]
+        is_moved = has_own_collate(self._this.loader_of(micro)) and micro.ids != drawn
+        if is_moved or micro.positions is None or len(drawn) != len(micro.ids):
+            raise LookupError("it is known by its name, and not where in the dataset it lies")
+        return drawn[row]
 
 
 def row_of(batch: Any, row: int, num: int, depth: int = 0) -> Any:
@@ -177,7 +194,3 @@ def _dataset_of(loader: Any) -> Any:
     """The loader's dataset, if its samples can be asked for by position."""
     is_map = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return loader.dataset if is_map else None
-
-
-def _position(micro: MicroBatch, row: int) -> Any:
-    return micro.positions[row] if isinstance(micro.positions, list) else micro.positions

@@ -27,10 +27,21 @@ class Saving(pl.Callback):
             trainer.save_checkpoint("middle.ckpt")
 
 
-def fit(workers, callbacks, **options):
+class Backwards:
+    """A batch sampler without a state: torchdata draws from it again what was drawn before the checkpoint."""
+
+    def __iter__(self):
+        return iter([list(range(start, start - 5, -1)) for start in (20, 15, 10, 5)])
+
+    def __len__(self):
+        return 4
+
+
+def fit(workers, callbacks, batches=None, **options):
     pl.seed_everything(3, verbose=False)
     module = Remembering()
-    train = StatefulDataLoader(TRAIN, batch_size=5, shuffle=True, num_workers=workers)
+    how = {"batch_size": 5, "shuffle": True} if batches is None else {"batch_sampler": batches}
+    train = StatefulDataLoader(TRAIN, num_workers=workers, **how)
     quiet_trainer(callbacks, enable_checkpointing=True).fit(module, train, loaders()[1], **options)
     return module
 
@@ -45,14 +56,15 @@ def recorded(callback):
     "ignore:.*checkpoint",
     "ignore:.*weights_only",
 )
+@pytest.mark.parametrize("batches", [None, Backwards()])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_is_followed_and_its_order_left_alone_also_when_it_resumes_within_an_epoch(workers):
-    plain = fit(workers, [Saving()])
+def test_a_stateful_loader_is_followed_and_its_order_left_alone_also_when_it_resumes_within_an_epoch(workers, batches):
+    plain = fit(workers, [Saving()], batches)
     callback = SGDInfluence("val_loss", epochs="all")
-    watched = fit(workers, [callback])
+    watched = fit(workers, [callback], batches)
     assert recorded(callback) == watched.order == plain.order
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
     resumed = SGDInfluence("val_loss", epochs="all")
     with pytest.warns(SGDInfluenceWarning, match="goes on from step 7"):
-        continued = fit(workers, [resumed], ckpt_path="middle.ckpt")
+        continued = fit(workers, [resumed], batches, ckpt_path="middle.ckpt")
     assert recorded(resumed) == continued.order == plain.order[7:]
