@@ -29,9 +29,10 @@ from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Carried, Influenc
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.data.batches import summable
 from lightning_sgdclean.losses.evaluate import RecordedBatch
-from lightning_sgdclean.losses.kernels import gradient, resting_hooks
+from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
 from lightning_sgdclean.losses.surroundings import Surroundings
+from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 from lightning_sgdclean.replay.fidelity import Changes, Fidelity
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
-from lightning_sgdclean.losses.kernels import (
-    gradient,
-    length_of,
-    refuse_cut_graphs,
-    resting_hooks,
-    twice_differentiable_kernels,
-)
+from lightning_sgdclean.losses.kernels import gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
+from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 
 Problem = Callable[[Tensor], Evaluated]

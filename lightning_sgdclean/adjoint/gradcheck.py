@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
+from lightning_sgdclean.base.resources import free_memory, in_bytes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
-from lightning_sgdclean.losses.kernels import WatchedCalls, graph_of, length_of
+from lightning_sgdclean.losses.kernels import length_of
 from lightning_sgdclean.losses.precision import in_float64
 from lightning_sgdclean.losses.surroundings import Surroundings
+from lightning_sgdclean.losses.watched_calls import WatchedCalls, graph_of
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State, Step
 
@@ -115,6 +117,10 @@ def check_derivative(
             warned about.
     """
     checks.num_checked += 1
+    missing = _bytes_to_take(batch) - free_memory(replay.surroundings.device)
+    if missing > 0:
+        checks.unknown.append(f"in float64 the step would take {in_bytes(missing)} more memory than is free")
+        return
     try:
         with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
             point = _Point(batch.elsewhere(), before, engine, wide, replay)
@@ -140,6 +146,22 @@ def check_derivative(
         raise UnsupportedOperationError(f'{text} on_mismatch="warn" leaves that part of the effect out.')
     if text not in replay.fidelity.complaints:
         replay.fidelity.complaints.append(text)
+
+
+_TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between
+
+
+def _bytes_to_take(batch: RecordedBatch) -> int:
+    """What a check takes at most, by what the graph of the loss saves and by the parameters."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch.call([])
+    return _TIMES * (sum(saved.values()) + sum(param.nbytes for param in batch.params))
 
 
 @contextmanager

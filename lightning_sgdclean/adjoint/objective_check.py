@@ -16,9 +16,10 @@ from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fetching import ValidationBatch
-from lightning_sgdclean.losses.kernels import WatchedCalls, length_of
+from lightning_sgdclean.losses.kernels import length_of
 from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
+from lightning_sgdclean.losses.watched_calls import WatchedCalls
 from lightning_sgdclean.replay.replay import OpenedRun
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump

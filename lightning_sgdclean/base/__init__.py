@@ -45,6 +45,7 @@ __all__ = [
     "checksum_of",
     "clipping_of",
     "combined_loader",
+    "free_memory",
     "fresh_directory",
     "gradient_hooks",
     "in_bytes",

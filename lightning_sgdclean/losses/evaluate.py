@@ -15,9 +15,9 @@ from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.losses.kernels import LEAVING, WatchedCalls, graph_of
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
+from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls, graph_of
 from lightning_sgdclean.losses.weighting import (
     Evaluated,
     LabelledWeights,

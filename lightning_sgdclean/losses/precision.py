@@ -71,9 +71,9 @@ def _in_precision(
     name: str,
 ) -> Iterator[Surroundings]:
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in narrower]
-    dtypes = [tensor.dtype for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(dtype)
+    own = [tensor.data for tensor in tensors]
+    for tensor, data in zip(tensors, own, strict=True):
+        tensor.data = data.to(dtype)
     context = partial(_uncast, dtype)
     try:
         yield replace(
@@ -85,8 +85,9 @@ def _in_precision(
             widen=widen,
         )
     finally:
-        for tensor, own in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(own)
+        for tensor, data in zip(tensors, own, strict=True):
+            # The very memory: cuDNN has the weights of an LSTM in one piece, and a captured CUDA graph knows addresses.
+            tensor.data = data.copy_(tensor.data)
 
 
 @contextmanager
