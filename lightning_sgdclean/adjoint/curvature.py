@@ -239,7 +239,7 @@ class _Difference:
         try:
             linearised = Exact().open(self._problem, self._params, self._weights, needs_gradient=True)
             pulled = linearised.pull_back(cotangent, dict(buffers))
-        except UnsupportedOperationError as error:
+        except (UnsupportedOperationError, torch.OutOfMemoryError) as error:
             self._engine.num_doubtful += 1
             self._engine.why = str(error)
             return None
