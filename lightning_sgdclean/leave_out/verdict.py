@@ -7,6 +7,7 @@ The thresholds were tried on trainings of known outcome: ``benchmarks/trust.py``
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 _LOW_TAU = 0.3  # an order by chance gets there about once in a hundred times, 32 samples given
@@ -15,7 +16,8 @@ _FEW = 12  # samples
 _FEW_RANDOM = 4  # samples: a tau among fewer says nothing
 _FACTOR = 10.0  # what is off by more is wrong in size
 _LARGE = 0.5  # of the largest real difference: a smaller one hardly moves the order
-_GROWTH = 100.0  # of the adjoint, beyond which training is chaotic; by up to 5 it grew in trainings whose order holds
+_GROWTH = 30.0  # of the adjoint: where it grew by 10 no order held, and where orders held it grew by 5 at most
+_CALM = 3.0  # up to which most windows of such a training are worth it
 _NUM_NAMED = 3
 
 
@@ -40,10 +42,11 @@ class Sizes:
 
 
 def worth_retracing(growth: Mapping[str, list[Any]]) -> int | None:
-    """How many of the window's last epochs lie behind the point where the adjoint explodes; None: it does not."""
+    """How many of the window's last epochs come before the adjoint explodes on the way back; None: it does not."""
     factors = growth["factor"]
-    exploded = [at for at, factor in enumerate(factors) if factor is not None and factor > _GROWTH]
-    return len(factors) - 1 - exploded[-1] if exploded else None
+    if not any(factor is not None and factor > _GROWTH for factor in factors):
+        return None
+    return sum(1 for _ in takewhile(lambda factor: factor is not None and factor <= _CALM, reversed(factors)))
 
 
 def low_tau(num: int) -> float:
@@ -76,12 +79,11 @@ def _doubts_of_sizes(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _exploded(growth: Mapping[str, list[Any]], worth: int) -> str:
-    number = len(growth["epoch"]) - 1 - worth
-    words = f"training is chaotic: through epoch {growth['epoch'][number]} and those after it the derivative grows "
-    words += f"by a factor of {growth['factor'][number]:.2g}"
+    factor, epoch = max(pair for pair in zip(growth["factor"], growth["epoch"], strict=True) if pair[0] is not None)
+    words = f"training is chaotic: on the way back to epoch {epoch} the derivative grows by a factor of {factor:.2g}"
     if not worth:
         return f"{words}, so that not even the last epoch is worth retracing"
-    return f"{words}; a window is worth retracing from epoch {growth['epoch'][number + 1]} on: epochs={worth}"
+    return f"{words}; a window is worth retracing from epoch {growth['epoch'][-worth]} on: epochs={worth}"
 
 
 def _doubts_of_runs(card: Mapping[str, Any]) -> Iterator[str]:
