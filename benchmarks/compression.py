@@ -46,7 +46,7 @@ def main():
     train, val = digits(64 * 20)
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        fit("SGD, momentum", train, val, SGDInfluence(dirpath=run_dir, snapshots="every", epochs="all"))
+        fit("SGD, momentum", train, val, SGDInfluence(verify=0, dirpath=run_dir, snapshots="every", epochs="all"))
         trajectory = Trajectory(run_dir / "trajectory")
         last = bits(trajectory, len(trajectory.steps) - 1)
         for distance in DISTANCES:

@@ -100,7 +100,7 @@ class Binary(pl.LightningModule):
 
 
 def record(make_module, train, val, folder):
-    callback = SGDInfluence("val_loss", epochs="all", dirpath=folder, overwrite=True)
+    callback = SGDInfluence("val_loss", verify=0, epochs="all", dirpath=folder, overwrite=True)
     pl.seed_everything(0, verbose=False)
     trainer = silent_trainer(EPOCHS, [callback])
     trainer.fit(make_module(), train, val)

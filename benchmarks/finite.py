@@ -154,8 +154,8 @@ Under Adam it takes two remedies to be of use on networks with ReLU ([how](metho
 what the batch's gradient does not know of, and batches whose loss is not what slope and curvature say are taken by
 the exact engine. *Plain* is without them.
 
-{runs} trainings of each kind on 240 digits of MNIST, {steps} steps of 20 samples. {left_out} samples of each are really left out, one at
-a time. Kendall's tau between what that does and what is predicted, mean (standard deviation):
+{runs} trainings of each kind on 240 digits of MNIST, {steps} steps of 20 samples. {left_out} samples of each are really
+left out, one at a time. Kendall's tau between what that does and what is predicted, mean (standard deviation):
 
 {taus}
 

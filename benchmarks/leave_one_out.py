@@ -96,7 +96,7 @@ def measured(setting, folder, seed):
         run_dir = Path(temporary) / "run"
         pl.seed_everything(seed, verbose=False)
         trained = model()
-        callback = SGDInfluence("val_loss", epochs="all", curvature="none", dirpath=run_dir, page=False)
+        callback = SGDInfluence("val_loss", verify=0, epochs="all", curvature="none", dirpath=run_dir, page=False)
         silent_trainer(setting.epochs, [callback]).fit(trained, **loaders_of(setting, train, val))
         try:
             predicted = predictions(setting, run_dir, model, data)

@@ -58,7 +58,7 @@ class Small(pl.LightningModule):
 def recorded(batch, folder, num_steps=64):
     """Bytes a step on disk and in memory once read, for a batch size; states apart."""
     data = TensorDataset(torch.randn(batch * num_steps, 4), torch.randint(0, 2, (batch * num_steps,)))
-    callback = SGDInfluence("val_loss", dirpath=folder, snapshots=num_steps)
+    callback = SGDInfluence("val_loss", verify=0, dirpath=folder, snapshots=num_steps)
     trainer = silent_trainer(1, [callback])
     trainer.fit(Small(), DataLoader(data, batch, shuffle=True), DataLoader(data, 512))
     tracemalloc.start()
@@ -126,7 +126,9 @@ def states_around(optimizer, interval, num_steps=16):
     gc.freeze()
     try:
         with TemporaryDirectory() as folder:
-            trainer = silent_trainer(1, [SGDInfluence("val_loss", dirpath=Path(folder) / "run", snapshots=interval)])
+            trainer = silent_trainer(
+                1, [SGDInfluence("val_loss", verify=0, dirpath=Path(folder) / "run", snapshots=interval)]
+            )
             trainer.fit(Wide(optimizer), DataLoader(data, 4), DataLoader(data, 32))
     finally:
         gc.unfreeze()

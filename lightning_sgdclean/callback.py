@@ -99,8 +99,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         tolerance: Largest relative difference of a loss; default 1e-5, in float64 1e-12.
         retrace_precision: Precision of the derivatives of a run in 16 bits: the ``"run"``'s own, or ``"float32"``,
             which takes half as long again and is less noisy; ``"auto"`` takes the latter for float16.
-        verify: How many samples to really leave out once they are ranked (a third each of the worst, the best and any
-            others), to see how far the ranking can be trusted: agreement, and what rounding alone does.
+        verify: How many samples to really leave out once they are ranked (the worst, the best, any others), to see how
+            far to trust the ranking. ``"auto"``: 4, and up to 32 as a tenth of the fit's time allows; 0: none.
         rerank: How many of the worst samples to really leave out, and to rank by what that does.
         columns: Further columns of the CSV: ``"label"``, ``"prediction"`` and ``"loss"`` of each sample at the end
             point, as the loss calls of ``training_step`` show them; ``"source"``, which leads to the innermost dataset;
@@ -147,7 +147,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         on_mismatch: Literal["raise", "warn"] = "raise",
         tolerance: float | None = None,
         retrace_precision: Literal["auto", "run", "float32"] = "auto",
-        verify: int = 0,
+        verify: int | Literal["auto"] = "auto",
         rerank: int = 0,
         columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
         formats: Sequence[Literal["csv", "parquet"]] = ("csv",),
@@ -357,7 +357,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         try:
             self._recording.recorder.check_frozen()
             with opened(trainer, pl_module, run, self.options) as this:
-                ranking, about, complaints = rank(this, bar=shown_bar(trainer))
+                ranking, about, complaints = rank(this, bar=shown_bar(trainer), seconds=self._seconds["fit"])
                 self._write(trainer, ranking, about)  # files first: whatever comes after cannot cost the ranking
                 page.look(this, ranking)
         except (Exception, KeyboardInterrupt) as error:

@@ -2,6 +2,7 @@
 """From a recorded run to a ranking: where its fit has just ended, or with :func:`retrace` on another day."""
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import versions
-from lightning_sgdclean.leave_out.trust import put_to_the_test
+from lightning_sgdclean.leave_out.trust import card_of, put_to_the_test, sizes_of
+from lightning_sgdclean.leave_out.verdict import Sizes
 from lightning_sgdclean.losses.precision import is_low
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.ranking.ranking import Ranking
@@ -49,7 +51,7 @@ def retrace(
     on_mismatch: Literal["raise", "warn"] = "raise",
     tolerance: float | None = None,
     retrace_precision: Literal["auto", "run", "float32"] = "auto",
-    verify: int = 0,
+    verify: int | Literal["auto"] = "auto",
     rerank: int = 0,
     columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
     trainer: Any = None,
@@ -80,7 +82,8 @@ def retrace(
         on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.
         tolerance: Largest relative difference of a loss.
         retrace_precision: Precision of the derivatives of a run in 16 bits.
-        verify: How many samples to really leave out; they get a column ``real``.
+        verify: How many samples to really leave out; they get a column ``real``. ``"auto"``: 4, and up to 32 as a tenth
+            of the time of the retrace allows, without a column; 0: none.
         rerank: How many of the worst samples to rank by what leaving them out really does.
         columns: Further columns.
         trainer: The Trainer to retrace under; it takes no step, and is afterwards as it was. By default a quiet one
@@ -127,8 +130,13 @@ def _as_written(value: Any) -> str:
     return "..." if callable(value) else repr(value)
 
 
-def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[str]]:
+def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ranking, dict[str, Any], list[str]]:
     """Rank the samples of an opened run, under a bar in the style of ``bar``.
+
+    Args:
+        this: The run.
+        bar: The Trainer's progress bar, or None to show none.
+        seconds: How long the fit took; None where that is not known. The walk's own time stands for it then.
 
     Returns:
         The ranking, the summary's entries about it, and complaints to warn of.
@@ -167,8 +175,10 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
             walk = replace(walk, labels_of=labels_of)
             complaints += problems
         adjoints = start(walk)
+        norm_at_end, began = adjoints[0].norm, time.perf_counter()
         with Bookmark(this.trajectory.folder, _key(this, walk, adjoints)) as bookmark:
             found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
+        seconds = time.perf_counter() - began if seconds is None else seconds
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
     about["derivative"], about["finite"] = _derivative(walk), _finite(walk)
@@ -176,20 +186,31 @@ def rank(this: OpenedRun, *, bar: Any) -> tuple[Ranking, dict[str, Any], list[st
     complaints += walk.engine.complaints() if isinstance(walk.engine, Finite) else []
     about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
-    ranking, about["trust"], doubts = _tested(this, ranking, bar)
+    num_doubtful = walk.engine.num_doubtful if isinstance(walk.engine, Finite) else 0
+    sizes = sizes_of(ranking, objectives[0].value, found.norms, norm_at_end, num_doubtful)
+    ranking, about["trust"], doubts = _tested(this, ranking, sizes, _SHARE * seconds, bar)
     return ranking, _of_ranking(ranking) | about, [*replay.fidelity.complaints[:3], *complaints, *gaps, *doubts]
 
 
-def _tested(this: OpenedRun, ranking: Ranking, bar: Any) -> tuple[Ranking, dict[str, Any] | None, list[str]]:
+_SHARE = 0.1  # of the fit's time, for verify="auto"
+
+
+def _tested(
+    this: OpenedRun, ranking: Ranking, sizes: Sizes, seconds: float, bar: Any
+) -> tuple[Ranking, dict[str, Any] | None, list[str]]:
     """The ranking put to the test, if that is wanted; what came of it, and why it could not be."""
-    if not len(ranking) or not (this.options.verify or this.options.rerank):
+    if not len(ranking):
         return ranking, None, []
+    verify, rerank = this.options.verify, this.options.rerank
     try:
-        with runs_bar(bar) as progress:
-            return *put_to_the_test(this, ranking, progress), []
+        with runs_bar(bar if verify or rerank else None) as progress:
+            return *put_to_the_test(this, ranking, sizes, seconds, progress), []
     except (Exception, KeyboardInterrupt) as error:  # the ranking is there, and right: nothing here may cost it
         cause = "it was interrupted." if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        return ranking, None, [f"The ranking is there, but could not be put to the test (verify=, rerank=): {cause}"]
+        text = f"The ranking is there, but could not be put to the test (verify=, rerank=): {cause}"
+        # What nobody asked for warns nobody; the summary says it.
+        was_asked = rerank or verify not in ("auto", 0)
+        return ranking, card_of(verify, sizes, failure=cause), [text] if was_asked else []
 
 
 def _key(this: OpenedRun, walk: Walk, adjoints: list[Adjoint]) -> str:

@@ -51,3 +51,22 @@ def test_the_retrace_is_measured_and_the_papers_way_gives_the_same_scores(cost, 
     row = cost.measure_retrace("SGD", 1, train, val, tmp_path / "run")
     assert row["agreement_with_paper"] < 1e-5
     assert all(row[name] > 0 for name in (*cost.ENGINES, "paper"))
+
+
+def test_a_smooth_training_is_trusted_and_a_chaotic_one_is_not(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    trust = importlib.import_module("trust")
+    monkeypatch.delitem(sys.modules, "trust")
+    smooth, chaotic = (
+        trust.KINDS["perceptron, tanh, SGD 0.02"],
+        trust.KINDS["perceptron of 8, BatchNorm, ReLU, SGD 0.5"],
+    )
+    found = trust.measure(smooth, 0, tmp_path / "smooth")
+    assert found["doubted"] == {4: False, 32: False}
+    assert [window.tau > 0.9 for window in found["windows"]] == [True]
+    found = trust.measure(chaotic, 0, tmp_path / "chaotic")
+    assert found["doubted"] == {4: True, 32: True}
+    assert [window.epochs for window in found["windows"]] == [3, 1, 2]
+    assert found["windows"][0].growth > 30 > found["windows"][1].growth
+    assert abs(found["windows"][0].tau) < 0.3
+    assert trust.row("chaotic", [found]).startswith("| chaotic |")

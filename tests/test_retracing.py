@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from cases import CASES, TRAIN, VAL, Case, Plain, adam, fit, loaders, quiet_trainer
 from datasets import noisy_collate
-from lightning_sgdclean import Ranking, SGDInfluence, retrace
+from lightning_sgdclean import Ranking, SGDInfluence, retrace, retracing
 from lightning_sgdclean.adjoint import backward
 from lightning_sgdclean.adjoint import walk as bookmark
 from lightning_sgdclean.base.errors import (
@@ -277,11 +277,15 @@ SEVERAL = {"objective": {"a": Plain.loss, "b": two_objectives}, "columns": ("by_
     ids=["several, at once", "several", "several, at last", "one", "finite"],
 )
 def test_interrupted_it_goes_on_where_it_was_to_the_same_bits(monkeypatch, run, after, options):
+    norms, sizes_of = [], retracing.sizes_of
+    monkeypatch.setattr(retracing, "sizes_of", lambda *args: norms.append(args[2]) or sizes_of(*args))
     whole, all_steps = steps_walked(monkeypatch, lambda: later(run, **options))
     interrupt(monkeypatch, run, after, **options)
     again, remaining = steps_walked(monkeypatch, lambda: later(run, **options))
     assert remaining == all_steps[after:]
     assert again == whole
+    assert norms[0] == norms[1]
+    assert len(norms[0]) == 3
     assert not list(run.run_dir.rglob("*retracing*"))
 
 

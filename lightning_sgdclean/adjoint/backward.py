@@ -76,7 +76,9 @@ def retrace_steps(
             found.add(micro, scores)
         if not bool(torch.isfinite(found.values).all()):
             raise NonFiniteError(f"The influences stopped being finite at step {step.index} (epoch {step.epoch}).")
-        after = before
+        after, position = before, len(steps) - 1 - number
+        if position == 0 or steps[position - 1].epoch != step.epoch:
+            found.norms[step.epoch] = adjoints[0].norm
         if bookmark is not None:
             bookmark.pass_by(number + 1, carried)
         progress(found)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import CodeType
@@ -94,6 +94,11 @@ class Adjoint:
     optimizer: dict[str, dict[str, Tensor]]
     buffers: dict[str, Tensor]
 
+    @property
+    def norm(self) -> float:
+        """Length of ``lambda``."""
+        return float(torch.stack(torch._foreach_norm([*self.params.values()])).norm())
+
 
 def adjoint_of(start: ObjectiveGradient, params: dict[str, nn.Parameter], sign: float = 1.0) -> Adjoint:
     """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
@@ -111,6 +116,7 @@ class Influences:
         values: Influences in the objective's unit, ``(K, N)``, one row an objective; negative: harmful.
         by_epoch: What each epoch adds to the first row, ``(N,)`` by epoch.
         relabelled: What the first objective would change by if the samples had other labels, ``(N,)``; NaN: not known.
+        norms: Length of the first objective's adjoint before the first step of each epoch, by epoch.
     """
 
     ids: list[SampleId]
@@ -118,6 +124,7 @@ class Influences:
     values: Tensor
     by_epoch: dict[int, Tensor]
     relabelled: Tensor
+    norms: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def none_yet(cls, steps: list[Step], num_objectives: int) -> "Influences":
@@ -199,6 +206,7 @@ class Bookmark:
         except (RunDirectoryError, OSError, KeyError):
             return 0  # a walk from the start is right, too
         self._number = content["number"]
+        carried.found.norms = {int(epoch): norm for epoch, norm in content["norms"].items()}
         for row, adjoint in enumerate(carried.adjoints):
             flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
             _put_back(adjoint, unflatten(content["layouts"][row], flat))
@@ -241,6 +249,7 @@ class Bookmark:
             "layouts": [layout for layout, _ in states],
             "dtypes": [list(flat) for _, flat in states],
             "fidelity": {name: getattr(carried.fidelity, name) for name in _COUNTERS},
+            "norms": found.norms,
         }
         write_sealed(self._folder / f"{self._name}.json", content)
         self._tensors(old).unlink(missing_ok=True)

@@ -46,7 +46,7 @@ class Options:
     on_mismatch: Literal["raise", "warn"] = "raise"
     tolerance: float | None = None
     retrace_precision: Literal["auto", "run", "float32"] = "auto"
-    verify: int = 0
+    verify: int | Literal["auto"] = "auto"
     rerank: int = 0
     columns: Sequence[str] = ()
     formats: Sequence[str] = ("csv",)
@@ -122,6 +122,12 @@ def _text(name: str, value: Any) -> str:
 def _count(name: str, value: Any) -> int:
     if type(value) is not int or value < 0:
         raise _wrong(name, "a whole number, 0 or more", value)
+    return value
+
+
+def _count_or_auto(name: str, value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 0):
+        raise _wrong(name, 'a whole number, 0 or more, or "auto"', value)
     return value
 
 
@@ -265,7 +271,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "on_mismatch": _one_of("raise", "warn"),
     "tolerance": _tolerance,
     "retrace_precision": _one_of("auto", "run", "float32"),
-    "verify": _count,
+    "verify": _count_or_auto,
     "rerank": _count,
     "columns": _some_of(*FURTHER_COLUMNS),
     "formats": _formats,

@@ -184,7 +184,7 @@ def _ranked(training: Training, settings: Settings, seed: int) -> SGDInfluence:
         besides = " and influence= besides" if options is not None else ""
         raise ValueError(f"Expected one SGDInfluence, found {len(own)} among the Trainer's callbacks{besides}.")
     if not own:
-        own = [SGDInfluence(**{"keep_trajectory": False, **(options or {})})]
+        own = [SGDInfluence(**{"keep_trajectory": False, "verify": 0, **(options or {})})]
         training.trainer.callbacks.insert(0, own[0])
     (callback,) = own
     needed = ("label", "prediction") if settings.action == "relabel" else ()

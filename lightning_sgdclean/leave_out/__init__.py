@@ -5,6 +5,9 @@
 # run does not wait for torch.
 __all__ = [
     "Counterfactual",
+    "Sizes",
+    "card_of",
     "counterfactual",
     "put_to_the_test",
+    "sizes_of",
 ]

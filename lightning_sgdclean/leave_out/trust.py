@@ -1,187 +1,211 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a ranking can be trusted: some of its samples really left out, and what came of it in words."""
+"""How far a ranking can be trusted: some of its samples really left out, as many as asked for or as time allows."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
+from lightning_sgdclean.adjoint.objective import objective_values
 from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.base.resources import in_time
 from lightning_sgdclean.leave_out.leave_out import LeftOut, Progress, leave_out
-from lightning_sgdclean.ranking.agreement import kendall_tau, spearman, top_k_jaccard
+from lightning_sgdclean.leave_out.outcome import NOTHING_RUN, Agreement, Outcome, agreement_of, row_by_row
+from lightning_sgdclean.leave_out.verdict import Sizes, doubts, if_finite, in_words, verdict, worth_retracing
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.replay import OpenedRun
 
-_LOW_TAU = 0.3  # an order by chance gets there about once in a hundred times, 32 samples given
-_NUM_NAMED = 3
+_NUM_NUDGED, _NUM_NUDGED_AUTO = 4, 1
+_NUM_AT_LEAST, _NUM_AT_MOST = 4, 32  # samples that "auto" leaves out
+_SHARE_PLANNED = 0.8  # of the time left: runs that are not done when it is up are lost
+_AT_LEAST, _TIMES = 30.0, 5  # the first few: half a minute, or so many times what "auto" may take
+_PACE_KNOWN = 5.0  # seconds after which it is known how long they will take
 
 
-def doubts(card: Mapping[str, Any]) -> list[str]:
-    """What speaks against trusting the order, each in words; see ``docs/outputs.md`` for the keys of the card."""
-    found = []
-    tau = card["kendall_tau"]
-    if tau is not None and tau < _LOW_TAU:
-        found.append(f"the order is not to be trusted: tau is below {_LOW_TAU}")
-    if card["num_diverged"]:
-        found.append("where training diverges, no derivative says so")
-    if card["noise_floor"] is None:
-        found.append("rounding alone makes training diverge, so that no order of its samples means anything")
-    elif 2 * card["num_within_noise"] > card["num_verified"]:
-        found.append("most differences are within the noise, so that no order of them can be told right or wrong")
-    return found
+def sizes_of(
+    ranking: Ranking, at_end: float, norms: dict[int, float], norm_at_end: float, num_doubtful: int = 0
+) -> Sizes:
+    """What can be said of the influences' sizes without running anything.
 
-
-def in_words(card: Mapping[str, Any]) -> str:
-    """The outcome as one line: what was run, how far the order and the sums agree, the noise, and the doubts."""
-    return "; ".join([*_parts(card), *doubts(card)])
-
-
-def _parts(card: Mapping[str, Any]) -> Iterator[str]:
-    if card["num_verified"]:
-        strata = card["samples"]["stratum"]
-        counts = ", ".join(f"{strata.count(kind)} {kind}" for kind in ("worst", "best", "random"))
-        yield f"{card['num_verified']} samples really left out ({counts})"
-        yield _order(card)
-        for name, key in (("all of them", "together"), ("the worst", "worst_together")):
-            if card[key] is not None:
-                yield f"{name} together {_sum(card[key])}"
-    if card["num_reranked"]:
-        yield f"the {card['num_reranked']} worst ranked by what leaving them out really does"
-    if card["num_diverged"]:
-        yield _diverged(card)
-    if card["num_verified"]:
-        yield f"{card['num_within_noise']} of {card['num_verified']} within noise"
-    if card["noise_floor"] is not None:
-        yield f"rounding alone {card['noise_floor']:.1g}"
-
-
-def _diverged(card: Mapping[str, Any]) -> str:
-    samples = card["samples"]
-    names = [str(name) for name, real in zip(samples["id"], samples["real"], strict=True) if real is None]
-    listed = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
-    stay = " and keep the predicted value" if card["num_reranked"] else ""
-    return f"without {len(names)} of them training diverges ({listed}): they count for no agreement{stay}"
-
-
-def _order(card: Mapping[str, Any]) -> str:
-    tau, random = card["kendall_tau"], card["kendall_tau_random"]
-    if tau is None:
-        return "no order to compare"
-    among = "" if random is None else f" ({random:.2f} among the random ones)"
-    others = (("Spearman", card["spearman"]), ("Jaccard", card["jaccard"]))
-    return ", ".join([f"tau {tau:.2f}{among}", *(f"{name} {value:.2f}" for name, value in others if value is not None)])
-
-
-def _sum(together: Mapping[str, Any]) -> str:
-    predicted, real, error = together["predicted"], together["real"], together["error"]
-    if real is None:
-        return f"diverging, predicted {predicted:.3g}"
-    words = f"{real:.3g}, predicted {predicted:.3g}"
-    if error is None:
-        return words
-    return f"{words}, off by {error:.0%}" if error < 10 else f"{words}, off by {error:.0f} times as much"
-
-
-_NUM_NUDGED = 4
-
-
-@dataclass(frozen=True)
-class Together:
-    """Samples left out together: the sum of their influences beside what really happened.
-
-    Attributes:
-        predicted: The sum.
-        real: The difference that leaving all of them out made; None if training diverged.
-        error: How far the sum is off, relative to the difference; None if that is zero, or none.
+    Args:
+        ranking: The ranking.
+        at_end: The objective at the end point.
+        norms: Norm of the adjoint before the first step of each epoch.
+        norm_at_end: Norm of the adjoint that the walk started with.
+        num_doubtful: Batches whose differences could not be trusted, of ``curvature="finite"``.
     """
-
-    predicted: float
-    real: float | None
-    error: float | None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How predicted and real differences agree over the chosen samples; what is not defined is None.
-
-    Samples without which training diverged have no difference, and are left aside.
-
-    Attributes:
-        kendall_tau: Kendall's rank correlation.
-        kendall_tau_random: The same among the random ones alone. The ends of a ranking are easier to tell apart, so
-            that this is nearer to what holds for any two samples.
-        spearman: Spearman's.
-        jaccard: Jaccard index of both ends, ``jaccard_k`` samples each.
-        jaccard_k: See there.
-        together: All of them left out together.
-        worst_together: Those that rank first, left out together.
-    """
-
-    kendall_tau: float | None
-    kendall_tau_random: float | None
-    spearman: float | None
-    jaccard: float | None
-    jaccard_k: int
-    together: Together
-    worst_together: Together | None
+    influence, epochs = ranking.influence, sorted(norms)
+    largest = float(influence[np.abs(influence).argmax()]) if len(influence) else 0.0
+    factors = [if_finite(norms[epoch] / norm_at_end) if norm_at_end else None for epoch in epochs]
+    growth: dict[str, list[Any]] = {"epoch": epochs, "factor": factors}
+    return Sizes(if_finite(float(influence.sum())), if_finite(largest), None, if_finite(at_end), growth, num_doubtful)
 
 
-def put_to_the_test(this: OpenedRun, ranking: Ranking, progress: Progress) -> tuple[Ranking, dict[str, Any]]:
+def put_to_the_test(
+    this: OpenedRun, ranking: Ranking, sizes: Sizes, seconds: float, progress: Progress
+) -> tuple[Ranking, dict[str, Any]]:
     """Really leave samples out, as the options ``verify`` and ``rerank`` say.
 
     Args:
         this: The run that was ranked.
         ranking: Its ranking.
+        sizes: Those of its influences.
+        seconds: What ``verify="auto"`` may take, its first few samples aside.
         progress: Gets how much is done, of how much.
 
     Returns:
-        The ranking, with a column ``real``, and with ``rerank`` ordered by what is known; and the summary's ``trust``.
+        The ranking, with a column ``real`` where an option asked for a number of samples, and with ``rerank`` ordered
+        by what is known; and the summary's ``trust``.
     """
+    sizes = replace(sizes, objective_before=if_finite(_objective_before(this)))
+    try:
+        outcome = _run(this, ranking, seconds, progress)
+    except _TimeIsUp as late:
+        return ranking, card_of(this.options.verify, sizes, failure=str(late))
+    card = card_of(this.options.verify, sizes, outcome)
+    reranked = ranking.sample_id[: this.options.rerank].tolist()
+    # How many "auto" leaves out depends on the clock; a ranking must not.
+    shown = reranked if this.options.verify == "auto" else [*outcome.real]
+    if shown:
+        ranking = _with_real(ranking, {name: outcome.real[name] for name in shown}, is_reranked=bool(reranked))
+    return ranking, card
+
+
+def _run(this: OpenedRun, ranking: Ranking, seconds: float, progress: Progress) -> Outcome:
+    """Leave out what the options ask for, and with ``verify="auto"`` more of it while time allows."""
     began = time.perf_counter()
-    strata = stratified(ranking, this.options.verify)
+    is_auto = this.options.verify == "auto"
+    strata = stratified(ranking, _NUM_AT_LEAST if is_auto else int(this.options.verify))
     reranked = ranking.sample_id[: this.options.rerank].tolist()
     singles = list(dict.fromkeys([*strata, *reranked]))
+    if not singles:
+        return NOTHING_RUN
     worst = [name for name, stratum in strata.items() if stratum == "worst"]
-    groups = [[name] for name in singles] + [group for group in ([*strata], worst) if group]
-    found = leave_out(this, [frozenset(group) for group in groups], num_nudged=_NUM_NUDGED, progress=progress)
+    groups = [] if is_auto else [group for group in ([*strata], worst) if group]
+    num_nudged = _NUM_NUDGED_AUTO if is_auto and not reranked else _NUM_NUDGED
+    found = leave_out(
+        this,
+        [frozenset(group) for group in ([[name] for name in singles] + groups)],
+        num_nudged=num_nudged,
+        progress=_within(max(_AT_LEAST, _TIMES * seconds), progress) if is_auto and not reranked else progress,
+    )
     sign = 1.0 if this.options.mode == "min" else -1.0
-    differences = [sign * difference if math.isfinite(difference) else None for difference in found.differences]
+    differences = [_signed(sign, difference) for difference in found.differences]
     real = dict(zip(singles, differences, strict=False))
-    predicted = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
-    agreement = _agreement(strata, predicted, real, differences[len(singles) :]) if strata else None
-    noise = noise_floor(found)
+    if is_auto:
+        pace = (time.perf_counter() - began) / (1 + num_nudged + len(singles))
+        more = _chosen_for(began + seconds, pace, ranking, real)
+        extra = _while_there_is_time(this, [*more], began + seconds, progress) if more else None
+        if extra is not None:
+            strata |= more
+            real |= {name: _signed(sign, value) for name, value in zip(more, extra.differences, strict=True)}
+    by_name = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
+    predicted = {name: by_name[name] for name in real}
+    took = round(time.perf_counter() - began, 3)
+    together = differences[len(singles) :]
+    return Outcome(strata, predicted, real, together, noise_floor(found), len(reranked), found.words, took)
+
+
+def _signed(sign: float, difference: float) -> float | None:
+    return sign * difference if math.isfinite(difference) else None
+
+
+def _chosen_for(
+    deadline: float, pace: float, ranking: Ranking, known: dict[SampleId, float | None]
+) -> dict[SampleId, str]:
+    """Which samples to leave out besides until the deadline, at ``pace`` seconds a run; none if it is not worth it."""
+    fit = int(_SHARE_PLANNED * (deadline - time.perf_counter()) / pace) - 1  # that of the run with nobody left out
+    if fit < _NUM_AT_LEAST:
+        return {}
+    chosen = stratified(ranking, min(_NUM_AT_MOST, len(known) + fit))
+    return dict([(name, stratum) for name, stratum in chosen.items() if name not in known][:fit])
+
+
+class _TimeIsUp(Exception):
+    """The runs that are being made are given up."""
+
+
+def _within(limit: float, progress: Progress) -> Progress:
+    """Give up as soon as it is known that runs will take longer.
+
+    Raises:
+        _TimeIsUp: Says how long.
+    """
+    began = time.perf_counter()
+
+    def watched(done: int, total: int) -> None:
+        progress(done, total)
+        elapsed = time.perf_counter() - began
+        expected = elapsed / done * total
+        if elapsed > _PACE_KNOWN and expected > limit:
+            raise _TimeIsUp(f"it would take about {in_time(expected)}; verify={_NUM_AT_LEAST} takes that time")
+
+    return watched
+
+
+def _while_there_is_time(this: OpenedRun, names: list[SampleId], deadline: float, progress: Progress) -> LeftOut | None:
+    """What leaving each out led to; None if time was up, or the user's patience."""
+
+    def watched(done: int, total: int) -> None:
+        progress(done, total)
+        if time.perf_counter() > deadline:
+            raise _TimeIsUp
+
+    try:
+        return leave_out(this, [frozenset([name]) for name in names], progress=watched)
+    except (_TimeIsUp, KeyboardInterrupt):
+        return None
+
+
+def _objective_before(this: OpenedRun) -> float:
+    """The objective at the window's first state."""
+    start = this.states.state(this.steps[0].index)
+
+    def at_start(value: Callable[[], Tensor]) -> Tensor:
+        this.replay.load(start)
+        return value()[None]
+
+    with this.replay.surroundings.as_stage("train"):
+        (found,) = objective_values(this.replay, *this.validation(), this.options, at_start)
+    return found
+
+
+def card_of(
+    verify: int | Literal["auto"], sizes: Sizes, outcome: Outcome = NOTHING_RUN, failure: str = ""
+) -> dict[str, Any]:
+    """The summary's ``trust``; see ``docs/outputs.md``.
+
+    Args:
+        verify: What was asked for.
+        sizes: Those of the influences.
+        outcome: What came of leaving samples out.
+        failure: Why samples could not be left out, in words.
+    """
+    strata, real, noise = outcome.strata, outcome.real, outcome.noise
+    agreement = agreement_of(outcome) if strata else None
     ended = [abs(value) for name in strata if (value := real[name]) is not None]
-    card = {
+    figures: dict[str, Any] = {
+        "verify": verify,
         "num_verified": len(strata),
-        "num_reranked": len(reranked),
+        "num_reranked": outcome.num_reranked,
         **(asdict(agreement) if agreement is not None else dict.fromkeys(Agreement.__dataclass_fields__)),
         "num_diverged": sum(value is None for value in real.values()),
-        "noise_floor": noise if math.isfinite(noise) else None,
+        "noise_floor": if_finite(noise),
         "num_within_noise": sum(value <= 2 * noise for value in ended),
-        "runs": found.words,
-        "seconds": round(time.perf_counter() - began, 3),
-        "samples": _row_by_row(singles, strata, predicted, real),
+        "runs": outcome.runs,
+        "seconds": outcome.seconds,
+        "samples": row_by_row(outcome),
+        **asdict(sizes),
+        "worth_epochs": worth_retracing(sizes.adjoint_growth),
+        "failure": failure,
     }
-    said = {"words": in_words(card), "doubts": doubts(card)}
-    return _with_real(ranking, real, is_reranked=bool(reranked)), said | card
-
-
-def _row_by_row(
-    singles: list[SampleId],
-    strata: dict[SampleId, str],
-    predicted: dict[SampleId, float],
-    real: dict[SampleId, float | None],
-) -> dict[str, list[Any]]:
-    return {
-        "id": singles,
-        "stratum": [strata.get(name, "reranked") for name in singles],
-        "predicted": [predicted[name] for name in singles],
-        "real": [real[name] for name in singles],
-    }
+    figures = {"doubts": doubts(figures), **figures}
+    figures = {"verdict": verdict(figures), **figures}
+    return {"words": in_words(figures), **figures}
 
 
 def stratified(ranking: Ranking, num: int) -> dict[SampleId, str]:
@@ -211,48 +235,6 @@ def noise_floor(found: LeftOut) -> float:
     if not all(map(math.isfinite, found.nudged)):
         return math.inf
     return math.hypot(*found.nudged) / math.sqrt(len(found.nudged))
-
-
-def _agreement(
-    strata: dict[SampleId, str],
-    predicted: dict[SampleId, float],
-    real: dict[SampleId, float | None],
-    together: list[float | None],
-) -> Agreement:
-    def columns(*wanted: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        ended = [name for name, stratum in strata.items() if stratum in wanted and real[name] is not None]
-        return np.array([predicted[name] for name in ended]), np.array([real[name] for name in ended], dtype=np.float64)
-
-    def sum_over(*wanted: str) -> float:
-        return sum(predicted[name] for name, stratum in strata.items() if stratum in wanted)
-
-    kinds = ("worst", "best", "random")
-    both = columns(*kinds)
-    k = max(1, len(both[0]) // 3)
-    return Agreement(
-        kendall_tau=_if_defined(kendall_tau, *both),
-        kendall_tau_random=_if_defined(kendall_tau, *columns("random")),
-        spearman=_if_defined(spearman, *both),
-        jaccard=_if_defined(lambda a, b: top_k_jaccard(a, b, k), *both),
-        jaccard_k=k,
-        together=_together(sum_over(*kinds), together[0]),
-        worst_together=_together(sum_over("worst"), together[1]) if len(together) > 1 else None,
-    )
-
-
-def _if_defined(
-    measure: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
-) -> float | None:
-    try:
-        return measure(a, b)
-    except ValueError:  # too few samples, or all alike
-        return None
-
-
-def _together(predicted: float, real: float | None) -> Together:
-    return Together(predicted, real, abs(predicted - real) / abs(real) if real else None)
 
 
 def _with_real(ranking: Ranking, real: dict[SampleId, float | None], is_reranked: bool) -> Ranking:

@@ -136,8 +136,10 @@ def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str
         f"  replay   {summary['replay']['words']}",
         f"  worst    {worst}",
     ]
-    if summary.get("trust"):
-        lines.insert(-1, f"  trust    {summary['trust']['words']}")
+    trust = summary.get("trust")
+    if trust:  # figures where somebody asked for them, else one sentence
+        is_asked = trust["verify"] != "auto" or trust["num_reranked"]
+        lines.insert(-1, f"  trust    {trust['words' if is_asked else 'verdict']}")
     if (folder / "report.html").is_file():
         lines.insert(2, f"  page     {folder / 'report.html'}")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ WRONG = {
     "on_mismatch": [*NO_CHOICE, "error", "Raise", "WARN"],
     "tolerance": [-1e-9, float("nan"), float("inf"), "small", True],
     "retrace_precision": [*NO_CHOICE, "fp32", "Float32"],
-    "verify": [-1, 1.5, True, None, "8", "auto"],
+    "verify": [-1, 1.5, True, None, "8", "Auto", "all"],
     "rerank": [-1, 1.5, True, None, "8"],
     "columns": ["label", ["Label"], ["label", "colour"], 3, None, {"label": 1}],
     "formats": ["csv", ["CSV"], ["json"], 3, None],

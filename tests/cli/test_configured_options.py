@@ -64,7 +64,7 @@ OPTIONS = {
     "on_mismatch": [("warn", "warn")],
     "tolerance": [(1e-3, 1e-3)],
     "retrace_precision": [("float32", "float32")],
-    "verify": [(12, 12)],
+    "verify": [(12, 12), (0, 0), ("auto", "auto")],
     "rerank": [(5, 5)],
     "columns": [(["label", "loss"], ("label", "loss"))],
     "formats": [(["csv"], ("csv",))],

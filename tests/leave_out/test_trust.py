@@ -4,6 +4,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 from scipy import stats
 from torch.nn import functional as F
 
-from cases import CASES, NUM_TRAIN, Case, adam, fit, loaders, objective, scaled
+from cases import CASES, NUM_TRAIN, Case, Plain, adam, fit, loaders, objective, scaled
 from left_out import again, weights_without, without
-from lightning_sgdclean import Ranking, SGDInfluence, retrace
+from lightning_sgdclean import Ranking, SGDInfluence, retrace, retracing
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.leave_out.trust import doubts, in_words, stratified
+from lightning_sgdclean.leave_out import trust as trust_room
+from lightning_sgdclean.leave_out.trust import stratified
 from lightning_sgdclean.report import words as report
 from lightning_sgdclean.report.words import TrustLine, trust_lines
 from reference import leave_one_out, ranked
 
 CASE = Case("verified", {"norm": True, "dropout": 0.2, "options": {"momentum": 0.9, "lr": 0.05}})
+STEPS_TOO_LARGE = Case("steps too large", {"options": {"lr": 20.0, "momentum": 0.9}})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_verifying_changes_nothing_but_a_column(plain, verified):
     found = dict(zip(verified.ranking.sample_id.tolist(), real.tolist(), strict=True))
     assert [found[name] for name in samples["id"]] == samples["real"]
     assert np.isnan(real).sum() == NUM_TRAIN - 12
-    assert plain.summary["trust"] is None
+    assert "real" not in plain.ranking.columns
 
 
 def test_training_and_random_states_are_untouched():
@@ -115,28 +118,123 @@ def test_every_figure_stands_in_the_summary_on_the_terminal_and_on_the_page(veri
     ("case", "words"),
     [
         (Case("hardly a step", {"options": {"lr": 1e-8}}, {"precision": "32-true"}), "most differences are within"),
-        (Case("steps too large", {"options": {"lr": 20.0, "momentum": 0.9}}), "tau is below 0.3"),
+        (STEPS_TOO_LARGE, "tau is below 0.3"),
     ],
     ids=str,
 )
 def test_what_is_not_to_be_trusted_is_doubted_everywhere(case, words):
     callback = ranked(case, verify=12)
-    (doubt,) = callback.summary["trust"]["doubts"]
-    assert words in doubt
+    trust = callback.summary["trust"]
+    (doubt,) = [doubt for doubt in trust["doubts"] if words in doubt]
+    assert trust["words"].startswith("Do not trust the order: ")
     assert doubt in report.closing_text(callback.ranking, callback.summary, callback.run_dir)
     assert doubt in (callback.run_dir / "report.html").read_text(encoding="utf-8")
     assert trust_lines(callback.summary)[-1].state == "warning"
 
 
-@pytest.mark.parametrize(
-    ("tau", "within", "found"), [(0.3, 6, []), (0.29, 6, ["tau is below 0.3"]), (None, 7, ["within the noise"])]
-)
-def test_a_low_tau_and_much_noise_are_doubts(verified, tau, within, found):
-    card = verified.summary["trust"] | {"kendall_tau": tau, "num_within_noise": within}
-    assert len(doubts(card)) == len(found)
-    for words, doubt in zip(found, doubts(card), strict=True):
-        assert words in doubt
-        assert in_words(card).endswith(doubt)
+# By default ---------------------------------------------------------------------------------------------
+
+
+def test_by_default_a_few_are_left_out_and_one_sentence_says_what_came_of_it(plain, truth):
+    trust = plain.summary["trust"]
+    samples = trust["samples"]
+    assert trust["num_verified"] >= 4
+    assert samples["stratum"][:4] == ["worst", "best", "random", "random"]
+    assert samples["id"][:2] == [plain.ranking.sample_id[0], plain.ranking.sample_id[-1]]
+    assert samples["real"] == pytest.approx(truth[samples["id"]], rel=1e-6, abs=1e-13)
+    assert trust["verdict"].startswith(f"Leaving out {trust['num_verified']} samples for real agreed with the ranking")
+    assert trust["words"].startswith(trust["verdict"])
+    assert report.closing_text(plain.ranking, plain.summary, plain.run_dir).count(trust["verdict"]) == 1
+    assert "Rounding alone" not in report.closing_text(plain.ranking, plain.summary, plain.run_dir)
+    assert trust["verdict"] in (plain.run_dir / "report.html").read_text(encoding="utf-8")
+    assert json.loads((plain.run_dir / "summary.json").read_text())["trust"] == trust
+
+
+def test_none_are_left_out_where_nobody_wants_it_yet_sizes_are_looked_at(plain):
+    trust = ranked(CASE, verify=0).summary["trust"]
+    assert (trust["num_verified"], trust["samples"]["id"], trust["runs"]) == (0, [], "")
+    assert trust["verdict"] == "No sample was left out for real to test the order (verify=0)."
+    for key in ("influence_sum", "influence_largest", "objective_before", "objective_at_end", "adjoint_growth"):
+        assert trust[key] == plain.summary["trust"][key]
+
+
+def test_sizes_are_those_of_the_ranking_and_of_whole_fits(plain):
+    trust, influence = plain.summary["trust"], plain.ranking.influence
+    assert trust["influence_sum"] == pytest.approx(influence.sum())
+    assert abs(trust["influence_largest"]) == np.abs(influence).max()
+    untrained = CASE.make(**CASE.module)
+    assert trust["objective_before"] == pytest.approx(objective(untrained), rel=1e-9)
+    assert trust["objective_at_end"] == pytest.approx(objective(fit(CASE)), rel=1e-9)
+
+
+def test_with_time_left_more_are_left_out(plain, truth, monkeypatch):
+    monkeypatch.setattr(retracing, "_SHARE", 1e6)
+    callback = ranked(CASE)
+    trust = callback.summary["trust"]
+    assert trust["num_verified"] == NUM_TRAIN
+    assert trust["samples"]["real"] == pytest.approx(truth[trust["samples"]["id"]], rel=1e-6, abs=1e-13)
+    assert callback.ranking == plain.ranking  # how many they are depends on the clock, the ranking does not
+
+
+def test_when_the_time_is_up_what_is_not_done_is_given_up(plain, monkeypatch):
+    now, begun, runs = [0.0], [], trust_room.leave_out
+
+    def watched(this, groups, *, progress, **given):
+        begun.append(len(groups))
+
+        def later(done, total):
+            now[0] += 1e6 if len(begun) == 2 else 1e-3
+            progress(done, total)
+
+        return runs(this, groups, progress=later, **given)
+
+    monkeypatch.setattr(retracing, "_SHARE", 1e4)
+    monkeypatch.setattr(trust_room, "leave_out", watched)
+    monkeypatch.setattr(trust_room, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    callback = ranked(CASE)
+    assert begun == [4, NUM_TRAIN - 4]
+    assert callback.summary["trust"]["num_verified"] == 4
+    assert callback.ranking == plain.ranking
+
+
+def test_what_nobody_asked_for_fails_without_a_warning():
+    callback = ranked(CASES["sgd"], objective=Tired(3, RuntimeError("out of coffee")))
+    trust = callback.summary["trust"]
+    assert trust["verdict"].endswith("so the order is untested: RuntimeError: out of coffee")
+    assert trust["failure"] == "RuntimeError: out of coffee"
+    assert (trust["num_verified"], trust["doubts"]) == (0, [])
+    assert trust["influence_sum"] == pytest.approx(callback.ranking.influence.sum())
+
+
+def test_of_a_training_whose_derivative_explodes_the_order_is_not_to_be_trusted():
+    callback = ranked(STEPS_TOO_LARGE)
+    assert callback.summary["trust"]["verdict"].startswith("Do not trust the order: ")
+    assert trust_lines(callback.summary)[-1].state == "warning"
+
+
+class Quadratic(Plain):
+    """Linear least squares, so that the Hessian stays as it is."""
+
+    def loss(self, batch, reduction="mean"):
+        return F.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 3).to(batch[0].dtype), reduction=reduction)
+
+
+def test_the_adjoint_grows_as_the_hessian_says():
+    case = Case(
+        "quadratic", {"net": lambda: torch.nn.Linear(5, 3), "options": {"lr": 6.0}}, {}, {"batch_size": 23}, Quadratic
+    )
+    growth = ranked(case, verify=0).summary["trust"]["adjoint_growth"]
+    module = fit(case)
+    (x, *_), (val_x, val_y, _) = (data.tensors for data in (case.train, case.val))
+    inputs = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    val_inputs = torch.cat([val_x, torch.ones(len(val_x), 1)], 1).double()
+    weights = torch.cat([module.net.weight, module.net.bias[:, None]], 1).detach()
+    adjoint = (val_inputs @ weights.T - F.one_hot(val_y, 3)).T @ val_inputs / len(val_inputs)
+    step = torch.eye(6).double() - 6.0 * (2 / 3) * inputs.T @ inputs / len(inputs)
+    norms = [float((adjoint @ torch.linalg.matrix_power(step, n)).norm() / adjoint.norm()) for n in (3, 2, 1)]
+    assert growth["epoch"] == [0, 1, 2]
+    assert growth["factor"] == pytest.approx(norms)
+    assert norms[0] > 5
 
 
 # Reranked -----------------------------------------------------------------------------------------------
@@ -166,7 +264,7 @@ def test_the_worst_are_ranked_by_what_really_happens(plain, truth, tmp_path):
 
 
 def test_reranked_alone_there_is_no_agreement_to_report():
-    trust = ranked(CASES["sgd"], rerank=4).summary["trust"]
+    trust = ranked(CASES["sgd"], rerank=4, verify=0).summary["trust"]
     assert trust["kendall_tau"] is trust["together"] is None
     assert trust["samples"]["stratum"] == ["reranked"] * 4
     assert (trust["num_verified"], trust["num_reranked"]) == (0, 4)
@@ -404,7 +502,8 @@ def test_what_goes_wrong_leaves_the_ranking(error, words):
     with pytest.warns(SGDInfluenceWarning, match=rf"ranking is there, but could not be put to the test .*{words}"):
         fit(CASES["sgd"], callback)
     assert callback.ranking == plain.ranking
-    assert callback.summary["trust"] is None
+    assert callback.summary["trust"]["num_verified"] == 0
+    assert words in callback.summary["trust"]["verdict"]
     assert Ranking.load(callback.run_dir) == callback.ranking
 
 
