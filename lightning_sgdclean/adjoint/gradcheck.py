@@ -13,6 +13,7 @@ gives another one than the loss has, a value that the parameters move is used be
 ReLU is crossed: those kinks are what no exact Hessian sees.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.base.resources import free_memory, in_bytes
-from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.evaluate import RecordedBatch, bytes_in_float64
 from lightning_sgdclean.losses.kernels import length_of
 from lightning_sgdclean.losses.precision import in_float64
 from lightning_sgdclean.losses.surroundings import Surroundings
@@ -65,6 +66,8 @@ class DerivativeChecks:
         self._planned = {ends[round(i * (len(ends) - 1) / (self._num - 1))] for i in range(self._num)} if ends else None
         self._manners: set[Any] = set()
         self._num_new = 0
+        losses = [abs(float(m.loss) / m.scale) for step in self.steps for m in step.micro if m.loss is not None]
+        self.largest_loss = max(filter(math.isfinite, losses), default=0.0)
 
     def is_due(self, step: Step, batch: RecordedBatch) -> bool:
         """Whether a batch that was just evaluated is to be checked; not asked twice of one."""
@@ -117,13 +120,16 @@ def check_derivative(
             warned about.
     """
     checks.num_checked += 1
-    missing = _bytes_to_take(batch) - free_memory(replay.surroundings.device)
+    missing = bytes_in_float64(batch) - free_memory(replay.surroundings.device)
     if missing > 0:
         checks.unknown.append(f"in float64 the step would take {in_bytes(missing)} more memory than is free")
         return
     try:
         with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
             point = _Point(batch.elsewhere(), before, engine, wide, replay)
+            if point.reach <= _NOTHING * max(1e-3, checks.largest_loss):
+                checks.unknown.append("its gradient is nearly zero")
+                return
             found = point.differences()
             told = {part: off for part, off in found.items() if off is not None}
             wrong = next((part for part, off in told.items() if off > TOLERANCE), None)
@@ -148,20 +154,7 @@ def check_derivative(
         replay.fidelity.complaints.append(text)
 
 
-_TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between
-
-
-def _bytes_to_take(batch: RecordedBatch) -> int:
-    """What a check takes at most, by what the graph of the loss saves and by the parameters."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch.call([])
-    return _TIMES * (sum(saved.values()) + sum(param.nbytes for param in batch.params))
+_NOTHING = 1e-10  # of the largest loss: so small a gradient of saturated outputs is rounding, and so is its change
 
 
 @contextmanager
@@ -228,6 +221,11 @@ class _Point:
         self._v = self._without_padding(towards(self._source, self._gradient, self._gradient))
         self._nu = {update.name: self._buffer_along(update.name, *self._gradient) for update in linearised.updates}
         self._pulled = linearised.pull_back(self._v, dict(self._nu))
+
+    @property
+    def reach(self) -> float:
+        """What moving all parameters by their own length could do to the loss, to first order."""
+        return length_of(self._gradient) * length_of(self._at)
 
     def differences(self) -> dict[str, float | None]:
         """How far the derivative is off, by its parts; None where it could not be told."""

@@ -165,7 +165,7 @@ def verdict(card: Mapping[str, Any]) -> str:
     if _against_the_order(card):
         return f"Do not trust the order: {'; '.join(card['doubts'])}."
     if card["failure"]:
-        return f"No sample was left out for real, so the order is untested: {card['failure']}"
+        return f"No sample could be left out for real, so the order is untested: {card['failure']}"
     if not num:
         return "No sample was left out for real to test the order (verify=0)."
     if tau is None:

@@ -20,6 +20,7 @@ __all__ = [
     "VerifiedSplit",
     "WatchedCalls",
     "WatchedLosses",
+    "bytes_in_float64",
     "check_moved_buffers",
     "eagerly",
     "gradient",

@@ -262,6 +262,22 @@ class RecordedBatch:
             buffer.copy_(contents[name])
 
 
+_TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between
+
+
+def bytes_in_float64(batch: RecordedBatch) -> int:
+    """What a second derivative takes in float64 at most, by what the graph of the loss saves and by the parameters."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch.call([])
+    return _TIMES * (sum(saved.values()) + sum(param.nbytes for param in batch.params))
+
+
 def takes_batch_idx(step: Callable[..., Any]) -> bool:
     """Whether ``training_step`` or ``validation_step`` wants a ``batch_idx``, as Lightning decides it."""
     parameters = inspect.signature(step).parameters

@@ -198,7 +198,7 @@ def test_when_the_time_is_up_what_is_not_done_is_given_up(plain, monkeypatch):
 
 
 def test_what_nobody_asked_for_fails_without_a_warning():
-    callback = ranked(CASES["sgd"], objective=Tired(3, RuntimeError("out of coffee")))
+    callback = ranked(CASES["sgd"], objective=Tired(CALLS, RuntimeError("out of coffee")))
     trust = callback.summary["trust"]
     assert trust["verdict"].endswith("so the order is untested: RuntimeError: out of coffee")
     assert trust["failure"] == "RuntimeError: out of coffee"
@@ -478,6 +478,9 @@ def test_a_retrace_verifies_and_reranks_as_well(tmp_path):
 # Never at the ranking's cost -------------------------------------------------------------------------------------
 
 
+CALLS = 3 + 3 * 2  # the gradient over all batches, and its check by two values on the first two
+
+
 class Tired:
     """An objective that fails once it has been asked so often."""
 
@@ -498,7 +501,7 @@ class Tired:
 )
 def test_what_goes_wrong_leaves_the_ranking(error, words):
     plain = ranked(CASES["sgd"], objective=Tired(10**6, error))
-    callback = SGDInfluence(objective=Tired(3, error), epochs="all", verify=6, rerank=3)
+    callback = SGDInfluence(objective=Tired(CALLS, error), epochs="all", verify=6, rerank=3)
     with pytest.warns(SGDInfluenceWarning, match=rf"ranking is there, but could not be put to the test .*{words}"):
         fit(CASES["sgd"], callback)
     assert callback.ranking == plain.ranking
