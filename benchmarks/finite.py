@@ -11,9 +11,10 @@ influences are compared with what came of it.
 import argparse
 import json
 import logging
+import math
 import tempfile
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sgdclean import SGDInfluence, counterfactual, retrace
 from lightning_sgdclean.adjoint import curvature
 from lightning_sgdclean.agreement import kendall_tau
+from lightning_sgdclean.base.errors import NonFiniteError
 from silent import silent_trainer
 
 HERE = Path(__file__).parent
@@ -111,15 +113,16 @@ def one_run(network, optimizer, seed, folder):
     settings |= {f"{r}, plain": ({"curvature": "finite", "finite_radius": r}, plain_differences()) for r in PLAIN}
     found = {}
     for name, (options, context) in settings.items():
-        with context:
+        with context, suppress(NonFiniteError):
+            found[name] = {"tau": math.nan, "error": math.inf, "by_exact": 0}
             ranking = retrace(callback.run_dir, Digits(network, optimizer), verify=0, **options, **data)
-        by_id = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
-        predicted = np.array([by_id[one] for one in chosen])
-        found[name] = {
-            "tau": float(kendall_tau(predicted, real)),
-            "error": float(np.abs(predicted - real).max() / np.abs(real).max()),
-            "by_exact": (ranking.summary["finite"] or {}).get("by_exact", 0),
-        }
+            by_id = dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True))
+            predicted = np.array([by_id[one] for one in chosen])
+            found[name] = {
+                "tau": float(kendall_tau(predicted, real)),
+                "error": float(np.abs(predicted - real).max() / np.abs(real).max()),
+                "by_exact": (ranking.summary["finite"] or {}).get("by_exact", 0),
+            }
     return found
 
 
@@ -133,8 +136,8 @@ def measured(seeds):
                     runs.append(one_run(network, optimizer, seed, Path(folder)))
             found[f"{network}, {optimizer}"] = {
                 name: {
-                    "tau": round(float(np.mean([run[name]["tau"] for run in runs])), 3),
-                    "tau_deviation": round(float(np.std([run[name]["tau"] for run in runs])), 3),
+                    "tau": round(float(np.nanmean([run[name]["tau"] for run in runs])), 3),
+                    "tau_deviation": round(float(np.nanstd([run[name]["tau"] for run in runs])), 3),
                     "largest_error": round(float(np.max([run[name]["error"] for run in runs])), 2),
                     "by_exact": round(float(np.mean([run[name]["by_exact"] for run in runs])), 1),
                 }

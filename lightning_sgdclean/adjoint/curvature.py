@@ -6,6 +6,7 @@ and gives a linearisation with two moments: first its gradient, which the optimi
 need to find ``c``, then :meth:`Linearised.pull_back`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.base.errors import NonFiniteError, UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
 from lightning_sgdclean.losses.watched_calls import resting_hooks
@@ -176,6 +177,10 @@ class _Difference:
         length = length_of(direction)
         start = [param.detach().clone() for param in self._params]
         move = self._engine.radius * (length_of(start) or 1.0) / (length or 1.0)
+        if not 0 < move < math.inf:
+            raise NonFiniteError(
+                f"The derivative stopped being finite on the way back: the adjoint's length is {length}."
+            )
         scores = torch.zeros_like(self._weights)
         adjoint = [torch.zeros_like(param) for param in self._params]
         before, read, losses = dict(buffers), dict[str, Tensor](), dict[int, float]()

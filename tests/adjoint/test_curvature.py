@@ -20,6 +20,76 @@ from lightning_sgdclean.losses.weighting import Evaluated
 from reference import assert_influence_is_the_derivative
 
 
+class TwoUnits:
+    """A unit that is alive for all samples, and one that is dead for all of them but nearly alive for the first."""
+
+    def __init__(self, gap):
+        torch.manual_seed(2)
+        self.live = torch.nn.Parameter(torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64))
+        self.dead = torch.nn.Parameter(torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64))
+        self.x, self.y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+        self.x[:, 0] = self.x[:, 0].abs() + 0.5
+        self.x[0, 0] = gap  # the dead unit's input is minus that
+        self.params = [self.live, self.dead]
+
+    def problem(self, weights):
+        hidden = F.softplus(self.x @ self.live) + F.relu(self.x @ self.dead)
+        return Evaluated((weights * (hidden - self.y).square()).mean(), [], [])
+
+    def pulled(self, engine, cotangent):
+        weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        return engine.open(self.problem, self.params, weights, True).pull_back(cotangent, {})
+
+
+def along(live, dead):
+    return [torch.full((3,), value, dtype=torch.float64) for value in (live, dead)]
+
+
+def test_finite_moves_only_what_the_gradient_knows_of():
+    """As under Adam, whose second moment of a dead unit is zero, so that ``c`` is huge there."""
+    units, cotangent = TwoUnits(gap=0.5), along(1.0, -1e6)
+    exact, engine = units.pulled(Exact(), cotangent), Finite(1e-4)
+    found = units.pulled(engine, cotangent)
+    assert engine.num_replaced == 0
+    for one, other in zip(found.adjoint, exact.adjoint, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=1e-6, atol=1e-9)
+
+
+def test_where_the_loss_is_not_what_slope_and_curvature_say_exact_takes_over():
+    units, cotangent = TwoUnits(gap=0.5), along(300.0, 0.0)
+    engine = Finite(10.0)  # so far that the parabola of the loss at the start says nothing
+    found, exact = units.pulled(engine, cotangent), units.pulled(Exact(), cotangent)
+    assert (engine.num_pulled, engine.num_replaced, engine.num_doubtful) == (1, 1, 0)
+    assert torch.equal(found.scores, exact.scores)
+    assert all(torch.equal(one, other) for one, other in zip(found.adjoint, exact.adjoint, strict=True))
+    assert engine.complaints() == []
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.exp()
+
+
+def test_where_exact_cannot_take_over_it_is_said():
+    units = TwoUnits(gap=0.5)
+    units.problem = lambda weights: Evaluated((weights * Once.apply(units.x @ units.live)).mean(), [], [])
+    engine = Finite(10.0)
+    units.pulled(engine, along(300.0, 0.0))
+    assert (engine.num_replaced, engine.num_doubtful) == (0, 1)
+    (text,) = engine.complaints()
+    assert "in 1 of 1 batches" in text
+    assert "'Once' cannot be differentiated twice" in text
+
+
 def setting():
     torch.manual_seed(1)
     param = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
