@@ -144,8 +144,10 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     replay, steps, run, options = this.replay, this.steps, this.run, this.options
     walk = walk_of(replay, run.optimizer, options, steps)
 
+    manners: dict[Any, int] = {}  # of validation batches
+
     def objectives_within(surroundings: Surroundings) -> list[ObjectiveGradient]:
-        return objectives_at(this.end, replay, *this.validation(), options, surroundings)
+        return objectives_at(this.end, replay, *this.validation(), options, surroundings, manners)
 
     objectives = objectives_within(replay.surroundings)
     rates, of_rates = this.rates()
@@ -153,7 +155,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     complaints = [*this.partial_in_words(), *of_rates, *complaints]
     if not run.averaging:
         complaints += compare_with_logged(objectives[0], this)
-    complaints += check_at_end(this)
+    complaints += check_at_end(this, manners)
     named = options.sample_ids is not None
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)
 

@@ -121,6 +121,7 @@ def objective_gradients(
     monitor: str,
     objectives: dict[str, ObjectiveFn | None],
     num_loaders: int,
+    manners: dict[Any, int] | None = None,
 ) -> list[ObjectiveGradient]:
     """Each objective's mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
 
@@ -132,6 +133,7 @@ def objective_gradients(
         monitor: The value that ``validation_step`` logs, where no callable is given.
         objectives: By name, callables ``(module, batch)`` or None.
         num_loaders: How many validation loaders there are.
+        manners: Takes in the ways in which values were made, each with the number of the first batch that was.
 
     Raises:
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
@@ -140,15 +142,17 @@ def objective_gradients(
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
-    for content, batch_idx, number in batches:
+    for place, (content, batch_idx, number) in enumerate(batches):
         batch = surroundings.prepare(content, number)
         for name, objective in objectives.items():
-            watched = RunningStatistics(module)
+            watched, calls = RunningStatistics(module), WatchedCalls(module)
             own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
-            with eagerly(), surroundings.val_context(), WatchedCalls(module), watched:
+            with eagerly(), surroundings.val_context(), calls, watched:
                 value, weight, seen = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
             names += [seen_name for seen_name in seen if seen_name not in names]
             if value is not None and weight:
+                if manners is not None:
+                    manners.setdefault((name, calls.manner(value)), place)
                 means[name].add(value, weight, watched.leaves)
     return [mean.result(name, no_mean(name, objectives[name], monitor, names)) for name, mean in means.items()]
 
@@ -160,6 +164,7 @@ def objectives_at(
     num_loaders: int,
     options: Options,
     surroundings: Surroundings,
+    manners: dict[Any, int] | None = None,
 ) -> list[ObjectiveGradient]:
     """The objectives in a state of the run; the module is in the modes of training afterwards.
 
@@ -170,6 +175,7 @@ def objectives_at(
         num_loaders: How many validation loaders there are.
         options: The callback's.
         surroundings: The run's, or those that widen it to float32.
+        manners: As for :func:`objective_gradients`.
 
     Raises:
         ObjectiveError: As :func:`objective_gradients`.
@@ -179,7 +185,7 @@ def objectives_at(
     params = list(replay.params.values())
     with surroundings.as_stage("validate"):
         found = objective_gradients(
-            replay.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders
+            replay.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders, manners
         )
     replay.restore()  # validation had put the module into evaluation mode
     return found

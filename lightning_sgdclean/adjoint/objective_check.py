@@ -107,15 +107,17 @@ def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options:
     return found
 
 
-_NUM_CHECKED = 2  # validation batches
+_NUM_CHECKED = 4  # validation batches at most
 
 
-def check_at_end(this: OpenedRun) -> list[str]:
-    """:func:`check_objectives` at the end of a run's window, on the first validation batches."""
+def check_at_end(this: OpenedRun, manners: dict[Any, int]) -> list[str]:
+    """:func:`check_objectives` at the end of a run's window, on the first validation batch of each manner."""
     replay = this.replay
     replay.load(this.end)
     batches, num_loaders = this.validation()
-    some, params = list(islice(batches, _NUM_CHECKED)), list(replay.params.values())
+    chosen = sorted(set(manners.values()))[:_NUM_CHECKED]
+    some = [batch for place, batch in enumerate(islice(batches, max(chosen, default=-1) + 1)) if place in chosen]
+    params = list(replay.params.values())
     complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
     replay.restore()  # validation had put the module into evaluation mode
     return complaints

@@ -17,7 +17,7 @@ from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
-from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls, graph_of
+from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
 from lightning_sgdclean.losses.weighting import (
     Evaluated,
     LabelledWeights,
@@ -148,7 +148,7 @@ class RecordedBatch:
             loss = self._mean(self.call(watchers, surroundings, self.sample_losses), own)
         self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
         if loss.grad_fn is not None and not independent:
-            self.manner = frozenset(graph_of(loss).items()), frozenset(watched.stops.items())
+            self.manner = watched.manner(loss)
         return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
 
     @property

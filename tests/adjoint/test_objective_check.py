@@ -58,6 +58,19 @@ def test_so_is_a_callable_of_the_users_in_fewer_bits(precision):
         trainer.fit(Plain(), *loaders())
 
 
+class LateInValidation(Plain):
+    """Stops a gradient in one validation batch, which is not the first."""
+
+    def validation_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("val_loss", loss * loss.item() if batch_idx == 2 else loss)
+
+
+def test_a_batch_that_is_made_otherwise_than_the_others_is_checked_too():
+    with pytest.raises(ObjectiveError, match=r"stops gradients \(item at"):
+        quiet_trainer([SGDInfluence("val_loss")]).fit(LateInValidation(), *loaders())
+
+
 def test_it_is_warned_about_on_wish():
     callback = SGDInfluence("val_loss", on_mismatch="warn")
     with pytest.warns(SGDInfluenceWarning, match="is not the derivative of its value"):

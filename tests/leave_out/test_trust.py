@@ -478,7 +478,7 @@ def test_a_retrace_verifies_and_reranks_as_well(tmp_path):
 # Never at the ranking's cost -------------------------------------------------------------------------------------
 
 
-CALLS = 3 + 3 * 2  # the gradient over all batches, and its check by two values on the first two
+CALLS = 3 + 3  # the gradient over all batches, and its check by two values on the first one
 
 
 class Tired:
