@@ -116,7 +116,7 @@ class WatchedCalls(TorchFunctionMode):
         """Give the modules their own hooks back."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hooks, own in self._originals:
-            hooks.update(own)
+            hooks.update({key: hook for key, hook in own.items() if key in hooks})  # none that was removed meanwhile
         self._originals.clear()
 
     def __torch_function__(
