@@ -2,10 +2,13 @@
 """The benchmarks of costs still run, at their smallest; what they measure is for their pages to say."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from pages import assert_figures_are
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -70,3 +73,11 @@ def test_a_smooth_training_is_trusted_and_a_chaotic_one_is_not(monkeypatch, tmp_
     assert found["windows"][0].growth > 30 > found["windows"][1].growth
     assert abs(found["windows"][0].tau) < 0.3
     assert trust.row("chaotic", [found]).startswith("| chaotic |")
+
+
+def test_figures_of_the_page_on_finite_differences_are_those_of_the_json(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    finite = importlib.import_module("finite")
+    result = json.loads(finite.RESULT.read_text(encoding="utf-8"))
+    assert_figures_are(finite.PAGE.read_text(encoding="utf-8"), finite.page(result))
+    sys.modules.pop("finite")
