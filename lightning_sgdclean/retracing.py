@@ -155,7 +155,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     complaints = [*this.partial_in_words(), *of_rates, *complaints]
     if not run.averaging:
         complaints += compare_with_logged(objectives[0], this)
-    complaints += check_at_end(this, manners)
+    complaints += [*check_at_end(this, manners), *_of_clipping(steps)]
     named = options.sample_ids is not None
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)
 
@@ -239,6 +239,17 @@ def _columns(found: Influences, walk: Walk, options: Options) -> dict[str, Any]:
     columns |= by_epoch if "by_epoch" in wanted else {}
     changes = [None] * len(found.ids) if walk.labels_of is None else found.relabelled
     return columns | ({"relabel": changes} if "relabel" in wanted else {})
+
+
+def _of_clipping(steps: list[Step]) -> list[str]:
+    """That gradients were clipped at values that changed, if so."""
+    values = list(dict.fromkeys(step.clip for step in steps if step.is_update))
+    if len(values) < 2:
+        return []
+    return [
+        f"Gradients were clipped at {len(values)} different values. They count as constants: what a sample does "
+        "through a value that follows losses or gradients is left out."
+    ]
 
 
 def _derivative(walk: Walk) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
-from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards, without_padding
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.base.resources import free_memory, in_bytes
 from lightning_sgdclean.losses.evaluate import RecordedBatch, bytes_in_float64
@@ -120,11 +120,11 @@ def check_derivative(
             warned about.
     """
     checks.num_checked += 1
-    missing = bytes_in_float64(batch) - free_memory(replay.surroundings.device)
-    if missing > 0:
-        checks.unknown.append(f"in float64 the step would take {in_bytes(missing)} more memory than is free")
-        return
     try:
+        missing = bytes_in_float64(batch) - free_memory(replay.surroundings.device)
+        if missing > 0:
+            checks.unknown.append(f"in float64 the step would take {in_bytes(missing)} more memory than is free")
+            return
         with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
             point = _Point(batch.elsewhere(), before, engine, wide, replay)
             if point.reach <= _NOTHING * max(1e-3, checks.largest_loss):
@@ -213,6 +213,7 @@ class _Point:
         shaken(self._params, self._source)
         self._at = [param.detach().clone() for param in self._params]
         self._buffers = {name: buffer.detach().clone() for name, buffer in replay.module.named_buffers()}
+        self._padding = self._watched().padding
         self._weights = batch.weights()
         engine = Finite(_MOVES[0], falls_back=False) if isinstance(engine, Finite) else engine
         evaluate = partial(batch.evaluate, surroundings=wide)
@@ -256,13 +257,7 @@ class _Point:
         return found * (length_of(like) / (length_of([found]) or 1.0))
 
     def _without_padding(self, moves: list[Tensor]) -> list[Tensor]:
-        """Rows of padding get no gradient, so that nothing moves them: what they would do does not matter."""
-        rows = {id(part.weight): part.padding_idx for part in self._module.modules() if isinstance(part, _LOOKUPS)}
-        for param, gradient, move in zip(self._params, self._gradient, moves, strict=True):
-            row = rows.get(id(param))
-            if row is not None and not gradient[row].any():
-                move[row] = 0.0
-        return moves
+        return without_padding(moves, self._params, self._gradient, self._padding)
 
     def _difference_by_weights(self) -> float | None:
         weights, scores = self._weights.detach(), self._pulled.scores
@@ -304,21 +299,26 @@ class _Point:
     def _put(self, moves: list[Tensor], moved: dict[str, Tensor]) -> None:
         for param, at, move in zip(self._params, self._at, moves, strict=True):
             param.copy_(at + move)
-            param.grad = None
         for name, buffer in self._module.named_buffers():
             buffer.copy_(self._buffers[name] + moved[name] if name in moved else self._buffers[name])
 
     def _backward(self, loss: Tensor) -> "_Answer":
+        for param in self._module.parameters():  # as Lightning does between training_step and backward
+            param.grad = None
         self._module.backward(loss)
         self._batch.restore()
         gradient = [torch.zeros_like(param) if param.grad is None else param.grad for param in self._params]
         return _Answer(gradient, {name: buffer.clone() for name, buffer in self._module.named_buffers()})
 
-    def causes(self) -> _Causes:
-        """What the module does that could explain a difference."""
+    def _watched(self) -> WatchedCalls:
         watched = WatchedCalls(self._module, locates=True)
         self._put([torch.zeros_like(at) for at in self._at], {})
-        names = graph_of(self._batch.call([watched], self._wide))
+        self._names = graph_of(self._batch.call([watched], self._wide))
+        return watched
+
+    def causes(self) -> _Causes:
+        """What the module does that could explain a difference."""
+        watched, names = self._watched(), self._names
         functions = [name.removesuffix("Backward") for name in names if name.endswith("Backward")]
         edits = [f"torch.autograd.Function {name!r}" for name in functions if name != "BackwardHookFunction"]
         for name, param in self._module.named_parameters():
@@ -331,7 +331,6 @@ class _Point:
 
 
 _NUDGE = 1e-5
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass

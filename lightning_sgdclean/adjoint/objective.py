@@ -75,6 +75,7 @@ def logged_value(
     value, options = seen[name]
     _check_logged(monitor, value, options, needs_graph)
     weight = options.get("batch_size")
+    _check_weight(weight)
     return value.mean(), float(batch_size_of(content) if weight is None else weight), list(seen)
 
 
@@ -96,6 +97,14 @@ def logs_value(module: Any, batch: ValidationBatch, monitor: str, num_loaders: i
     if value is None and num_loaders == 1:
         raise no_such_value(monitor, names)
     return value is not None
+
+
+def _check_weight(weight: Any) -> None:
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ObjectiveError(
+            "The weight of a batch in the objective's mean depends on the parameters, which is not followed. Detach "
+            "it, or give objective=, a callable (pl_module, batch) -> (scalar, weight) with a weight that is a number."
+        )
 
 
 def _check_logged(monitor: str, value: Any, options: dict[str, Any], needs_graph: bool) -> None:
@@ -263,6 +272,7 @@ def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) 
     value, weight = result if isinstance(result, tuple) else (result, None)
     if not isinstance(value, Tensor) or value.numel() != 1 or (needs_graph and not value.requires_grad):
         raise ObjectiveError("objective= must return a scalar tensor that can be differentiated, or (scalar, weight).")
+    _check_weight(weight)
     weight = float(batch_size_of(batch) if weight is None else weight)
     if not 0 <= weight < math.inf:
         raise ObjectiveError(f"objective= gave a weight of {weight}; expected a finite one that is not negative.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients, value_of
-from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
@@ -194,7 +194,8 @@ class _Point:
     def difference(self, name: str) -> float | None:
         """How far the gradient is off, relatively; None where it cannot be told."""
         found = self._found[name]
-        moves = towards(self._source, self._at, found.params)
+        padding = self._watched(name).padding
+        moves = without_padding(towards(self._source, self._at, found.params), self._params, found.params, padding)
         buffers = {
             key: normal(self._source, grad) * length_of([self._were[key]]) for key, grad in found.buffers.items()
         }
@@ -229,9 +230,12 @@ class _Point:
 
     def places(self, name: str) -> list[str]:
         """The lines at which values leave the graph."""
+        return [*self._watched(name).places]
+
+    def _watched(self, name: str) -> WatchedCalls:
         watched = WatchedCalls(self._module, locates=True)
         for content, batch_idx, number in self._batches:
             batch = self._wide.prepare(cloned(content), number), batch_idx, number
             with self._wide.val_context(), watched:
                 value_of(self._options.objectives[name], self._module, batch, self._options.monitor, self._num_loaders)
-        return [*watched.places]
+        return watched

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sgdclean.losses.kernels import length_of
 
@@ -50,6 +50,24 @@ def towards(source: torch.Generator, at: list[Tensor], *directions: list[Tensor]
     for direction in ([normal(source, tensor) for tensor in at], *directions):
         torch._foreach_add_(total, direction, alpha=length / (length_of(direction) or 1.0))
     return total
+
+
+def without_padding(
+    moves: list[Tensor], params: list[nn.Parameter], gradient: list[Tensor], padding: dict[int, int]
+) -> list[Tensor]:
+    """Leave rows of padding where they are: they get no gradient, so that nothing moves them.
+
+    Args:
+        moves: Of the parameters; written to.
+        params: The parameters.
+        gradient: Their gradient.
+        padding: Rows of padding, by the address of the parameter that they are in.
+    """
+    for param, grad, move in zip(params, gradient, moves, strict=True):
+        row = padding.get(id(param))
+        if row is not None and not grad[row].any():
+            move[row] = 0.0
+    return moves
 
 
 @torch.no_grad()

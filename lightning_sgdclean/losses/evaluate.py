@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -270,10 +270,12 @@ def bytes_in_float64(batch: RecordedBatch) -> int:
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # Not under torch.func, which forbids the hooks; there it is not known.
+    with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         batch.call([])
     return _TIMES * (sum(saved.values()) + sum(param.nbytes for param in batch.params))
 

@@ -58,6 +58,7 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
     @contextmanager
     def as_stage(stage: str) -> Iterator[None]:
         loggers, found, clock = trainer.loggers, trainer.state.stage, (epochs.completed, steps.completed)
+        put_options_back = _options_of(trainer)
         trainer.loggers = [silent_logger(trainer)] if loggers else []
         setattr(trainer, "training" if stage == "train" else "validating", True)
         try:
@@ -65,6 +66,7 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
         finally:
             trainer.loggers, trainer.state.stage = loggers, found
             set_clock(*clock)
+            put_options_back()
 
     return Surroundings(
         device=trainer.strategy.root_device,
@@ -189,6 +191,27 @@ def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
         with torch.no_grad():
             for tensor, content in zip(tensors, contents, strict=True):
                 tensor.copy_(content)
+
+
+def _options_of(trainer: Any) -> Callable[[], None]:
+    """Note the optimizers' options and the schedulers' state, which a ``training_step`` may move; puts them back."""
+    noted = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    noted += [(vars(config.scheduler), dict(vars(config.scheduler))) for config in trainer.lr_scheduler_configs]
+    values = [value for _, saved in noted for value in saved.values()]
+    tensors = [(value, value.detach().clone()) for value in values if isinstance(value, Tensor)]
+    lists = [(value, value.copy()) for value in values if type(value) is list]
+
+    def put_back() -> None:
+        for live, saved in noted:
+            live.clear()
+            live.update(saved)
+        for content, saved_content in lists:
+            content[:] = saved_content
+        with torch.no_grad():
+            for tensor, saved_tensor in tensors:
+                tensor.copy_(saved_tensor)
+
+    return put_back
 
 
 @contextmanager

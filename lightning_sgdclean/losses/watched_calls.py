@@ -59,18 +59,33 @@ _STOPPING = frozenset(
     {
         Tensor.detach,
         Tensor.detach_,
+        torch.detach,
+        torch.detach_,
         Tensor.data.__get__,  # type: ignore[attr-defined]
         Tensor.item,
         Tensor.tolist,
         Tensor.numpy,
         Tensor.__array__,
         Tensor.__float__,
+        Tensor.__int__,
+        Tensor.__format__,
+        Tensor.__repr__,
+        Tensor.storage,
+        Tensor.untyped_storage,
+        Tensor.new_tensor,
         torch.tensor,
         torch.as_tensor,
+        torch.asarray,
         torch.autograd.grad,
     }
 )
 LEAVING = frozenset({"item", "tolist", "numpy", "array", "float"})  # those of them that give no tensor
+
+
+_OF_ALL_MODULES: tuple[dict[Any, Any], ...] = (
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
 
 
 class WatchedCalls(TorchFunctionMode):
@@ -88,6 +103,7 @@ class WatchedCalls(TorchFunctionMode):
     Attributes:
         stops: How often values that the parameters move left the graph, by the function that took them; and hooks.
         places: ``detach at train.py:31``, in order, each once.
+        padding: Rows of padding, by the address of the parameter that they are in.
     """
 
     def __init__(self, module: nn.Module, *, locates: bool = False, nudge: float = 0.0) -> None:
@@ -98,14 +114,16 @@ class WatchedCalls(TorchFunctionMode):
         self._has_graph, self._is_stopped = True, False
         self.stops: Counter[str] = Counter()
         self.places: dict[str, None] = {}
+        self.padding: dict[int, int] = {}
 
     def __enter__(self) -> "WatchedCalls":
         """Modules hand their hooks on when they are called, so these are replaced before."""
-        for part in self._module.modules():
-            for hooks in (part._backward_hooks, part._backward_pre_hooks):
-                if hooks:
-                    self._originals.append((hooks, dict(hooks)))
-                    hooks.update({key: _resting(hook) for key, hook in hooks.items()})
+        parts = self._module.modules()
+        tables = [hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks)]
+        for hooks in (*tables, *_OF_ALL_MODULES):
+            if hooks:
+                self._originals.append((hooks, dict(hooks)))
+                hooks.update({key: _resting(hook) for key, hook in hooks.items()})
         self._has_graph, self._is_stopped = torch.is_grad_enabled(), False
         self.stops["hooks"] += sum(len(hooks) for hooks, _ in self._originals)
         self.stops["hooks"] += sum(len(param._backward_hooks or ()) for param in self._module.parameters())
@@ -160,6 +178,8 @@ class WatchedCalls(TorchFunctionMode):
 
     def _check_lookup(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         options = _SIGNATURES[func].bind(*args, **kwargs).arguments
+        if options.get("padding_idx") is not None:
+            self.padding[id(options["weight"])] = options["padding_idx"]
         for option, reason in _REASONS.items():
             if options.get(option):
                 raise UnsupportedOperationError(

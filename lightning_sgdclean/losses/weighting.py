@@ -121,7 +121,7 @@ class SampleWeights(TorchFunctionMode):
         self.calls.append(LossCall(call, rows.detach(), entering, owners, len(self._weights)))
         if value is None:
             return entering
-        off = value - _reduced(rows.detach(), divisor)  # rounding only: torch's own sum takes another order
+        off = (value - _reduced(rows, divisor)).detach()  # rounding only: torch's own sum takes another order
         return _reduced(entering, divisor) + off
 
     def _known(self, call: tuple[str, str, int]) -> RowOwners | None:
