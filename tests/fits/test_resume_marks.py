@@ -69,7 +69,10 @@ class Stop(pl.Callback):
 
 def train(folder, callbacks=(), ckpt_path=None, max_epochs=4, data=None, module=None, every=7, **options):
     pl.seed_everything(1, verbose=False)
-    callback = SGDInfluence("val_loss", **{"epochs": "all", "snapshots": 4, "dirpath": folder / "run", **options})
+    options = {"epochs": "all", "snapshots": 4, "dirpath": folder / "run", **options}
+    if data is None or isinstance(data, Stateful):  # whose own __iter__ could do anything with its batches
+        options["sample_ids"] = lambda batch: batch[2]
+    callback = SGDInfluence("val_loss", **options)
     saving = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
     settings = {"max_epochs": max_epochs, "precision": "32-true", "enable_checkpointing": True}
     trainer = quiet_trainer([callback, saving, *callbacks], **settings)
