@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_sgdclean.adjoint.objective_check import check_sanity
+from lightning_sgdclean.adjoint.objective_check import SanityCheck
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
@@ -29,7 +29,6 @@ from lightning_sgdclean.base.lightning import (
     shown_bar,
 )
 from lightning_sgdclean.base.options import Options
-from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
@@ -175,7 +174,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._recording: Recording | None = None
         self._split = VerifiedSplit()
         self._plan: SplitPlan | None = None  # of the first batch's loss
-        self._checked_validation = False
+        self._sanity = SanityCheck(self.options)
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
     # Recording -------------------------------------------------------------------------------------
@@ -255,13 +254,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """In the sanity check already: is there a value of that name, and can it be differentiated?"""
-        wanted = trainer.sanity_checking and self.options.objective is None and self.options.val_dataloaders is None
-        if not self._active or self._checked_validation or not wanted:
-            return
-        num_loaders = len(trainer.num_sanity_val_batches)
-        batch = cloned(batch), batch_idx, dataloader_idx
-        around = surroundings_of(trainer, pl_module)
-        self._checked_validation = check_sanity(pl_module, batch, num_loaders, self.options, around)
+        if self._active and trainer.sanity_checking:
+            num_loaders, around = len(trainer.num_sanity_val_batches), surroundings_of(trainer, pl_module)
+            self._sanity.batch_ends(pl_module, outputs, (batch, batch_idx, dataloader_idx), num_loaders, around)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
@@ -284,6 +279,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Keep what was logged, to hold the recomputed objective against."""
         if self._active and self._recording is not None:
             self._recording.note_validation(trainer)
+            if trainer.sanity_checking:
+                self._sanity.run_ends(trainer.callback_metrics.get(self.options.monitor))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""

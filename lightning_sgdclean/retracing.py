@@ -153,8 +153,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     rates, of_rates = this.rates()
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
     complaints = [*this.partial_in_words(), *of_rates, *complaints]
-    if not run.averaging:
-        complaints += compare_with_logged(objectives[0], this)
+    complaints += compare_with_logged(objectives[0], this)
     complaints += check_at_end(this, manners)
     named = options.sample_ids is not None
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)

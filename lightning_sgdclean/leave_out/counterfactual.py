@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_sgdclean.adjoint.objective_check import compare_where_unsure
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.options import ObjectiveFn, Options, SampleId
 from lightning_sgdclean.leave_out.leave_out import Batched, leave_out
@@ -217,7 +218,8 @@ def _counterfactual(
     steps, replay = this.steps, this.replay
     drawn = _drawn(steps)
     unknown = check_drawn(groups, drawn)
-    complaints = prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
+    complaints = compare_where_unsure(this)
+    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
     found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
     values = np.array(found.values, dtype=np.float64)
