@@ -250,6 +250,11 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return EarlyFindings()
         return EarlyFindings(self._plan, recording.first_ids, recording.outlook.budget)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep what the validation will draw."""
+        if self._active and self._recording is not None:
+            self._recording.begin_validation()
+
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

@@ -72,7 +72,7 @@ def objective_gradients(
     several = len(objectives) > 1
     for place, (content, batch_idx, number) in enumerate(batches):
         batch = surroundings.prepare(content, number)
-        random = random_state(surroundings.device) if several else None  # each draws what it would alone
+        random = random_state(surroundings.device) if several else None  # each draws the same
         for name, objective in objectives.items():
             watched, calls = RunningStatistics(module), WatchedCalls(module)
             own = cloned(batch) if several else batch  # a callable may write into it

@@ -150,6 +150,21 @@ def check_finite(steps: list[Step]) -> None:
                 )
 
 
+def drawn_from(run: "RecordedRun", trajectory: Trajectory, steps: list[Step]) -> RandomState:
+    """The random state to validate from: that of the fit's validation at the end point, or one that is always the same.
+
+    So each evaluation of the objective draws the same numbers, and a validation that the fit made draws its own.
+
+    Args:
+        run: The run.
+        trajectory: What was recorded of it.
+        steps: The window, which ends at the end point.
+    """
+    found = run.ending.random.get(steps[-1].index + 1)
+    last = next(step for step in reversed(steps) if step.micro)
+    return trajectory.random(last, 0) if found is None else found
+
+
 Validation = Callable[[], tuple[Iterator[ValidationBatch], int]]
 
 

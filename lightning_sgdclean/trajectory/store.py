@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.base.files import checksum_of, read_sealed, write_sealed
-from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.base.randomness import RandomState, from_plain_text, in_plain_text
 from lightning_sgdclean.data.packing import PackedBatch
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of, nbytes_of, unflatten
 from lightning_sgdclean.trajectory.records import State, Step
@@ -33,6 +33,8 @@ class FitEnd:
         is_complete: Whether the fit came to its end, rather than to an exception.
         unexplained: What moved the optimizer's options and may have followed the training; see
             :meth:`lightning_sgdclean.record.rates.RateNotes.unexplained`. None where that is not known.
+        random: Random state before the validations that drew random numbers and may be an end point, by the number of
+            steps made by then.
     """
 
     monitor: str
@@ -41,6 +43,7 @@ class FitEnd:
     num_val_batches: list[float] | None = None
     is_complete: bool = False
     unexplained: dict[str, Any] | None = None
+    random: dict[int, RandomState] = field(default_factory=dict, compare=False)
 
     def logged_at(self, monitor: str, index: int) -> float | None:
         """The value of ``monitor`` that was logged after so many steps."""
@@ -50,6 +53,9 @@ class FitEnd:
 def write_ending(folder: Path, run: str, ending: FitEnd) -> str:
     """Write it beside the trajectory of ``run``; its checksum, for the manifest."""
     content = asdict(ending) | {"run": run, "logged": [[step, repr(value)] for step, value in ending.logged.items()]}
+    content.pop("random")
+    if ending.random:
+        content["random"] = [[step, in_plain_text(state)] for step, state in ending.random.items()]
     if ending.num_val_batches is not None:
         content["num_val_batches"] = [None if math.isinf(number) else number for number in ending.num_val_batches]
     write_sealed(folder / _NAME, content)
@@ -79,6 +85,7 @@ def read_ending(folder: Path, run: str, checksum: str | None) -> FitEnd | None:
     if checksum_of(folder / _NAME) != checksum:
         raise RunDirectoryError(f"{folder / _NAME} is that of another fit. Restore the run directory from a copy.")
     content["logged"] = {step: float(value) for step, value in content["logged"]}
+    content["random"] = {step: from_plain_text(state) for step, state in content.get("random", [])}
     if content["num_val_batches"] is not None:
         content["num_val_batches"] = [math.inf if n is None else n for n in content["num_val_batches"]]
     return FitEnd(**content)
