@@ -25,7 +25,7 @@ from lightning_sgdclean.base.lightning import (
     check_module,
     check_optimizers,
     check_validation,
-    gradient_hooks,
+    hooks_of,
     shown_bar,
 )
 from lightning_sgdclean.base.options import Options
@@ -238,7 +238,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def _rehearse(self, trainer: Any, pl_module: Any, kept: KeptStep, forward: bool) -> list[str]:
         """Retrace an early step; what to warn of."""
-        around, hooks = surroundings_of(trainer, pl_module), gradient_hooks(trainer, pl_module)
+        around, hooks = surroundings_of(trainer, pl_module), hooks_of(trainer, pl_module)
         optimizer = trainer.optimizers[0]
         return rehearse(kept, pl_module, optimizer, around, self.options, hooks, self._split, forward=forward)
 
@@ -348,7 +348,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             trainer.val_dataloaders,
             trainer.num_val_batches,
             is_of_fit=True,
-            hooks=gradient_hooks(trainer, pl_module),
+            hooks=hooks_of(trainer, pl_module),
             averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,

@@ -5,8 +5,9 @@ import importlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -131,16 +132,49 @@ _MODULE_HOOKS = (
     "optimizer_zero_grad",
 )
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+_BETWEEN_STEPS = (
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_validation_start",
+    "on_validation_end",
+)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Hooks of the user's own, e.g. ``Net.on_before_optimizer_step``, by what they could do.
+
+    Attributes:
+        edit: Those that could edit gradients.
+        between: Those that run between steps, and could move weights, the batch or what the module keeps.
+    """
+
+    edit: list[str] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
+
+
+def hooks_of(trainer: Any, module: Any) -> Hooks:
+    """The hooks of the module, and of the callbacks that the Trainer has now."""
+    owners = [module, *trainer.callbacks]
+    return Hooks(gradient_hooks(trainer, module), [name for owner in owners for name in _own(owner, _BETWEEN_STEPS)])
 
 
 def gradient_hooks(trainer: Any, module: Any) -> list[str]:
     """Hooks of the user's own that could edit gradients, e.g. ``Net.on_before_optimizer_step``."""
     owners = [(module, _MODULE_HOOKS), *((callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)]
+    return [name for owner, hooks in owners for name in _own(owner, hooks)]
+
+
+def _own(owner: Any, hooks: Sequence[str]) -> list[str]:
+    """Those that were written by the user."""
+    others = (*LIGHTNING_MODULES, "lightning_sgdclean.")
     return [
         f"{type(owner).__name__}.{hook}"
-        for owner, hooks in owners
         for hook in hooks
-        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(LIGHTNING_MODULES)
+        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(others)
     ]
 
 

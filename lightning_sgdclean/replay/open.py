@@ -15,7 +15,7 @@ from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
     check_optimizers,
     combined_loader,
-    gradient_hooks,
+    hooks_of,
     one_loader,
     quiet_trainer,
 )
@@ -271,7 +271,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             loaders,
             batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
             is_of_fit=False,
-            hooks=gradient_hooks(trainer, pl_module),
+            hooks=hooks_of(trainer, pl_module),
             averaging=[],
             classes=self._classes(trainer, pl_module, loader),
             as_delivered=as_delivered,
