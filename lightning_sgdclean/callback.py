@@ -21,6 +21,8 @@ from lightning_sgdclean.base.errors import NonFiniteError, warn_of
 from lightning_sgdclean.base.files import check_free, fresh_directory, write_summary
 from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
+    CopiesResults,
+    OfLastFit,
     check_alone,
     check_module,
     check_optimizers,
@@ -125,6 +127,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         SGDInfluenceError: One of its subclasses, from ``fit``, each saying what was found and what to do.
     """
 
+    ranking = OfLastFit[Ranking | None](None)
+    run_dir = OfLastFit[Path | None](None)
+    summary = OfLastFit[dict[str, Any]]({})
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -159,9 +165,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         given = dict(locals())
         super().__init__()
         self.options = Options.among(given)
-        self.ranking: Ranking | None = None
-        self.run_dir: Path | None = None
-        self.summary: dict[str, Any] = {}
+        self._of_copies = CopiesResults()
         # Lightning asks for it at every hook, a dozen times a step.
         self._state_key: str = self._generate_state_key(monitor=monitor, curvature=curvature, dirpath=str(dirpath))
         self._forget()
@@ -206,17 +210,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             check_free(dirpath, overwrite)
             self.run_dir = fresh_directory(dirpath, Path(log_dir), overwrite)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
-        self._recording = Recording(
-            trainer,
-            pl_module,
-            self._loaders,
-            self.run_dir,
-            self.options,
-            say,
-            on_first_batch=partial(self._prove_split, trainer, pl_module),
-            rehearse=partial(self._rehearse, trainer, pl_module),
-            joined=joined,
-        )
+        prove, rehearses = partial(self._prove_split, trainer, pl_module), partial(self._rehearse, trainer, pl_module)
+        given = trainer, pl_module, self._loaders, self.run_dir, self.options, say
+        self._recording = Recording(*given, on_first_batch=prove, rehearse=rehearses, joined=joined)
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 

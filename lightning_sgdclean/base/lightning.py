@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -105,6 +105,34 @@ def without_chatter() -> Iterator[None]:
             logger.setLevel(level)
 
 
+T = TypeVar("T")
+
+
+class CopiesResults(dict[str, Any]):
+    """Results of the last fit of a callback or of its deep copies, which share it: some packages train with copies."""
+
+    def __deepcopy__(self, memo: Any) -> "CopiesResults":
+        return self
+
+
+class OfLastFit(Generic[T]):
+    """An attribute with what a callback's last fit led to; of one that never fitted itself, what its copies' did."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, callback: Any, owner: type) -> T:
+        own = {} if callback is None else vars(callback)
+        found: T = own.get(f"_own_{self._name}", own.get("_of_copies", {}).get(self._name, self._default))
+        return found
+
+    def __set__(self, callback: Any, value: T) -> None:
+        callback._of_copies[self._name] = vars(callback)[f"_own_{self._name}"] = value
+
+
 LIGHTNING_MODULES = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
 
 
@@ -133,13 +161,8 @@ _MODULE_HOOKS = (
 )
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 _BETWEEN_STEPS = (
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_train_batch_end",
-    "on_train_epoch_end",
-    "on_validation_start",
-    "on_validation_end",
+    *(f"on_train_{what}_{end}" for what in ("epoch", "batch") for end in ("start", "end")),
+    *("on_before_zero_grad", "on_validation_start", "on_validation_end"),
 )
 
 
@@ -158,8 +181,8 @@ class Hooks:
 
 def hooks_of(trainer: Any, module: Any) -> Hooks:
     """The hooks of the module, and of the callbacks that the Trainer has now."""
-    owners = [module, *trainer.callbacks]
-    return Hooks(gradient_hooks(trainer, module), [name for owner in owners for name in _own(owner, _BETWEEN_STEPS)])
+    between = [name for owner in (module, *trainer.callbacks) for name in _own(owner, _BETWEEN_STEPS)]
+    return Hooks(gradient_hooks(trainer, module), between)
 
 
 def gradient_hooks(trainer: Any, module: Any) -> list[str]:

@@ -37,11 +37,11 @@ def advice_for(batch: RecordedBatch) -> str:
         shake(batch.params)
         tried = replace(batch, restore=restore, split=None)
         fitting = next((line for line in sample_lines(module, batch.content, num) if _fits_loss(tried, line)), None)
-    if fitting is not None:
-        return f"Give {_CONTRACT}. Here this line has that mean: sample_losses={fitting}"
     last = _last_return(module)
-    ends = f"; training_step ends with `{last}`: give what stood before the mean over the batch" if last else ""
-    return f"Give {_CONTRACT}{ends}."
+    ends = f"; training_step ends with `{last}`" if last else ""
+    if fitting is not None:
+        return f"Give {_CONTRACT}{ends}. Here this line has that mean: sample_losses={fitting}"
+    return f"Give {_CONTRACT}{ends and f'{ends}: give what stood before the mean over the batch'}."
 
 
 def _fits_loss(batch: RecordedBatch, line: str) -> bool:

@@ -31,7 +31,7 @@ from lightning_sgdclean.record.rates import RateNotes
 from lightning_sgdclean.record.recorder import BestModel, EarlyStep, Recorder
 from lightning_sgdclean.trajectory.joining import CheckpointMark, without_mark
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, first_epoch_kept
-from lightning_sgdclean.trajectory.store import FitEnd, fit_of, steps_written, write_ending
+from lightning_sgdclean.trajectory.store import FitEnd, fit_of, steps_written, write_ending, write_options
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -96,6 +96,7 @@ class Recording:
         }
         self._waiting = FingerprintQueue(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
+        write_options(folder / "trajectory", options)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.outlook = Forecast(folder, options, say)
         self.keeper = BatchKeeper(

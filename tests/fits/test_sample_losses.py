@@ -94,9 +94,11 @@ class Inline(Plain):
         return rows.mean()
 
 
-def test_for_a_mean_in_training_step_the_line_for_a_classifier_is_exact():
+def test_a_mean_in_training_step_is_shown_and_the_line_for_a_classifier_is_exact():
     following = Case("inline", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, make=Inline)
-    with pytest.raises(LossSplitError, match="Here this line has that mean") as refused:
+    with pytest.raises(
+        LossSplitError, match=r"ends with `return rows\.mean\(\)`\. Here this line has that mean"
+    ) as refused:
         fit(following, SGDInfluence("val_loss"))
     assert_influence_is_the_derivative(following, sample_losses=line_in(refused.value))
 
