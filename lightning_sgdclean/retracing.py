@@ -115,7 +115,7 @@ def retrace(
         trainer=trainer,
     )
     warn_of(complaints)
-    return replace(ranking, summary=about | {"unlike_the_run": others})
+    return replace(ranking, summary=about | ({"unlike_the_run": others} if others else {}))
 
 
 def call_of(run_dir: Path | None, options: Options) -> str:
