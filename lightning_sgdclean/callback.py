@@ -14,22 +14,23 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_sgdclean.adjoint.objective_check import check_sanity
+from lightning_sgdclean.adjoint.objective_check import SanityCheck
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
 from lightning_sgdclean.base.files import check_free, fresh_directory, write_summary
 from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
+    CopiesResults,
+    OfLastFit,
     check_alone,
     check_module,
     check_optimizers,
     check_validation,
-    gradient_hooks,
+    hooks_of,
     shown_bar,
 )
 from lightning_sgdclean.base.options import Options
-from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
@@ -126,6 +127,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         SGDInfluenceError: One of its subclasses, from ``fit``, each saying what was found and what to do.
     """
 
+    ranking = OfLastFit[Ranking | None](None)
+    run_dir = OfLastFit[Path | None](None)
+    summary = OfLastFit[dict[str, Any]]({})
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -160,9 +165,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         given = dict(locals())
         super().__init__()
         self.options = Options.among(given)
-        self.ranking: Ranking | None = None
-        self.run_dir: Path | None = None
-        self.summary: dict[str, Any] = {}
+        self._of_copies = CopiesResults()
         # Lightning asks for it at every hook, a dozen times a step.
         self._state_key: str = self._generate_state_key(monitor=monitor, curvature=curvature, dirpath=str(dirpath))
         self._forget()
@@ -175,7 +178,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._recording: Recording | None = None
         self._split = VerifiedSplit()
         self._plan: SplitPlan | None = None  # of the first batch's loss
-        self._checked_validation = False
+        self._sanity = SanityCheck(self.options)
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
     # Recording -------------------------------------------------------------------------------------
@@ -207,17 +210,9 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             check_free(dirpath, overwrite)
             self.run_dir = fresh_directory(dirpath, Path(log_dir), overwrite)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
-        self._recording = Recording(
-            trainer,
-            pl_module,
-            self._loaders,
-            self.run_dir,
-            self.options,
-            say,
-            on_first_batch=partial(self._prove_split, trainer, pl_module),
-            rehearse=partial(self._rehearse, trainer, pl_module),
-            joined=joined,
-        )
+        prove, rehearses = partial(self._prove_split, trainer, pl_module), partial(self._rehearse, trainer, pl_module)
+        given = trainer, pl_module, self._loaders, self.run_dir, self.options, say
+        self._recording = Recording(*given, on_first_batch=prove, rehearse=rehearses, joined=joined)
         self._active = True
         self._seconds["fit"] = -time.perf_counter()
 
@@ -239,7 +234,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
 
     def _rehearse(self, trainer: Any, pl_module: Any, kept: KeptStep, forward: bool) -> list[str]:
         """Retrace an early step; what to warn of."""
-        around, hooks = surroundings_of(trainer, pl_module), gradient_hooks(trainer, pl_module)
+        around, hooks = surroundings_of(trainer, pl_module), hooks_of(trainer, pl_module)
         optimizer = trainer.optimizers[0]
         return rehearse(kept, pl_module, optimizer, around, self.options, hooks, self._split, forward=forward)
 
@@ -251,17 +246,18 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             return EarlyFindings()
         return EarlyFindings(self._plan, recording.first_ids, recording.outlook.budget)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep what the validation will draw."""
+        if self._active and self._recording is not None:
+            self._recording.begin_validation()
+
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """In the sanity check already: is there a value of that name, and can it be differentiated?"""
-        wanted = trainer.sanity_checking and self.options.objective is None and self.options.val_dataloaders is None
-        if not self._active or self._checked_validation or not wanted:
-            return
-        num_loaders = len(trainer.num_sanity_val_batches)
-        batch = cloned(batch), batch_idx, dataloader_idx
-        around = surroundings_of(trainer, pl_module)
-        self._checked_validation = check_sanity(pl_module, batch, num_loaders, self.options, around)
+        if self._active and trainer.sanity_checking:
+            num_loaders, around = len(trainer.num_sanity_val_batches), surroundings_of(trainer, pl_module)
+            self._sanity.batch_ends(pl_module, outputs, (batch, batch_idx, dataloader_idx), num_loaders, around)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
@@ -284,6 +280,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Keep what was logged, to hold the recomputed objective against."""
         if self._active and self._recording is not None:
             self._recording.note_validation(trainer)
+            if trainer.sanity_checking:
+                self._sanity.run_ends(trainer.callback_metrics.get(self.options.monitor))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""
@@ -346,7 +344,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
             trainer.val_dataloaders,
             trainer.num_val_batches,
             is_of_fit=True,
-            hooks=gradient_hooks(trainer, pl_module),
+            hooks=hooks_of(trainer, pl_module),
             averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,

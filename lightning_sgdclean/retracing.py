@@ -17,7 +17,7 @@ from lightning_sgdclean.adjoint.objective_check import check_at_end, compare_wit
 from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
-from lightning_sgdclean.base.options import Options
+from lightning_sgdclean.base.options import THE_RUNS, Options
 from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.leave_out.trust import card_of, put_to_the_test, sizes_of
 from lightning_sgdclean.leave_out.verdict import Sizes
@@ -30,6 +30,7 @@ from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
 from lightning_sgdclean.replay.sample_order import prove_ids
 from lightning_sgdclean.report.words import replay_in_words, retrace_bar, runs_bar
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, window_in_words
+from lightning_sgdclean.trajectory.store import options_for
 
 
 def retrace(
@@ -39,21 +40,21 @@ def retrace(
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     datamodule: Any = None,
-    monitor: str = "val_loss",
-    mode: Literal["min", "max"] = "min",
-    objective: dict[str, Callable[[Any, Any], Any]] | Callable[[Any, Any], Any] | None = None,
+    monitor: str = THE_RUNS,
+    mode: Literal["min", "max"] = THE_RUNS,
+    objective: dict[str, Callable[[Any, Any], Any]] | Callable[[Any, Any], Any] | None = THE_RUNS,
     limit_val_batches: float | None = None,
-    epochs: int | Literal["all"] = 1,
-    at: Literal["last", "best"] = "last",
-    curvature: Literal["exact", "finite", "none"] = "exact",
-    finite_radius: float = 0.03,
-    sample_losses: Callable[[Any, Any], Tensor] | None = None,
-    on_mismatch: Literal["raise", "warn"] = "raise",
-    tolerance: float | None = None,
-    retrace_precision: Literal["auto", "run", "float32"] = "auto",
-    verify: int | Literal["auto"] = "auto",
-    rerank: int = 0,
-    columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = (),
+    epochs: int | Literal["all"] = THE_RUNS,
+    at: Literal["last", "best"] = THE_RUNS,
+    curvature: Literal["exact", "finite", "none"] = THE_RUNS,
+    finite_radius: float = THE_RUNS,
+    sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
+    on_mismatch: Literal["raise", "warn"] = THE_RUNS,
+    tolerance: float | None = THE_RUNS,
+    retrace_precision: Literal["auto", "run", "float32"] = THE_RUNS,
+    verify: int | Literal["auto"] = THE_RUNS,
+    rerank: int = THE_RUNS,
+    columns: Sequence[Literal["label", "prediction", "loss", "source", "by_epoch", "relabel"]] = THE_RUNS,
     trainer: Any = None,
 ) -> Ranking:
     """Rank the samples of a run from its recorded trajectory: another objective, window or engine, no training.
@@ -69,7 +70,8 @@ def retrace(
             logged, a warning tells.
         datamodule: Instead of the two.
         monitor: Name of the value that ``validation_step`` logs. This option and those below are described in full at
-            :class:`SGDInfluence`.
+            :class:`SGDInfluence`. Those that are not given are the run's; of an older run without options, the
+            callback's defaults. A callable that the run had has to be given again.
         mode: Whether the value should be low (``"min"``) or high (``"max"``).
         objective: A callable, or several by name, instead of ``monitor``.
         limit_val_batches: How many validation batches of each loader count, or as a float which share; by default as
@@ -90,15 +92,17 @@ def retrace(
             with the precision and the kind of device that the run had.
 
     Returns:
-        The ranking, with its ``summary``; nothing is written. Where the fit of the run did not come to its end, a
+        The ranking, with its ``summary``, which says under ``unlike_the_run`` which options are not the run's; nothing
+        is written. Where the fit of the run did not come to its end, a
         warning says so, and ``summary["window"]["partial"]`` is true.
 
     Raises:
-        ValueError: If an option is wrong.
+        ValueError: If an option is wrong, or one that the run had as a callable is not given.
         RunDirectoryError: If the directory holds no whole trajectory, or that of another model or optimizer.
         SGDInfluenceError: One of its other subclasses, as from ``fit``.
     """
-    options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
+    given = {**locals(), "val_dataloaders": None}  # those given here are the run's
+    options, others = options_for(run_dir, given)
     ranking, about, complaints = reopened(
         run_dir,
         model,
@@ -111,7 +115,7 @@ def retrace(
         trainer=trainer,
     )
     warn_of(complaints)
-    return replace(ranking, summary=about)
+    return replace(ranking, summary=about | ({"unlike_the_run": others} if others else {}))
 
 
 def call_of(run_dir: Path | None, options: Options) -> str:
@@ -153,8 +157,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     rates, of_rates = this.rates()
     complaints = [f"{text} So only what was kept is ranked." for text in this.complaints]
     complaints = [*this.partial_in_words(), *of_rates, *complaints]
-    if not run.averaging:
-        complaints += compare_with_logged(objectives[0], this)
+    complaints += compare_with_logged(objectives[0], this)
     complaints += [*check_at_end(this, manners), *_of_clipping(steps)]
     named = options.sample_ids is not None
     complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare, has_names=named)

@@ -232,7 +232,10 @@ def test_error_after_fit_gives_the_call_that_finishes_the_job(tmp_path):
         "objective={'mine': ...}, epochs='all', tolerance=0.0001, columns=('loss',))"
     )
     train, val = loaders()
-    ranking = retrace(tmp_path / "run", Plain(), train_dataloaders=train, val_dataloaders=val, epochs="all")
+    given = {"train_dataloaders": train, "val_dataloaders": val}
+    with pytest.raises(ValueError, match=r"had objective=, which is code.*Give objective= again, or monitor="):
+        retrace(tmp_path / "run", Plain(), **given)
+    ranking = retrace(tmp_path / "run", Plain(), **given, objective=None)
     assert len(ranking) == 23
 
 
@@ -384,7 +387,7 @@ def test_the_end_point_can_be_the_best_model(tmp_path):
     best = callback.summary["window"]["last_step"]
     assert best < 14  # else it would be the last one
     assert_same(later(callback, at="best"), callback.ranking)
-    assert not np.array_equal(later(callback).influence, callback.ranking.influence)
+    assert not np.array_equal(later(callback, at="last").influence, callback.ranking.influence)
 
 
 def test_the_best_model_of_a_run_that_watched_none_is_refused(run):

@@ -131,7 +131,7 @@ def retrace_step(
     for problem in problems:
         evaluate = problem.within(replay.surroundings)
         opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
-    fidelity.compare_losses(step, [one.loss for one in opened])
+    fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
     fidelity.compare_buffers(step, replay.module, after.buffers)
     check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
     scale = step.micro[0].scale

@@ -3,22 +3,22 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sgdclean.adjoint.logged import Said, check_weight, logged_value, no_such_value
 from lightning_sgdclean.base.errors import NonFiniteError, ObjectiveError
 from lightning_sgdclean.base.lightning import batch_size_of
 from lightning_sgdclean.base.options import ObjectiveFn, Options
-from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
+from lightning_sgdclean.base.randomness import random_state, set_random_state
 from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
-from lightning_sgdclean.losses.evaluate import takes_batch_idx
 from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.running_statistics import RunningStatistics
-from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, logging_to, untouched_module
+from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, resting_hooks
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State
@@ -28,98 +28,16 @@ from lightning_sgdclean.trajectory.records import State
 class ObjectiveGradient:
     """``F`` and its derivatives by parameters (in their order) and running statistics (by name).
 
-    ``as_logged`` is ``F`` summed up in the precision in which Lightning sums what is logged.
+    ``as_logged`` is ``F`` summed up in the precision in which Lightning sums what is logged, ``sources`` where its
+    values come from (see :class:`~lightning_sgdclean.adjoint.logged.Said`), ``names`` what was logged.
     """
 
     value: float
     params: list[Tensor]
     buffers: dict[str, Tensor]
     as_logged: float
-
-
-def logged_value(
-    module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, needs_graph: bool = True
-) -> tuple[Tensor | None, float, list[str]]:
-    """Run ``validation_step`` and catch what it logs as ``monitor``.
-
-    Args:
-        module: The LightningModule.
-        batch: One of the validation set.
-        monitor: Name of the value.
-        num_loaders: How many validation loaders there are.
-        needs_graph: Whether the value is to be differentiated.
-
-    Returns:
-        The value (None if this batch logs none of that name), the weight that Lightning
-        would give it, and all names that were logged.
-
-    Raises:
-        ObjectiveError: If the value cannot be differentiated, or is not averaged over batches.
-    """
-    content, batch_idx, number = batch
-    seen: dict[str, tuple[Any, dict[str, Any]]] = {}
-
-    def receive(name: str, value: Any, *_: Any, **options: Any) -> None:
-        full = name
-        if num_loaders > 1 and options.get("add_dataloader_idx", True):
-            full = f"{name}/dataloader_idx_{number}"
-        seen[full] = value, options
-
-    with logging_to(module, receive):
-        step = module.validation_step
-        arguments = [content, *([batch_idx] if takes_batch_idx(step) else []), *([number] if num_loaders > 1 else [])]
-        step(*arguments)
-    name = monitor if monitor in seen else monitor.removesuffix("_epoch")
-    if name not in seen:
-        return None, 0.0, list(seen)
-    value, options = seen[name]
-    _check_logged(monitor, value, options, needs_graph)
-    weight = options.get("batch_size")
-    _check_weight(weight)
-    return value.mean(), float(batch_size_of(content) if weight is None else weight), list(seen)
-
-
-def logs_value(module: Any, batch: ValidationBatch, monitor: str, num_loaders: int, surroundings: Surroundings) -> bool:
-    """Whether ``validation_step`` logs ``monitor`` for this batch; module and random state stay as they are.
-
-    Raises:
-        ObjectiveError: If it does not, though there is one loader only, or if the value cannot be differentiated.
-    """
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        untouched_randomness(surroundings.device),
-        untouched_module(module),
-        surroundings.as_stage("validate"),
-        surroundings.val_context(),
-    ):
-        value, _, names = logged_value(module, batch, monitor, num_loaders)
-    if value is None and num_loaders == 1:
-        raise no_such_value(monitor, names)
-    return value is not None
-
-
-def _check_weight(weight: Any) -> None:
-    if isinstance(weight, Tensor) and weight.requires_grad:
-        raise ObjectiveError(
-            "The weight of a batch in the objective's mean depends on the parameters, which is not followed. Detach "
-            "it, or give objective=, a callable (pl_module, batch) -> (scalar, weight) with a weight that is a number."
-        )
-
-
-def _check_logged(monitor: str, value: Any, options: dict[str, Any], needs_graph: bool) -> None:
-    found = None
-    if not isinstance(value, Tensor):
-        found = f"a {type(value).__name__}"
-    elif needs_graph and value.grad_fn is None:
-        found = "a tensor without a graph (detached, or made of counts such as an accuracy)"
-    elif options.get("reduce_fx", "mean") not in ("mean", torch.mean):
-        found = f"a value reduced by {options['reduce_fx']!r} over batches; expected the mean"
-    if found is not None:
-        raise ObjectiveError(
-            f"validation_step logs {monitor!r} as {found}, which cannot be differentiated. Log the loss tensor itself, "
-            f"self.log({monitor!r}, loss), or give objective=, a callable (pl_module, batch) -> scalar."
-        )
+    sources: set[str] = field(default_factory=set)
+    names: list[str] = field(default_factory=list)
 
 
 def objective_gradients(
@@ -151,19 +69,23 @@ def objective_gradients(
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
+    several = len(objectives) > 1
     for place, (content, batch_idx, number) in enumerate(batches):
         batch = surroundings.prepare(content, number)
+        random = random_state(surroundings.device) if several else None  # each draws the same
         for name, objective in objectives.items():
             watched, calls = RunningStatistics(module), WatchedCalls(module)
-            own = batch if len(objectives) == 1 else cloned(batch)  # a callable may write into it
+            own = cloned(batch) if several else batch  # a callable may write into it
+            if random is not None:
+                set_random_state(random, surroundings.device)
             with eagerly(), surroundings.val_context(), calls, watched:
-                value, weight, seen = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
-            names += [seen_name for seen_name in seen if seen_name not in names]
-            if value is not None and weight:
+                said = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
+            names += [seen_name for seen_name in said.names if seen_name not in names]
+            if said.value is not None and said.weight and means[name].takes(said):
                 if manners is not None:
-                    manners.setdefault((name, calls.manner(value)), place)
-                means[name].add(value, weight, watched.leaves)
-    return [mean.result(name, no_mean(name, objectives[name], monitor, names)) for name, mean in means.items()]
+                    manners.setdefault((name, calls.manner(said.value)), place)
+                means[name].add(said.value, said.weight, watched.leaves)
+    return [mean.result(name, no_mean(name, objectives[name], monitor, names), names) for name, mean in means.items()]
 
 
 def objectives_at(
@@ -207,8 +129,8 @@ def value_of(
     monitor: str,
     num_loaders: int,
     needs_graph: bool = True,
-) -> tuple[Tensor | None, float, list[str]]:
-    """What a callable, or None for what ``validation_step`` logs, says of a batch; see :func:`logged_value`."""
+) -> Said:
+    """What a callable, or None for ``validation_step``, says of a batch; see :func:`logged_value`."""
     if objective is None:
         return logged_value(module, batch, monitor, num_loaders, needs_graph)
     return _called(objective, module, batch[0], needs_graph)
@@ -219,10 +141,23 @@ class _Mean:
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self._params = params
+        self._forget()
+
+    def _forget(self) -> None:
+        params, self._sources = self._params, set[str]()
         self._total, self._weights = 0.0, 0.0
         self._logged = torch.zeros(())
         self._by_param = [summable(torch.zeros_like(param)) for param in params]  # sums in 16 bits stop growing
         self._by_buffer: dict[str, Tensor] = {}
+
+    def takes(self, said: Said) -> bool:
+        """Whether it takes this in: what was returned counts only if nothing was logged."""
+        if said.source == "returned" and self._sources - {"returned"}:
+            return False
+        if said.source != "returned" and "returned" in self._sources:
+            self._forget()
+        self._sources.add(said.source)
+        return True
 
     def add(self, value: Tensor, weight: float, leaves: dict[str, Tensor]) -> None:
         with resting_hooks(self._params):
@@ -234,7 +169,7 @@ class _Mean:
         self._total, self._weights = self._total + weight * float(value.detach()), self._weights + weight
         self._logged = self._logged.to(value.device) + summable(value.detach()) * weight
 
-    def result(self, name: str, missing: ObjectiveError) -> ObjectiveGradient:
+    def result(self, name: str, missing: ObjectiveError, names: list[str]) -> ObjectiveGradient:
         if self._weights == 0:
             raise missing
         by_param = [grad / self._weights for grad in self._by_param]
@@ -244,16 +179,8 @@ class _Mean:
             raise NonFiniteError(
                 f"The objective {name!r} is {value} or its gradient is not finite: nothing can be ranked by it."
             )
-        return ObjectiveGradient(value, by_param, by_buffer, float(self._logged / self._weights))
-
-
-def no_such_value(monitor: str, names: list[str]) -> ObjectiveError:
-    """The error for a missing validation value, with those that there are."""
-    listed = ", ".join(sorted(names)) if names else "none at all"
-    return ObjectiveError(
-        f"No value named {monitor!r} was logged in validation_step; names seen: {listed}. Log it there with "
-        f"self.log({monitor!r}, loss), give monitor= one of these names, or give objective=."
-    )
+        as_logged = float(self._logged / self._weights)
+        return ObjectiveGradient(value, by_param, by_buffer, as_logged, self._sources, names)
 
 
 def no_mean(name: str, objective: ObjectiveFn | None, monitor: str, names: list[str]) -> ObjectiveError:
@@ -266,17 +193,17 @@ def no_mean(name: str, objective: ObjectiveFn | None, monitor: str, names: list[
     )
 
 
-def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) -> tuple[Tensor, float, list[str]]:
-    with logging_to(module, lambda *_, **__: None):
+def _called(objective: ObjectiveFn, module: Any, batch: Any, needs_graph: bool) -> Said:
+    with logging_to(module, ignore):
         result = objective(module, batch)
     value, weight = result if isinstance(result, tuple) else (result, None)
     if not isinstance(value, Tensor) or value.numel() != 1 or (needs_graph and not value.requires_grad):
         raise ObjectiveError("objective= must return a scalar tensor that can be differentiated, or (scalar, weight).")
-    _check_weight(weight)
+    check_weight(weight)
     weight = float(batch_size_of(batch) if weight is None else weight)
     if not 0 <= weight < math.inf:
         raise ObjectiveError(f"objective= gave a weight of {weight}; expected a finite one that is not negative.")
-    return value.reshape(()), weight, []
+    return Said(value.reshape(()), weight, [])
 
 
 Everywhere = Callable[[Callable[[], Tensor]], Tensor]
@@ -298,7 +225,7 @@ def objective_values(
         ObjectiveError: If no batch gives such a value.
     """
     name, objective = next(iter(options.objectives.items()))
-    total, weights = torch.zeros(()), 0.0
+    total, weights, has_logged = torch.zeros(()), 0.0, False
     names: dict[str, None] = {}
     replay.module.eval()
     with replay.surroundings.as_stage("validate"):
@@ -307,6 +234,10 @@ def objective_values(
             value = _Value(objective, replay, batch, options.monitor, num_loaders)
             values = everywhere(value)
             names |= dict.fromkeys(value.names)
+            if value.source == "returned" and has_logged:
+                continue  # what was returned counts only if nothing was logged
+            if value.weight and value.source != "returned" and not has_logged:
+                has_logged, total, weights = True, torch.zeros(()), 0.0
             if value.weight:
                 total, weights = total + value.weight * values, weights + value.weight
     replay.restore()  # validation had put the module into evaluation mode
@@ -322,6 +253,7 @@ class _Value:
     Attributes:
         weight: What it weighs in the mean, once it was asked for; zero if the batch says nothing of it.
         names: All values that were logged.
+        source: Where the value comes from.
     """
 
     def __init__(
@@ -330,7 +262,7 @@ class _Value:
         self._objective, self._replay, self._batch = objective, replay, batch
         self._monitor, self._num_loaders = monitor, num_loaders
         self._random = random_state(replay.surroundings.device)
-        self.weight = 0.0
+        self.weight, self.source = 0.0, "logged"
         self.names: list[str] = []
 
     def __call__(self) -> Tensor:
@@ -339,7 +271,7 @@ class _Value:
         surroundings = self._replay.surroundings
         set_random_state(self._random, surroundings.device)
         with eagerly(), surroundings.val_context():
-            found, self.weight, self.names = value_of(
+            found, self.weight, self.names, self.source = value_of(
                 self._objective,
                 self._replay.module,
                 (cloned(content), batch_idx, number),

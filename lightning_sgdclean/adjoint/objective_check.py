@@ -9,18 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient, logs_value, objective_gradients, value_of
+from lightning_sgdclean.adjoint.logged import (
+    FAR,
+    is_close,
+    logged_value,
+    no_such_value,
+    plain,
+    returned_loss,
+    said_again,
+    unlike,
+)
+from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients, objectives_at, value_of
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.data.fetching import ValidationBatch
+from lightning_sgdclean.data.fetching import ValidationBatch, loaders_in
 from lightning_sgdclean.losses.kernels import length_of
 from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
 from lightning_sgdclean.losses.watched_calls import WatchedCalls
-from lightning_sgdclean.replay.replay import OpenedRun
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
 
@@ -78,33 +88,70 @@ def check_objectives(
     return complaints
 
 
-def check_sanity(module: Any, batch: ValidationBatch, num_loaders: int, options: Options, around: Surroundings) -> bool:
-    """Whether ``validation_step`` logs the monitored value for a batch, and if so, that its gradient is all of it.
-
-    Module and random state stay as they are.
+class SanityCheck:
+    """In the sanity check already: what ``validation_step`` says is the objective, again and again, and all of it.
 
     Args:
-        module: The LightningModule.
-        batch: A batch as ``validation_step`` gets it.
-        num_loaders: How many validation loaders there are.
-        options: The callback's.
-        around: What stands for the Trainer.
-
-    Raises:
-        ObjectiveError: If the value is not logged, though there is one loader only, or its gradient is wrong.
+        options: The callback's. A callable, or loaders of the user's, leave nothing to check.
     """
-    found = logs_value(module, batch, options.monitor, num_loaders, around)
-    params = [param for param in module.parameters() if param.requires_grad]
-    if found:
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._is_done = options.objective is not None or options.val_dataloaders is not None
+        self._names: list[str] | None = None  # logged beside a value that comes at the epoch's end only
+        self._returned: list[Tensor | None] = []
+
+    def batch_ends(
+        self, module: Any, output: Any, batch: ValidationBatch, num_loaders: int, around: Surroundings
+    ) -> None:
+        """Look at a batch that was validated on; module and random state stay as they are.
+
+        Args:
+            module: The LightningModule.
+            output: What ``validation_step`` returned.
+            batch: A batch as ``validation_step`` gets it.
+            num_loaders: How many validation loaders there are.
+            around: What stands for the Trainer.
+
+        Raises:
+            ObjectiveError: If there is no such value, though there is one loader only; if its gradient is wrong; or if
+                it is another one each time.
+        """
+        if self._is_done:
+            return
+        self._returned.append(returned_loss(output))
+        if self._names is not None:
+            return
         as_it_is = replace(around, prepare=lambda batch, number: batch)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             untouched_randomness(around.device),
-            untouched_module(module),
+            untouched_module(module) as restore,
         ):
-            warn_of(check_objectives(module, params, [batch], num_loaders, options, as_it_is))
-    return found
+            content, *numbers = batch
+            own = (cloned(content), *numbers)  # out of inference mode
+            said = said_again(module, own, num_loaders, self._options, around, restore)
+            if said.value is None:
+                return
+            params = [param for param in module.parameters() if param.requires_grad]
+            warn_of(check_objectives(module, params, [own], num_loaders, self._options, as_it_is))
+        self._is_done = said.source != "returned"
+        self._names = None if self._is_done else said.names
+
+    def run_ends(self, logged: Any) -> None:
+        """Hold what was returned against the value that was logged once all batches were through; None: none was.
+
+        Raises:
+            ObjectiveError: If that is not the mean of what was returned.
+        """
+        if self._is_done or self._names is None:
+            return
+        self._is_done = True
+        found = [plain(value) for value in self._returned if value is not None]
+        mean = sum(found) / len(found) if found else math.nan
+        if logged is None or not is_close(mean, plain(logged), logged, *self._returned):
+            raise no_such_value(self._options.monitor, self._names, unlike(mean, logged))
 
 
 _NUM_CHECKED = 4  # validation batches at most
@@ -124,7 +171,6 @@ def check_at_end(this: OpenedRun, manners: dict[Any, int]) -> list[str]:
 
 
 _ROUNDINGS = 16  # of the logged value
-_FAR = 1e-4  # relative: no rounding
 
 
 def compare_with_logged(found: ObjectiveGradient, this: OpenedRun) -> list[str]:
@@ -139,24 +185,77 @@ def compare_with_logged(found: ObjectiveGradient, this: OpenedRun) -> list[str]:
 
     Raises:
         ReplayMismatchError: If they differ by far, on the data of the fit itself.
+        ObjectiveError: If the value was not logged for each batch, and there is nothing to compare with, or they differ
+            by far.
     """
     run, replay, options = this.run, this.replay, this.options
-    if options.objective is not None or options.val_dataloaders is not None:
+    is_sure = found.sources <= {"logged"}
+    if options.objective is not None or (is_sure and (options.val_dataloaders is not None or run.averaging)):
         return []
     logged = run.ending.logged_at(options.monitor, this.steps[-1].index + 1)
+    if options.val_dataloaders is not None or run.averaging:
+        logged = None  # it was of other data, or of other weights
     eps = max(torch.finfo(param.dtype).eps for param in replay.params.values())
     eps = max(eps, torch.finfo(torch.bfloat16).eps) if is_low(replay.surroundings, replay.module) else eps
+    if logged is None and not is_sure:
+        return _refused_or_said(no_such_value(options.monitor, found.names, unlike(found.value, None)), options)
     if logged is None or math.isclose(found.as_logged, logged, rel_tol=_ROUNDINGS * eps, abs_tol=1e-12):
         return []
     text = (
         f"{options.monitor!r} recomputed on the final weights is {found.as_logged!r}, but {logged!r} was logged for "
-        "them, which is more than rounding. Likely causes: random validation data, weights moved after the last step, "
-        f"{'' if run.is_of_fit else 'other validation data than the fit had, '}or a value not averaged by batch size."
+        f"them, which is more than rounding. Likely causes: {_causes(found, run)}."
     )
-    is_far = not math.isclose(found.as_logged, logged, rel_tol=max(_FAR, 4 * eps), abs_tol=1e-12)
-    if is_far and options.on_mismatch == "raise" and run.is_of_fit:
-        raise ReplayMismatchError(f'{text} on_mismatch="warn" ranks all the same.')
-    return [text]
+    is_far = not math.isclose(found.as_logged, logged, rel_tol=max(FAR, 4 * eps), abs_tol=1e-12)
+    if not (is_far and (run.is_of_fit or not is_sure)):
+        return [text]
+    if is_sure:
+        return _refused_or_said(ReplayMismatchError(text), options)
+    return _refused_or_said(ObjectiveError(f"{text} Log the loss itself for each batch, or give objective=."), options)
+
+
+def compare_where_unsure(this: OpenedRun) -> list[str]:
+    """:func:`compare_with_logged`, for those who only need values: where a batch's value is not surely the logged one.
+
+    Raises:
+        ReplayMismatchError: As :func:`compare_with_logged`.
+        ObjectiveError: Likewise.
+    """
+    options, replay = this.options, this.replay
+    if options.objective is not None:
+        return []
+    batches, num_loaders = this.validation()
+    replay.load(this.end)
+    replay.module.eval()
+    with replay.surroundings.as_stage("validate"), replay.surroundings.val_context():
+        some = [(replay.surroundings.prepare(content, number), i, number) for content, i, number in islice(batches, 1)]
+        said = [logged_value(replay.module, one, options.monitor, num_loaders, needs_graph=False) for one in some]
+    replay.restore()
+    if all(one.source == "logged" for one in said):
+        return []
+    return compare_with_logged(
+        objectives_at(this.end, replay, *this.validation(), options, replay.surroundings)[0], this
+    )
+
+
+def _refused_or_said(error: SGDInfluenceError, options: Options) -> list[str]:
+    if options.on_mismatch == "raise":
+        raise type(error)(f'{error} on_mismatch="warn" ranks all the same.')
+    return [str(error)]
+
+
+def _causes(found: ObjectiveGradient, run: RecordedRun) -> str:
+    """What can be behind a value that is not the logged one, in this run."""
+    loaders = loaders_in(run.val_dataloaders)
+    causes = {
+        "validation data that workers make random": any(getattr(one, "num_workers", 0) for one in loaders),
+        "weights moved after the last step": True,
+        "other validation data than the fit had": not run.is_of_fit,
+        "an average that is not by batch size": found.sources <= {"logged"},
+        "a metric that is no mean over samples": "metric" in found.sources,
+        "an epoch's value that is not the mean of what validation_step returned": "returned" in found.sources,
+    }
+    *some, last = [cause for cause, is_possible in causes.items() if is_possible]
+    return f"{', '.join(some)} or {last}" if some else last
 
 
 def _complaint(name: str, off: float, places: list[str]) -> str:

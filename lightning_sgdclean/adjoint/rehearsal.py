@@ -7,6 +7,7 @@ import torch
 
 from lightning_sgdclean.adjoint.backward import retrace_step
 from lightning_sgdclean.adjoint.walk import Adjoint, walk_of
+from lightning_sgdclean.base.lightning import Hooks
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import cloned, summable
@@ -24,7 +25,7 @@ def rehearse(
     optimizer: Any,
     surroundings: Surroundings,
     options: Options,
-    hooks: list[str],
+    hooks: Hooks,
     split: VerifiedSplit | None,
     *,
     forward: bool = False,
@@ -39,7 +40,7 @@ def rehearse(
         optimizer: Its optimizer.
         surroundings: What stands for the Trainer.
         options: The callback's.
-        hooks: Hooks of the user's that could edit gradients.
+        hooks: Hooks of the user's.
         split: What was proved of the loss on the first batch.
         forward: Whether steps will have to be repeated forward.
 

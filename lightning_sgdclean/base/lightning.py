@@ -5,10 +5,11 @@ import importlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -104,6 +105,34 @@ def without_chatter() -> Iterator[None]:
             logger.setLevel(level)
 
 
+T = TypeVar("T")
+
+
+class CopiesResults(dict[str, Any]):
+    """Results of the last fit of a callback or of its deep copies, which share it: some packages train with copies."""
+
+    def __deepcopy__(self, memo: Any) -> "CopiesResults":
+        return self
+
+
+class OfLastFit(Generic[T]):
+    """An attribute with what a callback's last fit led to; of one that never fitted itself, what its copies' did."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, callback: Any, owner: type) -> T:
+        own = {} if callback is None else vars(callback)
+        found: T = own.get(f"_own_{self._name}", own.get("_of_copies", {}).get(self._name, self._default))
+        return found
+
+    def __set__(self, callback: Any, value: T) -> None:
+        callback._of_copies[self._name] = vars(callback)[f"_own_{self._name}"] = value
+
+
 LIGHTNING_MODULES = ("lightning.", "pytorch_lightning.")  # where a hook comes from that nobody has overridden
 
 
@@ -131,16 +160,44 @@ _MODULE_HOOKS = (
     "optimizer_zero_grad",
 )
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+_BETWEEN_STEPS = (
+    *(f"on_train_{what}_{end}" for what in ("epoch", "batch") for end in ("start", "end")),
+    *("on_before_zero_grad", "on_validation_start", "on_validation_end"),
+)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Hooks of the user's own, e.g. ``Net.on_before_optimizer_step``, by what they could do.
+
+    Attributes:
+        edit: Those that could edit gradients.
+        between: Those that run between steps, and could move weights, the batch or what the module keeps.
+    """
+
+    edit: list[str] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
+
+
+def hooks_of(trainer: Any, module: Any) -> Hooks:
+    """The hooks of the module, and of the callbacks that the Trainer has now."""
+    between = [name for owner in (module, *trainer.callbacks) for name in _own(owner, _BETWEEN_STEPS)]
+    return Hooks(gradient_hooks(trainer, module), between)
 
 
 def gradient_hooks(trainer: Any, module: Any) -> list[str]:
     """Hooks of the user's own that could edit gradients, e.g. ``Net.on_before_optimizer_step``."""
     owners = [(module, _MODULE_HOOKS), *((callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)]
+    return [name for owner, hooks in owners for name in _own(owner, hooks)]
+
+
+def _own(owner: Any, hooks: Sequence[str]) -> list[str]:
+    """Those that were written by the user."""
+    others = (*LIGHTNING_MODULES, "lightning_sgdclean.")
     return [
         f"{type(owner).__name__}.{hook}"
-        for owner, hooks in owners
         for hook in hooks
-        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(LIGHTNING_MODULES)
+        if hook in vars(owner) or not getattr(type(owner), hook).__module__.startswith(others)
     ]
 
 

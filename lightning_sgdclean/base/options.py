@@ -15,6 +15,14 @@ from lightning_sgdclean.base.resources import pyarrow
 SampleId: TypeAlias = int | str
 ObjectiveFn = Callable[[Any, Any], Any]  # (pl_module, batch) -> scalar, or scalar and weight
 SampleLosses = Callable[[Any, Any], Any]  # (pl_module, batch) -> losses (B,)
+
+
+class _TheRuns:
+    def __repr__(self) -> str:
+        return "the run's"
+
+
+THE_RUNS: Any = _TheRuns()  # the default of an option that was written down with the run
 FORMATS = ("csv", "parquet")
 FURTHER_COLUMNS = ("label", "prediction", "loss", "source", "by_epoch", "relabel")
 

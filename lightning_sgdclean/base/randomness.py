@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The random state of a process: read it, set it, and leave it as it was found."""
 
+import base64
 import ctypes
 import random
 from collections.abc import Callable, Iterator
@@ -132,6 +133,23 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].clone(), device)
+
+
+def has_drawn(before: RandomState, after: RandomState) -> bool:
+    """Whether random numbers were drawn between two random states."""
+    return any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def in_plain_text(state: RandomState) -> dict[str, list[str]]:
+    """A random state for a JSON file: of each tensor, its type and its bytes in base64."""
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    return {name: [str(one.dtype), base64.b64encode(one.tobytes()).decode()] for name, one in arrays.items()}
+
+
+def from_plain_text(text: dict[str, list[str]]) -> RandomState:
+    """Undo :func:`in_plain_text`."""
+    found = {name: np.frombuffer(base64.b64decode(content), dtype=kind) for name, (kind, content) in text.items()}
+    return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 
 @contextmanager

@@ -163,11 +163,23 @@ def loaders_in(loaders: Any) -> list[Any]:
     return [loaders]
 
 
-def validation_batches(loaders: Any, limits: list[float] | None) -> Iterator[ValidationBatch]:
-    """All batches of one loader or several, cut to Lightning's limits."""
+def validation_batches(
+    loaders: Any, limits: list[float] | None, begin: Callable[[], None] = lambda: None
+) -> Iterator[ValidationBatch]:
+    """All batches of one loader or several, cut to Lightning's limits.
+
+    Args:
+        loaders: See :func:`loaders_in`.
+        limits: How many batches of each count; None: all.
+        begin: Called where Lightning's hooks begin: once the first loader's iterator is made, which draws a seed, and
+            before its first batch.
+    """
     for number, loader in enumerate(loaders_in(loaders)):
         limit = limits[number] if limits is not None and number < len(limits) else math.inf
-        for batch_idx, batch in enumerate(islice(loader, None if math.isinf(limit) else int(limit))):
+        iterator = iter(loader)
+        if number == 0:
+            begin()
+        for batch_idx, batch in enumerate(islice(iterator, None if math.isinf(limit) else int(limit))):
             yield batch, batch_idx, number
 
 

@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_sgdclean.adjoint.objective_check import compare_where_unsure
 from lightning_sgdclean.base.errors import warn_of
-from lightning_sgdclean.base.options import ObjectiveFn, Options, SampleId
+from lightning_sgdclean.base.options import THE_RUNS, ObjectiveFn, SampleId
 from lightning_sgdclean.leave_out.leave_out import Batched, leave_out
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.open import reopened
 from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.replay.sample_order import prove_ids
 from lightning_sgdclean.trajectory.records import Step, window_in_words
+from lightning_sgdclean.trajectory.store import options_for
 
 SampleGroups = Iterable[Any] | Mapping[Any, Iterable[SampleId]]
 
@@ -116,7 +118,7 @@ class Counterfactual:
         is_batched: Whether the runs were made at once, by ``torch.func.vmap``.
         is_bitwise: Whether the window, gone over again with nobody left out, came to its end to the last bit.
         partial: Whether the fit of the run did not come to its end, so that ``whole`` is of a model half trained.
-        words: What was run, in words.
+        words: What was run, in words, and which options were other than the run's.
     """
 
     names: list[Any]
@@ -140,16 +142,16 @@ def counterfactual(
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     datamodule: Any = None,
-    monitor: str = "val_loss",
-    mode: Literal["min", "max"] = "min",
-    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = None,
+    monitor: str = THE_RUNS,
+    mode: Literal["min", "max"] = THE_RUNS,
+    objective: ObjectiveFn | dict[str, ObjectiveFn] | None = THE_RUNS,
     limit_val_batches: float | None = None,
-    epochs: int | Literal["all"] = 1,
-    at: Literal["last", "best"] = "last",
-    sample_losses: Callable[[Any, Any], Tensor] | None = None,
+    epochs: int | Literal["all"] = THE_RUNS,
+    at: Literal["last", "best"] = THE_RUNS,
+    sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
     batched: bool | Literal["auto"] = "auto",
-    on_mismatch: Literal["raise", "warn"] = "raise",
-    tolerance: float | None = None,
+    on_mismatch: Literal["raise", "warn"] = THE_RUNS,
+    tolerance: float | None = THE_RUNS,
     trainer: Any = None,
 ) -> Counterfactual:
     """Run the recorded window again without some samples, and see what becomes of the objective.
@@ -167,7 +169,7 @@ def counterfactual(
         val_dataloaders: The data that the objective is the mean over.
         datamodule: Instead of the two.
         monitor: Name of the value that ``validation_step`` logs. This option and those below are described in full at
-            :class:`SGDInfluence`.
+            :class:`SGDInfluence`. Those that are not given are the run's, as for :func:`retrace`.
         mode: Whether the value should be low (``"min"``) or high (``"max"``).
         objective: A callable, or several by name, of which the first counts, instead of ``monitor``.
         limit_val_batches: As for :func:`retrace`.
@@ -192,7 +194,8 @@ def counterfactual(
             integers where they are str.
         ValueError: If an option is wrong.
     """
-    options = Options.among({**locals(), "val_dataloaders": None})  # those given here are the run's
+    given = {**locals(), "val_dataloaders": None}  # those given here are the run's
+    options, others = options_for(run_dir, given)
     names, groups = named_groups(without)
     if batched not in (True, False, "auto"):
         raise ValueError(f'batched must be True, False or "auto", got {batched!r}.')
@@ -200,7 +203,7 @@ def counterfactual(
         run_dir,
         model,
         options,
-        lambda this: _counterfactual(this, names, groups, batched),
+        lambda this: _counterfactual(this, names, groups, batched, others),
         train_dataloaders=train_dataloaders,
         val_dataloaders=val_dataloaders,
         datamodule=datamodule,
@@ -212,18 +215,20 @@ def counterfactual(
 
 
 def _counterfactual(
-    this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched
+    this: OpenedRun, names: list[Any], groups: list[list[SampleId]], batched: Batched, others: list[str]
 ) -> tuple[Counterfactual, list[str]]:
     steps, replay = this.steps, this.replay
     drawn = _drawn(steps)
     unknown = check_drawn(groups, drawn)
-    complaints = prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
+    complaints = compare_where_unsure(this)
+    complaints += prove_ids(replay, steps, loader_of=this.loader_of, prepare=this.prepare)
     found = leave_out(this, [frozenset(group) for group in groups], batched=batched)
     sign = 1.0 if this.options.mode == "min" else -1.0
     values = np.array(found.values, dtype=np.float64)
     predicted, unread = _predicted(this, groups, found.whole)
     last = steps[-1]
     window = window_in_words(steps[0], last, sum(step.epoch == last.epoch for step in steps))
+    unlike = f"; unlike the run: {', '.join(others)}" if others else ""
     result = Counterfactual(
         names=names,
         without=groups,
@@ -235,7 +240,7 @@ def _counterfactual(
         is_batched=found.is_batched,
         is_bitwise=found.is_bitwise,
         partial=this.is_partial,
-        words=f"{len(groups)} runs over {window}, {found.words}",
+        words=f"{len(groups)} runs over {window}, {found.words}{unlike}",
     )
     return result, [*this.partial_in_words(), *replay.fidelity.complaints[:3], *complaints, *unknown, *unread]
 

@@ -280,4 +280,5 @@ def _find_plans(step: Step, batches: list[RecordedBatch], weights: list[Weights]
     for number in touched:
         losses[number] = batches[number].find_plan() / step.divisor * step.micro[number].scale
     if touched:  # the losses of a callable of the user's might have another mean
-        replay.fidelity.compare_losses(step, [loss for loss in losses if loss is not None], counts=False)
+        found = [loss for loss in losses if loss is not None]
+        replay.fidelity.compare_losses(step, found, counts=False, batches=batches)

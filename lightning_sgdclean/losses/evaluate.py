@@ -208,6 +208,14 @@ class RecordedBatch:
             )
         return loss
 
+    def as_trained(self) -> Tensor:
+        """The loss that ``training_step`` gives, divided and scaled, whatever stands for it elsewhere."""
+        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        with torch.no_grad():
+            loss = self.call() / self.divisor * self.micro.scale
+        self._put_back(contents)
+        return loss
+
     def call(
         self,
         watchers: Watchers | None = None,

@@ -22,30 +22,78 @@ from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan,
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
 
 
-def advice_for(module: nn.Module, batch: Any, num: int) -> str:
-    """What to do about a loss that cannot be split, with a line for this module and this batch.
+def advice_for(batch: RecordedBatch) -> str:
+    """What to do about a loss that cannot be split: a line whose mean is the loss of this batch, or the contract alone.
+
+    Parameters are moved a little, so that no line fits only because a network starts at zero.
+    """
+    module, around, num = batch.module, batch.surroundings, len(batch)
+    with (
+        untouched_randomness(around.device),
+        untouched_module(module) as restore,
+        around.as_stage("train"),
+        torch.no_grad(),
+    ):
+        shake(batch.params)
+        tried = replace(batch, restore=restore, split=None)
+        fitting = next((line for line in sample_lines(module, batch.content, num) if _fits_loss(tried, line)), None)
+    last = _last_return(module)
+    ends = f"; training_step ends with `{last}`" if last else ""
+    if fitting is not None:
+        return f"Give {_CONTRACT}{ends}. Here this line has that mean: sample_losses={fitting}"
+    return f"Give {_CONTRACT}{ends and f'{ends}: give what stood before the mean over the batch'}."
+
+
+def _fits_loss(batch: RecordedBatch, line: str) -> bool:
+    """Whether what a line gives is a loss for each sample, and their mean the training loss."""
+    contents = [buffer.detach().clone() for buffer in batch.module.buffers()]
+
+    def evaluated(function: Any = None) -> Tensor:
+        with torch.no_grad():
+            found = batch.call(function=function)
+            for buffer, content in zip(batch.module.buffers(), contents, strict=True):
+                buffer.copy_(content)
+        return found
+
+    try:
+        rows, loss = evaluated(callable_in(line)), evaluated()
+        is_right = rows.shape == (len(batch),) and loss.numel() == 1
+        eps = torch.finfo(loss.dtype).eps
+        return is_right and bool(torch.isclose(rows.mean().to(loss), loss.reshape(()), rtol=32 * eps, atol=eps))
+    except Exception:  # whatever the module makes of a line that is not made for it
+        batch.restore()
+        return False
+
+
+def callable_in(line: str) -> Callable[[Any, Any], Any]:
+    """The callable ``(module, batch)`` that a line of ours says, to be tried before it is shown."""
+    return eval(line, {"torch": torch, "F": nn.functional})  # type: ignore[no-any-return]
+
+
+def sample_lines(module: nn.Module, batch: Any, num: int) -> list[str]:
+    """Lines that may give the samples' losses, for the parts of this module and the fields of this batch.
 
     Args:
         module: The LightningModule.
         batch: As ``training_step`` gets it.
         num: ``B``.
     """
-    fields = _fields(batch, num)
+    fields = fields_of(batch, num)
     inputs = fields[0] if fields else "batch"
-    target = fields[1] if len(fields) > 1 else inputs
-    output = f"{_caller(module)}({inputs})"
-    criterion = next((name for name, part in module.named_children() if _is_loss(part)), None)
-    if criterion is not None:
-        pairs = f"for out, y in zip({output}, {target}, strict=True)"
-        line = f"torch.stack([m.{criterion}(out[None], y[None]) {pairs}])"
-        return f"Give {_CONTRACT}; here, probably: sample_losses=lambda m, batch: {line}"
-    last = _last_return(module)
-    ends = f"; training_step ends with `{last}`: give what stood before the mean over the batch" if last else ""
-    line = f'F.cross_entropy({output}, {target}, reduction="none")'
-    return f"Give {_CONTRACT}{ends}. For a classifier: sample_losses=lambda m, batch: {line}"
+    output = f"{caller_of(module)}({inputs})"
+    found = []
+    for target in fields[1::-1] or [inputs]:
+        for criterion in (name for name, part in module.named_children() if _is_loss(part)):
+            pairs = f"for out, y in zip({output}, {target}, strict=True)"
+            found.append(f"torch.stack([m.{criterion}(out[None], y[None]) {pairs}])")
+        found.append(f'F.cross_entropy({output}, {target}, reduction="none")')
+        for name in ("mse_loss", "binary_cross_entropy_with_logits"):
+            found.append(f'F.{name}({output}, {target}, reduction="none").flatten(1).mean(1)')
+            found.append(f'F.{name}({output}, {target}, reduction="none")')
+    return [f"lambda m, batch: {line}" for line in found]
 
 
-def _fields(batch: Any, num: int) -> list[str]:
+def fields_of(batch: Any, num: int) -> list[str]:
     """How the batch's tensors that have a row for each sample are reached."""
     if isinstance(batch, dict):
         named = [(f"batch[{key!r}]", value) for key, value in batch.items()]
@@ -56,7 +104,7 @@ def _fields(batch: Any, num: int) -> list[str]:
     return [name for name, value in named if isinstance(value, Tensor) and value.ndim and value.shape[0] == num]
 
 
-def _caller(module: nn.Module) -> str:
+def caller_of(module: nn.Module) -> str:
     """How the network is called: the module itself, or its first part where it has no forward of its own."""
     owner = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
     if owner.__module__.startswith(("lightning.", "pytorch_lightning.", "torch.")):
@@ -243,7 +291,7 @@ def _advised(batch: RecordedBatch) -> Iterator[None]:
     try:
         yield
     except LossSplitError as error:
-        text = f"{error} {advice_for(batch.module, batch.content, len(batch))}"
+        text = f"{error} {advice_for(batch)}"
         raise LossSplitError(text) from error
 
 

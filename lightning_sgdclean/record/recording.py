@@ -20,7 +20,7 @@ from lightning_sgdclean.base.errors import (
 )
 from lightning_sgdclean.base.lightning import best_model_checkpoint, check_callbacks, clipping_of, is_at_end_of_epoch
 from lightning_sgdclean.base.options import Options, SampleId
-from lightning_sgdclean.base.randomness import RandomStates
+from lightning_sgdclean.base.randomness import RandomState, RandomStates, has_drawn
 from lightning_sgdclean.data.fetching import validation_limits
 from lightning_sgdclean.data.fingerprints import fingerprints
 from lightning_sgdclean.losses.weighting import SplitPlan
@@ -31,7 +31,7 @@ from lightning_sgdclean.record.rates import RateNotes
 from lightning_sgdclean.record.recorder import BestModel, EarlyStep, Recorder
 from lightning_sgdclean.trajectory.joining import CheckpointMark, without_mark
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, first_epoch_kept
-from lightning_sgdclean.trajectory.store import FitEnd, fit_of, steps_written, write_ending
+from lightning_sgdclean.trajectory.store import FitEnd, fit_of, steps_written, write_ending, write_options
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -96,6 +96,7 @@ class Recording:
         }
         self._waiting = FingerprintQueue(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
+        write_options(folder / "trajectory", options)
         self.recorder = Recorder(module, optimizer, self.writer)
         self.outlook = Forecast(folder, options, say)
         self.keeper = BatchKeeper(
@@ -104,6 +105,8 @@ class Recording:
         self.keeper.watch.evidence = joined.get("evidence", "")
         self._never_breaking_the_training = _Guard(partial(self._stop, trainer))
         self._random = RandomStates(trainer.strategy.root_device)
+        self._before_validation: RandomState | None = None
+        self._drawing: dict[int, RandomState] = {}  # before validations that drew, by the number of steps made
         self._early: EarlyStep | None = EarlyStep()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
 
@@ -213,13 +216,23 @@ class Recording:
         if early.kept is not None:
             warn_of(self._rehearse(early.kept, self.writer.interval != 1))
 
+    def begin_validation(self) -> None:
+        """Keep the random state, so that the validation can be had again."""
+        self._before_validation = self._random.now()
+
     def note_validation(self, trainer: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
         self.keeper.watch.is_interrupted()
         self.outlook.is_interrupted()
         value = trainer.callback_metrics.get(self._options.monitor)
-        if not trainer.sanity_checking and value is not None:
+        if trainer.sanity_checking:
+            return
+        if value is not None:
             self.logged[trainer.global_step] = float(value)
+        best, before = None if self.best is None else self.best.step, self._before_validation
+        self._drawing = {step: state for step, state in self._drawing.items() if step == best}  # the end points
+        if before is not None and has_drawn(before, self._random.now()):
+            self._drawing[trainer.global_step] = before
 
     def end_epoch(self, trainer: Any) -> None:
         """Let go of epochs that no window reaches any more."""
@@ -267,7 +280,8 @@ class Recording:
         """What is known when the fit is over."""
         num_val_batches = validation_limits(trainer.val_dataloaders, trainer.num_val_batches)
         best = None if self.best is None else self.best.step
-        return FitEnd(self._options.monitor, self.logged, best, num_val_batches, is_complete, self._unexplained)
+        noted = self.logged, best, num_val_batches, is_complete, self._unexplained, self._drawing
+        return FitEnd(self._options.monitor, *noted)
 
     def summary(self, trainer: Any) -> dict[str, Any]:
         """What was recorded, for the summary."""

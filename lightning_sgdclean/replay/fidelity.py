@@ -2,15 +2,21 @@
 """How faithful a replay is: what a step, run again, gives is held against what was recorded of it."""
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import ReplayMismatchError
+from lightning_sgdclean.base.lightning import Hooks
+from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.trajectory.records import State, Step
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_NAMED = 5  # hooks, at most
 _UPDATE_SLACK = 100  # an update is a small difference of large numbers: its relative error is larger
 
 
@@ -21,7 +27,8 @@ class Fidelity:
     Attributes:
         tolerance: Largest relative difference of a loss; an update may be off by a hundred times that.
         on_mismatch: ``"raise"`` or ``"warn"``.
-        hooks: Hooks of the user's that could edit gradients, by name, for the message.
+        hooks: Hooks of the user's, for the message.
+        module: The LightningModule, in which causes are looked for.
         loss: Largest relative difference of a loss.
         update: Largest difference of an update of parameters or optimizer state, relative to its length,
             rounding deducted.
@@ -37,7 +44,8 @@ class Fidelity:
 
     tolerance: float
     on_mismatch: str
-    hooks: list[str] = field(default_factory=list)
+    hooks: Hooks = field(default_factory=Hooks)
+    module: nn.Module | None = None
     loss: float = 0.0
     update: float = 0.0
     num_bitwise: int = 0
@@ -75,9 +83,18 @@ class Fidelity:
             "function takes samples from batches before, with sample_ids=, which names them, too.",
         )
 
-    def compare_losses(self, step: Step, losses: list[Tensor], counts: bool = True) -> None:
-        """Are the losses of the micro-batches, as differentiated, the recorded ones?"""
-        for loss, micro in zip(losses, step.micro, strict=True):
+    def compare_losses(
+        self, step: Step, losses: list[Tensor], counts: bool = True, batches: Sequence[RecordedBatch] = ()
+    ) -> None:
+        """Are the losses of the micro-batches, as differentiated, the recorded ones?
+
+        Args:
+            step: The step.
+            losses: Of each micro-batch.
+            counts: Whether it counts in the summary.
+            batches: The micro-batches, where the losses may be means of the user's sample losses.
+        """
+        for number, (loss, micro) in enumerate(zip(losses, step.micro, strict=True)):
             assert micro.loss is not None
             recorded, now = float(micro.loss), float(loss)
             self.num_batches += counts
@@ -85,13 +102,15 @@ class Fidelity:
             off = abs(now - recorded) / max(abs(recorded), 1e-12)
             self.loss = max(self.loss, off)
             if not off <= self.tolerance:
-                self.mismatch(
-                    step,
-                    f"loss {now!r} instead of {recorded!r}. Likely causes: parameters moved between the steps by "
-                    "another callback, a batch changed in on_train_batch_start, a module that keeps state of its own "
-                    "(an attribute annealed in a hook), or randomness that was not torch's, NumPy's or Python's: a "
-                    "part compiled with dropout, unless torch._inductor.config.fallback_random is true.",
-                )
+                undo = step.divisor / micro.scale
+                text = f"loss {now * undo!r} instead of {recorded * undo!r}. "
+                if number < len(batches) and batches[number].sample_losses is not None:
+                    trained = float(batches[number].as_trained())
+                    if abs(trained - recorded) <= self.tolerance * max(abs(recorded), 1e-12):
+                        text += "The former is the mean of sample_losses=, the latter what training_step gives again. "
+                        self.mismatch(step, f"{text}The mean of sample_losses= has to be the training loss.")
+                        continue
+                self.mismatch(step, text + _causes(self.module, [*self.hooks.edit, *self.hooks.between]))
 
     def compare_buffers(self, step: Step, module: nn.Module, recorded: dict[str, Tensor]) -> None:
         """Did the step move the buffers of the module as it did in training?"""
@@ -131,12 +150,38 @@ class Fidelity:
 
     @property
     def _why(self) -> str:
-        named = f" Here these hooks could: {', '.join(self.hooks)}." if self.hooks else ""
+        named = f" Here these hooks could: {', '.join(self.hooks.edit)}." if self.hooks.edit else ""
         return (
             "Likely causes: gradients edited in a hook (on_before_optimizer_step, configure_gradient_clipping, "
             f"optimizer_step), or weights moved after the step.{named} Move what they do into the loss, or out of "
             "training."
         )
+
+
+def _causes(module: nn.Module | None, hooks: list[str]) -> str:
+    """What of the things that change a loss between a step and its repetition was seen here."""
+    parts = [] if module is None else [(name or type(module).__name__, part) for name, part in module.named_modules()]
+    kept = [(f"{name}.{key}", value) for name, part in parts for key, value in vars(part).items()]
+    own = [name for name, value in kept if isinstance(value, _GENERATORS)]
+    compiled = [name for name, part in parts if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None]
+    found = []
+    if hooks:
+        found.append(
+            "weights, gradients, the batch or an attribute of the module, moved between the steps by one of these "
+            f"hooks: {', '.join(hooks[:_NAMED])}"
+        )
+    if own:
+        found.append(f"random numbers from a generator of the module's own, which is not set again: {', '.join(own)}")
+    if compiled:
+        found.append(
+            f"dropout in a part that is compiled ({compiled[0]}), unless torch._inductor.config.fallback_random is true"
+        )
+    if found:
+        return f"Likely causes, seen here: {'; or '.join(found)}."
+    return (
+        "No hook beside the steps, no generator and no compiled part was seen here, so another network or loss than "
+        "the recorded one, state that is kept outside of the module, or other code that moves weights is the cause."
+    )
 
 
 @dataclass

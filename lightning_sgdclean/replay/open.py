@@ -15,12 +15,12 @@ from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
     check_optimizers,
     combined_loader,
-    gradient_hooks,
+    hooks_of,
     one_loader,
     quiet_trainer,
 )
 from lightning_sgdclean.base.options import Options
-from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
 from lightning_sgdclean.data.fetching import (
     ValidationBatch,
     loaders_in,
@@ -30,7 +30,7 @@ from lightning_sgdclean.data.fetching import (
 from lightning_sgdclean.data.packing import Classes, classes_of, unpack_batch
 from lightning_sgdclean.losses.surroundings import surroundings_of, untouched_module
 from lightning_sgdclean.replay.forward import RecomputedStates
-from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, replay_of
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, drawn_from, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, first_epoch_kept
@@ -82,6 +82,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
             )
             replay.fidelity.joints = trajectory.joints
             states = RecomputedStates(trajectory, replay, run.optimizer)
+            drawing = drawn_from(run, trajectory, steps)
             yield OpenedRun(
                 run=run,
                 options=options,
@@ -91,7 +92,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 states=states,
                 end=states.state(steps[-1].index + 1),
                 complaints=complaints,
-                validation=lambda: _validation(run, options),
+                validation=lambda: _validation(run, options, lambda: set_random_state(drawing, surroundings.device)),
                 loader_of=loader_of,
             )
     finally:
@@ -142,14 +143,14 @@ def _missing(trajectory: Trajectory, first_epoch: int, options: Options) -> list
     ]
 
 
-def _validation(run: RecordedRun, options: Options) -> tuple[Iterator[ValidationBatch], int]:
+def _validation(run: RecordedRun, options: Options, begin: Callable[[], None]) -> tuple[Iterator[ValidationBatch], int]:
     own = options.val_dataloaders is not None
     loaders = options.val_dataloaders if own else run.val_dataloaders
     if loaders is None:
         raise ObjectiveError(
             "Validation never ran, so its loaders were never made. Validate at least once, or give val_dataloaders=."
         )
-    batches = validation_batches(loaders, None if own else run.limits)
+    batches = validation_batches(loaders, None if own else run.limits, begin)
     return batches, len(loaders_in(loaders))
 
 
@@ -270,7 +271,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             loaders,
             batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
             is_of_fit=False,
-            hooks=gradient_hooks(trainer, pl_module),
+            hooks=hooks_of(trainer, pl_module),
             averaging=[],
             classes=self._classes(trainer, pl_module, loader),
             as_delivered=as_delivered,

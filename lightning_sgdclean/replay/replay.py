@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.base.errors import NonFiniteError
+from lightning_sgdclean.base.lightning import Hooks
 from lightning_sgdclean.base.options import Options, SampleLosses
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.fetching import ValidationBatch
@@ -90,7 +91,7 @@ def replay_of(
     optimizer: Optimizer,
     surroundings: Surroundings,
     options: Options,
-    hooks: list[str],
+    hooks: Hooks,
     *,
     content_of: Callable[[Step, int], Any],
     random_of: Callable[[Step, int], RandomState],
@@ -104,7 +105,7 @@ def replay_of(
         optimizer: Its optimizer.
         surroundings: What stands for the Trainer.
         options: The callback's.
-        hooks: Hooks of the user's that could edit gradients.
+        hooks: Hooks of the user's.
         content_of: See :class:`Replay`, and so for the next two.
         random_of: See there.
         restore: See there.
@@ -120,7 +121,7 @@ def replay_of(
         content_of=content_of,
         random_of=random_of,
         restore=restore,
-        fidelity=Fidelity(tolerance, options.on_mismatch, hooks),
+        fidelity=Fidelity(tolerance, options.on_mismatch, hooks, module),
         sample_losses=options.sample_losses,
         split=None if options.sample_losses else split or VerifiedSplit(),
     )
@@ -150,6 +151,21 @@ def check_finite(steps: list[Step]) -> None:
                 )
 
 
+def drawn_from(run: "RecordedRun", trajectory: Trajectory, steps: list[Step]) -> RandomState:
+    """The random state to validate from: that of the fit's validation at the end point, or one that is always the same.
+
+    So each evaluation of the objective draws the same numbers, and a validation that the fit made draws its own.
+
+    Args:
+        run: The run.
+        trajectory: What was recorded of it.
+        steps: The window, which ends at the end point.
+    """
+    found = run.ending.random.get(steps[-1].index + 1)
+    last = next(step for step in reversed(steps) if step.micro)
+    return trajectory.random(last, 0) if found is None else found
+
+
 Validation = Callable[[], tuple[Iterator[ValidationBatch], int]]
 
 
@@ -165,7 +181,7 @@ class RecordedRun:
         val_dataloaders: The validation loaders that the Trainer had; None where it made none.
         limits: How many batches of each of them count; None: all.
         is_of_fit: Whether those are surely the data that were validated on.
-        hooks: Hooks of the user's that could have edited gradients.
+        hooks: Hooks of the user's.
         averaging: Callbacks that put averaged weights in the place of the trained ones.
         classes: Classes that kept batches are made of, by name.
         as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
@@ -180,7 +196,7 @@ class RecordedRun:
     val_dataloaders: Any
     limits: list[float] | None
     is_of_fit: bool
-    hooks: list[str]
+    hooks: Hooks
     averaging: list[str]
     classes: Classes
     as_delivered: Callable[[Any], Any]

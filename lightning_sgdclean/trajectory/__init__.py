@@ -31,6 +31,7 @@ __all__ = [
     "join",
     "nudged",
     "num_snapshots",
+    "options_for",
     "read_ending",
     "repeated_steps",
     "reversal",
@@ -41,4 +42,5 @@ __all__ = [
     "window_in_words",
     "without_mark",
     "write_ending",
+    "write_options",
 ]

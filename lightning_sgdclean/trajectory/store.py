@@ -4,14 +4,15 @@
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean.base.errors import RunDirectoryError
 from lightning_sgdclean.base.files import checksum_of, read_sealed, write_sealed
-from lightning_sgdclean.base.randomness import RandomState
+from lightning_sgdclean.base.options import PLAIN_OPTIONS, THE_RUNS, Options, checked
+from lightning_sgdclean.base.randomness import RandomState, from_plain_text, in_plain_text
 from lightning_sgdclean.data.packing import PackedBatch
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of, nbytes_of, unflatten
 from lightning_sgdclean.trajectory.records import State, Step
@@ -33,6 +34,8 @@ class FitEnd:
         is_complete: Whether the fit came to its end, rather than to an exception.
         unexplained: What moved the optimizer's options and may have followed the training; see
             :meth:`lightning_sgdclean.record.rates.RateNotes.unexplained`. None where that is not known.
+        random: Random state before the validations that drew random numbers and may be an end point, by the number of
+            steps made by then.
     """
 
     monitor: str
@@ -41,6 +44,7 @@ class FitEnd:
     num_val_batches: list[float] | None = None
     is_complete: bool = False
     unexplained: dict[str, Any] | None = None
+    random: dict[int, RandomState] = field(default_factory=dict, compare=False)
 
     def logged_at(self, monitor: str, index: int) -> float | None:
         """The value of ``monitor`` that was logged after so many steps."""
@@ -50,6 +54,9 @@ class FitEnd:
 def write_ending(folder: Path, run: str, ending: FitEnd) -> str:
     """Write it beside the trajectory of ``run``; its checksum, for the manifest."""
     content = asdict(ending) | {"run": run, "logged": [[step, repr(value)] for step, value in ending.logged.items()]}
+    content.pop("random")
+    if ending.random:
+        content["random"] = [[step, in_plain_text(state)] for step, state in ending.random.items()]
     if ending.num_val_batches is not None:
         content["num_val_batches"] = [None if math.isinf(number) else number for number in ending.num_val_batches]
     write_sealed(folder / _NAME, content)
@@ -79,6 +86,7 @@ def read_ending(folder: Path, run: str, checksum: str | None) -> FitEnd | None:
     if checksum_of(folder / _NAME) != checksum:
         raise RunDirectoryError(f"{folder / _NAME} is that of another fit. Restore the run directory from a copy.")
     content["logged"] = {step: float(value) for step, value in content["logged"]}
+    content["random"] = {step: from_plain_text(state) for step, state in content.get("random", [])}
     if content["num_val_batches"] is not None:
         content["num_val_batches"] = [math.inf if n is None else n for n in content["num_val_batches"]]
     return FitEnd(**content)
@@ -87,6 +95,60 @@ def read_ending(folder: Path, run: str, checksum: str | None) -> FitEnd | None:
 def forget_ending(folder: Path) -> None:
     """Remove it: the fit goes on."""
     (folder / _NAME).unlink(missing_ok=True)
+
+
+_OPTIONS = "options.json"
+_PLACES = {"dirpath", "overwrite", "class_names"}  # of the directory and the page, not of the run
+_CODE = {"objective": "or monitor= to rank by a logged value", "sample_losses": "or None if the loss splits by itself"}
+
+
+def write_options(folder: Path, options: Options) -> None:
+    """Write what a fit was asked for beside its trajectory; of callables, that they were given, and their names."""
+    content = {
+        "plain": {name: getattr(options, name) for name in sorted(PLAIN_OPTIONS - _PLACES)},
+        "code": [name for name in _CODE if getattr(options, name) is not None],
+    }
+    write_sealed(folder / _OPTIONS, content)
+
+
+def options_for(run_dir: str | Path, given: Mapping[str, Any]) -> tuple[Options, list[str]]:
+    """The options of a run, where others are not given.
+
+    Args:
+        run_dir: The run directory. One of a version that wrote no options has the callback's defaults.
+        given: Arguments of a function by name; those that are ``THE_RUNS`` are taken from the run.
+
+    Returns:
+        The options, and in words which of them are other than the run's.
+
+    Raises:
+        ValueError: If an option of the run is code, or depends on what is given, and has to be given as well.
+        RunDirectoryError: If the file is damaged.
+    """
+    path = Path(run_dir) / "trajectory" / _OPTIONS
+    content = read_sealed(path) if path.exists() else {"plain": {}, "code": []}
+    written, default = content["plain"], {one.name: one.default for one in fields(Options)}
+    known = {name: value for name, value in given.items() if name in default}
+    missing = [name for name, value in known.items() if value is THE_RUNS]
+    asks_anew = {"monitor", "objective"} & (known.keys() - set(missing))
+    for name, remedy in _CODE.items():
+        if name in missing and name in content["code"] and not (name == "objective" and asks_anew):
+            raise ValueError(
+                f"The run had {name}=, which is code and was not written down. Give {name}= again, {remedy}."
+            )
+    is_same = asks_anew == {"monitor"} and not content["code"] and known["monitor"] == written.get("monitor")
+    if "mode" in missing and written.get("mode", "min") != "min" and asks_anew and not is_same:
+        raise ValueError(
+            f"The run had mode={written['mode']!r}, and {' and '.join(sorted(asks_anew))}= asks for another objective "
+            'or is code. Give mode= as well: "min" if the value should be low, "max" if it should be high.'
+        )
+    options = Options.among(known | {name: written.get(name, default[name]) for name in missing})
+    own = {name: checked(name, value) for name, value in written.items() if name in known}
+    return options, [
+        f"{name}={getattr(options, name)!r} (the run: {value!r})"
+        for name, value in own.items()
+        if getattr(options, name) != value
+    ]
 
 
 FORMAT = 5

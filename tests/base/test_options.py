@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from lightning_sgdclean import SGDInfluence, counterfactual, retrace
-from lightning_sgdclean.base.options import PLAIN_OPTIONS, Options
+from lightning_sgdclean.base.options import PLAIN_OPTIONS, THE_RUNS, Options
 from lightning_sgdclean.cli import main
 
 NO_CHOICE = [None, 3, True, ["min"], "", "Min", "EXACT"]
@@ -108,12 +108,11 @@ def test_the_callback_has_the_defaults_of_the_options():
 
 
 @pytest.mark.parametrize("taker", [retrace, counterfactual])
-def test_what_others_take_has_the_same_defaults(taker):
-    default = {option.name: option.default for option in fields(Options)}
-    taken = inspect.signature(taker).parameters.items()
-    assert {name: one.default for name, one in taken if name in default} == {
-        name: default[name] for name, _ in taken if name in default
-    }
+def test_what_others_take_is_by_default_the_runs(taker):
+    options = {option.name for option in fields(Options)} - {"val_dataloaders"}  # those are data
+    taken = {name: one for name, one in inspect.signature(taker).parameters.items() if name in options}
+    assert {one.default for one in taken.values()} == {THE_RUNS}
+    assert str(taken["tolerance"]) == "tolerance: float | None = the run's"
 
 
 def test_options_are_read_as_attributes_of_the_callback_and_not_set():

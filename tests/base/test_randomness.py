@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random states are read whole, cheaply where nothing moved, and set again."""
 
+import json
 import random
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 import torch
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from lightning_sgdclean.base.randomness import RandomStates, random_state, set_random_state, untouched_randomness
+from lightning_sgdclean.base.randomness import (
+    RandomStates,
+    from_plain_text,
+    has_drawn,
+    in_plain_text,
+    random_state,
+    set_random_state,
+    untouched_randomness,
+)
 
 CPU = torch.device("cpu")
 DRAWS = {
@@ -74,3 +83,17 @@ def test_another_generator_in_the_place_of_numpys_is_refused():
             random_state(CPU)
     finally:
         np.random.set_bit_generator(own)
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_a_state_that_was_written_as_text_gives_the_same_numbers(draw):
+    random.gauss(0, 1)
+    np.random.randn()  # half of a pair of normal numbers is left in each
+    with untouched_randomness(CPU):
+        state = random_state(CPU)
+        then, text = draw(), json.dumps(in_plain_text(state))
+        assert has_drawn(state, random_state(CPU))
+        read = from_plain_text(json.loads(text))
+        set_random_state(read, CPU)
+        assert not has_drawn(state, random_state(CPU))
+        assert draw() == then

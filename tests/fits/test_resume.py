@@ -124,7 +124,7 @@ def test_kill_while_cutting_off_leaves_one_trajectory_or_the_other(tmp_path, mon
     (folder / ".segment-000009.safetensors.1.tmp").write_bytes(b"half a file")
     cut_off(folder, mark)
     assert len(Trajectory(folder).steps) == 8
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *Trajectory(folder)._files}
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "options.json", *Trajectory(folder)._files}
 
 
 @pytest.mark.parametrize("harm", ["gone", "flipped", "another run"])

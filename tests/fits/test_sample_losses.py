@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cases import Case, Plain, fit
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.losses.verified import advice_for
+from lightning_sgdclean.losses.verified import sample_lines
 from reference import assert_influence_is_the_derivative, influences, ranked
 
 SMOOTHING = 0.1
@@ -96,11 +96,58 @@ class Inline(Plain):
 
 def test_a_mean_in_training_step_is_shown_and_the_line_for_a_classifier_is_exact():
     following = Case("inline", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, make=Inline)
-    with pytest.raises(LossSplitError, match=r"ends with `return rows\.mean\(\)`") as refused:
+    with pytest.raises(
+        LossSplitError, match=r"ends with `return rows\.mean\(\)`\. Here this line has that mean"
+    ) as refused:
         fit(following, SGDInfluence("val_loss"))
     assert_influence_is_the_derivative(following, sample_losses=line_in(refused.value))
 
 
 def test_advice_names_the_fields_of_the_batch_that_was_seen():
     batch = {"meta": 3, "tokens": torch.zeros(4, 7), "label": torch.zeros(4), "classes": torch.zeros(9)}
-    assert "F.cross_entropy(m.net(batch['tokens']), batch['label']" in advice_for(Plain(), batch, 4)
+    assert any(
+        "F.cross_entropy(m.net(batch['tokens']), batch['label']" in line for line in sample_lines(Plain(), batch, 4)
+    )
+
+
+class Autoencoder(Plain):
+    """Its loss is by hand, and of the inputs alone."""
+
+    def __init__(self, **options):
+        super().__init__(net=lambda: nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5)), **options)
+
+    def loss(self, batch, reduction="mean"):
+        rows = (self.net(batch[0]) - batch[0]).pow(2).mean(1)
+        return rows if reduction == "none" else rows.mean()
+
+
+def test_the_line_is_one_that_was_tried_also_where_the_module_is_no_classifier():
+    case = Case("autoencoder", {"options": {"momentum": 0.5}}, {"max_epochs": 2}, make=Autoencoder)
+    with pytest.raises(LossSplitError, match=r"Here this line has that mean: .*F\.mse_loss") as refused:
+        fit(case, SGDInfluence("val_loss"))
+    assert_influence_is_the_derivative(case, sample_losses=line_in(refused.value))
+
+
+class Mixed(Plain):
+    """Mixup by hand: a row has two samples, so no loss of one sample alone is the right one."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        log = self.net(0.7 * x + 0.3 * x.flip(0)).log_softmax(1)
+        return -(0.7 * log.gather(1, y[:, None]) + 0.3 * log.gather(1, y.flip(0)[:, None])).mean()
+
+
+class FromZero(Mixed):
+    """At its start all classes are as likely, so that any cross-entropy has the loss's value."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for param in self.net[-1].parameters():
+            nn.init.zeros_(param)
+
+
+@pytest.mark.parametrize("make", [Mixed, FromZero])
+def test_where_no_line_fits_there_is_the_contract_alone(make):
+    with pytest.raises(LossSplitError, match="Give sample_losses=, a callable") as refused:
+        fit(Case("mixed", make=make), SGDInfluence("val_loss"))
+    assert "lambda" not in str(refused.value)

@@ -191,10 +191,10 @@ def test_both_windows_can_be_retraced_later_and_none_reaches_over_what_was_let_g
 
     assert np.array_equal(later(at="best").influence, callback.ranking.influence)
     at_last = best_run(tmp_path / "last", at="last")
-    assert np.array_equal(later().influence, at_last.ranking.influence)
+    assert np.array_equal(later(at="last").influence, at_last.ranking.influence)
     for epochs in (3, "all"):
         with pytest.raises(RunDirectoryError, match=r"the window of epochs=.* would begin with epoch"):
-            later(epochs=epochs)
+            later(at="last", epochs=epochs)
 
 
 def test_a_best_model_whose_steps_were_let_go_is_refused(tmp_path):

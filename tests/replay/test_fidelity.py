@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run tampered with in one place is caught, and the message names the step and the likely cause."""
 
+import re
 import shutil
+from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -102,6 +104,38 @@ def test_a_parameter_moved_between_steps(options, precision):
         Plain(**options), r"Step 8 .*moved between the steps", callbacks=[At(8, nudge(amount))], precision=precision
     )
     assert trainer.global_step == 15
+
+
+def test_only_causes_that_were_seen_are_named():
+    noticing = At(99, nudge(0.0), "on_validation_end")
+    match = r"seen here: .* these hooks: At\.on_train_batch_end, At\.on_validation_end\. on_mismatch"
+    caught(Plain(), match, callbacks=[At(8, nudge(1e-6)), noticing])
+
+    class Annealed(Plain):
+        """Counts outside of the module what no hook of its shows."""
+
+        seen: ClassVar = []
+
+        def loss(self, batch, reduction="mean"):
+            self.seen.append(batch_sum := float(batch[0].sum()))
+            return super().loss(batch, reduction) * (1.0 + 1e-3 * (len(self.seen) > 60 and batch_sum < 1e9))
+
+    caught(Annealed(), "No hook beside the steps, no generator and no compiled part was seen")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sample_losses_whose_mean_is_not_the_loss_are_named_with_both_numbers(accumulate):
+    def half(module, batch):
+        return 0.5 * module.loss(batch, "none")
+
+    callback = SGDInfluence("val_loss", epochs="all", sample_losses=half)
+    trainer = quiet_trainer([callback], accumulate_grad_batches=accumulate)
+    with pytest.raises(ReplayMismatchError, match=r"The former is the mean of sample_losses=, the latter") as caught:
+        trainer.fit(Plain(norm=True), *loaders())
+    mean, loss = map(float, re.search(r"loss ([\d.]+) instead of ([\d.]+)\. ", str(caught.value)).groups())
+    assert mean == pytest.approx(loss / 2)
+    assert loss == pytest.approx(1.2, abs=0.4)
+    assert "ikely cause" not in str(caught.value)
 
 
 def test_an_optimizer_state_changed_between_steps():
