@@ -24,17 +24,14 @@ def attributes_of(value: Any) -> dict[str, Any]:
     kind = type(value)
     if kind_of(kind) is not None:
         return {}
-    slots = [_mangled(name, base) for base in kind.__mro__ for name in _names_of(vars(base).get("__slots__", ()))]
+    named = ((base, vars(base).get("__slots__", ())) for base in kind.__mro__)
+    slots = [_mangled(name, base) for base, names in named for name in ([names] if isinstance(names, str) else names)]
     held = {name: getattr(value, name) for name in slots if name not in _TECHNICAL and hasattr(value, name)}
     own = getattr(value, "__dict__", {})
     return held | {name: entry for name, entry in own.items() if not is_cached(kind, name)}
 
 
 _TECHNICAL = frozenset({"__dict__", "__weakref__"})
-
-
-def _names_of(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _mangled(name: str, owner: type) -> str:
@@ -64,11 +61,8 @@ def leaves_of(value: Any, above: tuple[int, ...] = ()) -> Iterator[Any]:
             yield from leaves_of(extras, inside)
     elif isinstance(value, type):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves_of(item, inside)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from leaves_of(item, inside)
     elif attributes := attributes_of(value):
         yield from leaves_of(attributes, inside)
@@ -106,7 +100,6 @@ def _cloned(leaf: Any) -> Any:
 
 
 def _of_class(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor in the class of the other one, which operations may have lost."""
     return tensor if type(tensor) is type(other) or is_wrapper(other) else tensor.as_subclass(type(other))
 
 
@@ -172,14 +165,15 @@ def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
     return changed
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its numbers, one beside the other."""
     return tensor.layout is torch.strided and not tensor.is_nested and not is_wrapper(tensor)
 
 
 def _taken_with_neighbours(batch: Any, replaced: Tensor) -> Any:
     """Of an array, or a table, or the like."""
     num, kind = len(replaced), kind_of(type(batch))
-    places = np.where(replaced.cpu().numpy(), np.arange(num) - 1, np.arange(num)) % num
+    places = (np.arange(num) - replaced.cpu().numpy()) % num
     if kind is None:
         dim = next((dim for dim in range(min(2, batch.ndim)) if batch.shape[dim] == num), None)
         return batch.copy() if dim is None else batch.take(places, dim)
@@ -200,7 +194,8 @@ def _sequences_with_neighbours(batch: PackedSequence, replaced: Tensor) -> Packe
 
 def tensor_shapes(batch: Any) -> list[tuple[int, ...]]:
     """Shapes of all tensors in a batch, in order."""
-    return [tuple(leaf.shape) for leaf in leaves_of(batch) if isinstance(leaf, Tensor)]
+    tensors = (leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
+    return [(tensor.size(0),) if tensor.is_nested else tuple(tensor.shape) for tensor in tensors]
 
 
 def neighbour_variant(batch: Any) -> Variant:
@@ -247,9 +242,9 @@ def as_float64(batch: Any) -> Any:
 
 
 def _as_double(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.double() if leaf.is_floating_point() else leaf
-    return leaf.astype(np.float64) if leaf.dtype.kind == "f" else None
+    if isinstance(leaf, np.ndarray):
+        return leaf.astype(np.float64) if leaf.dtype.kind == "f" else None
+    return leaf.double() if leaf.is_floating_point() else leaf
 
 
 def _widened(batch: Any, widen: Callable[[Any], Any]) -> Any:
@@ -288,14 +283,16 @@ def batch_parts(batch: Any, num: int, above: tuple[int, ...] = ()) -> list[Any]:
 
 def samples_first(part: Any, num: int) -> tuple[Any, int]:
     """A part of a batch with samples in the first dimension, and which dimension they had: the second in time-first."""
-    is_second = isinstance(part, Tensor) and part.ndim > 1 and part.shape[0] != num == part.shape[1]
-    return (part.transpose(0, 1), 1) if is_second and part.layout is torch.strided else (part, 0)
+    is_second = isinstance(part, Tensor) and is_dense(part) and part.ndim > 1 and part.shape[0] != num == part.shape[1]
+    return (part.transpose(0, 1), 1) if is_second else (part, 0)
 
 
 def has_row_each(part: Any, num: int, dim: int = 0) -> bool:
     """Whether a part of a batch has a row along a dimension, or an entry, for each of ``num`` samples."""
     if isinstance(part, list | tuple):
         return is_entry_each(part, num)
+    if isinstance(part, Tensor) and part.is_nested:  # it has no shape
+        return dim == 0 and part.size(0) == num
     return int(getattr(part, "ndim", 0)) > dim and part.shape[dim] == num
 
 
@@ -332,7 +329,8 @@ def _num_samples(batch: Any) -> int:
     is_listed = isinstance(batch, list | tuple) and is_entry_each(batch, len(batch))
     if is_listed and not isinstance(batch[0], Tensor | np.ndarray | list | tuple):
         return len(batch)
-    shapes = [leaf.shape for leaf in leaves_of(batch) if getattr(leaf, "shape", ())]
+    others = [leaf for leaf in leaves_of(batch) if isinstance(leaf, np.ndarray) or hasattr(leaf, "iloc")]
+    shapes = [shape for shape in [*tensor_shapes(batch), *(leaf.shape for leaf in others)] if shape]
     fitting = {shape[0] for shape in shapes if all(shape[0] in other[:2] for other in shapes)}
     if len(fitting) != 1:
         raise SampleIdError(_NOT_BY_CONTENT.format("has tensors of different lengths: it is not clear how many"))
@@ -340,11 +338,11 @@ def _num_samples(batch: Any) -> int:
 
 
 def _has_rows(part: Any, num: int) -> bool:
-    """Whether a part surely has content for each sample; not so a pandas Index, which may name columns."""
+    # An Index of pandas may name columns.
     known = isinstance(part, Tensor | np.ndarray | list | tuple) or hasattr(part, "iloc")
     return known and has_row_each(part, num)
 
 
 def _is_single(part: Any) -> bool:
-    size = part.numel() if isinstance(part, Tensor) and _is_dense(part) else getattr(part, "size", 2)
+    size = (part.numel() if is_dense(part) else 2) if isinstance(part, Tensor) else getattr(part, "size", 2)
     return isinstance(part, str | int | float | complex | type | None) or size == 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.data.batches import _is_by_row, attributes_of, extras_of, is_entry_each, is_wrapper
-from lightning_sgdclean.data.kinds import Kind, kind_of, reduced
+from lightning_sgdclean.data.kinds import COMMON, Kind, kind_of, reduced
 
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -168,8 +168,7 @@ class Fingerprint:
             if extras := extras_of(value):
                 self.add(extras, (*above, id(value)))
         elif (kind := _kind_of(value)) is not None:
-            self._share(_of_plain(type(value).__qualname__))
-            self.add(kind.parts(value), (*above, id(value)))
+            self._add_kind(value, kind, (*above, id(value)))
         elif hasattr(value, "__array_interface__"):  # NumPy's arrays and numbers
             self._add_array(np.asarray(value))
         elif id(value) in above:
@@ -184,6 +183,17 @@ class Fingerprint:
             self.add(attributes, (*above, id(value)))
         else:
             self._add_single(value, (*above, id(value)))
+
+    def _add_kind(self, value: Any, kind: Kind, above: tuple[int, ...]) -> None:
+        """What is taken apart by value: by its rows, or as one."""
+        self._share(_of_plain(type(value).__qualname__))
+        parts = kind.parts(value)
+        named = parts if isinstance(parts, dict) else {"": parts}
+        for name, part in named.items():
+            if kind.take is None or name in COMMON:
+                self._share(_mix(*_whole(part, above)))
+            else:
+                self.add(part, above)
 
     def _add_single(self, value: Any, above: tuple[int, ...]) -> None:
         """What has no attributes: plain, or known by what it is made anew of; else by its words."""

@@ -37,6 +37,12 @@ class Kind(NamedTuple):
     is_closed: bool = False
 
 
+# Parts by name that all rows have in common, even where they are as many as the rows.
+COMMON = frozenset(
+    ("attrs", "categories", "columns", "dtype", "fill", "freq", "hard", "levels", "name", "names", "ordered", "range")
+)
+
+
 def kind_of(cls: Any) -> Kind | None:
     """The kind of a class's objects, or None: then they are what their attributes, or their parts, are."""
     return _kind_of(cls)

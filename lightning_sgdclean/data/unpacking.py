@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed batches put together again, and whether they come back as they were."""
+"""Packed batches put together again, and whether they, and copies, are what the batches were."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
-from lightning_sgdclean.data.batches import attributes_of, leaves_of
+from lightning_sgdclean.data.batches import attributes_of, cloned, leaves_of
 from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.data.kinds import kind_of
 from lightning_sgdclean.data.packing import Classes, PackedBatch, pack_batch
@@ -187,15 +187,33 @@ def pack_surely(batch: Any, num_samples: int, classes: Classes) -> PackedBatch:
         UnsupportedTrainingError: If it cannot be packed, or comes back as another one; names what.
     """
     packed = pack_batch(batch, classes)
-    why = _why_not(batch, packed, num_samples, classes)
-    if why:
-        part, why = _culprit(batch, num_samples, classes) or (batch, why)
-        kind = type(part)
+    if _why_not(batch, packed, num_samples, classes):
+        known = dict(classes)
+        kind, why = _culprit(batch, lambda part: _why_not(part, pack_batch(part, known), num_samples, known))
         raise UnsupportedTrainingError(
-            f"A training batch holds a {kind.__module__}.{kind.__qualname__}, which cannot be kept without pickle: "
-            f"put together again, {why}. Put its tensors and numbers into the batch instead."
+            f"A training batch holds a {kind}, which cannot be kept without pickle: put together again, {why}. "
+            f"{_INSTEAD}"
         )
     return packed
+
+
+_INSTEAD = "Put its tensors and numbers into the batch instead."
+
+
+def check_copied(batch: Any, num_samples: int) -> None:
+    """Does a copy of a batch hold what the batch holds?
+
+    Raises:
+        UnsupportedTrainingError: If not; names what.
+    """
+    if _differs(batch, num_samples):
+        kind, why = _culprit(batch, lambda part: _differs(part, num_samples))
+        raise UnsupportedTrainingError(f"A training batch holds a {kind}: copied (copy.deepcopy), {why}. {_INSTEAD}")
+
+
+def _differs(value: Any, num: int) -> str:
+    is_same = torch.equal(batch_digest(cloned(value), num), batch_digest(value, num))
+    return "" if is_same else "it holds other data"
 
 
 def _why_not(batch: Any, packed: PackedBatch, num: int, classes: Classes) -> str:
@@ -219,16 +237,19 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _culprit(value: Any, num: int, classes: Classes, above: tuple[int, ...] = ()) -> tuple[Any, str] | None:
-    """The innermost part that does not come back, and why."""
+def _culprit(batch: Any, why_not: Callable[[Any], str]) -> tuple[str, str]:
+    """The class of the innermost part with which something is wrong, and what."""
+    part, why = next(_culprits(batch, why_not, ()), (batch, why_not(batch)))
+    return f"{type(part).__module__}.{type(part).__qualname__}", why
+
+
+def _culprits(value: Any, why_not: Callable[[Any], str], above: tuple[int, ...]) -> Iterator[tuple[Any, str]]:
     if id(value) in above:
-        return None
+        return
     for part in _parts(value):
-        found = _culprit(part, num, classes, (*above, id(value)))
-        if found is not None:
-            return found
-    why = _why_not(value, pack_batch(value, dict(classes)), num, classes)
-    return (value, why) if why else None
+        yield from _culprits(part, why_not, (*above, id(value)))
+    if why := why_not(value):
+        yield value, why
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -19,9 +19,10 @@ from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, Uns
 from lightning_sgdclean.base.options import Positions, SampleId
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.base.resources import in_bytes
+from lightning_sgdclean.data.batches import is_dense
 from lightning_sgdclean.data.fingerprints import Fingerprint
 from lightning_sgdclean.data.packing import Classes, PackedBatch, pack_batch
-from lightning_sgdclean.data.unpacking import pack_surely
+from lightning_sgdclean.data.unpacking import check_copied, pack_surely
 from lightning_sgdclean.trajectory.records import MicroBatch
 
 _MOST, _MOST_BYTES = 32, 16 << 20  # that wait
@@ -81,7 +82,9 @@ def _small_copy(batch: Any) -> Any:
     """A copy of a batch that is made of plain tensors and nothing else, or None if it is not, or large."""
     kind = type(batch)
     parts = list(batch.values()) if kind is dict else batch if kind in (list, tuple) else [batch]
-    if not parts or not all(type(part) is Tensor and not part.requires_grad and not vars(part) for part in parts):
+    if not parts or not all(type(part) is Tensor and is_dense(part) for part in parts):
+        return None
+    if any(part.requires_grad or vars(part) for part in parts):
         return None
     if sum(part.nbytes for part in parts) > _MOST_BYTES // _MOST:
         return None
@@ -196,6 +199,7 @@ class BatchKeeper:
     def __init__(self, mode: KeepBatches, plan: Callable[[], KeepPlan], say: Callable[[str], None]) -> None:
         self._mode, self._plan, self._say = mode, plan, say
         self._may_keep, self._is_announced = mode is not False, False
+        self._is_first = True
         self._is_tried = False  # whether a batch was packed and put together again
         self._epochs_without: set[int] = set()  # of which a batch was not kept
         self.watch = RandomnessWatch()
@@ -219,9 +223,13 @@ class BatchKeeper:
             drew: See :meth:`RandomnessWatch.batch_begins`.
 
         Raises:
-            UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle.
+            UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle; or, of the first batch,
+                copies of it hold other data.
             BudgetError: The batches that must be kept do not fit the disk.
         """
+        if self._is_first:
+            check_copied(batch, len(print_.rows))
+            self._is_first = False
         if positions is None or self._mode is True:
             why = "they cannot be fetched again" if positions is None else "keep_batches=True"
             packed: PackedBatch | None = self._pack(batch, len(print_.rows))
