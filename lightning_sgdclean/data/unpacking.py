@@ -74,8 +74,9 @@ class _Unpacker:
 
     def _dict(self, value: Any, skeleton: Any) -> Any:
         made: dict[Any, Any] = self._noted({}, skeleton)
-        for key, item in value:
-            made[self.unpack(key)] = self.unpack(item)
+        for pair in value:
+            key, item = self._many(pair)  # the key first, as it was packed: it may occur again in the item
+            made[key] = item
         return made
 
     def _object(self, value: Any, skeleton: Any) -> Any:
@@ -99,8 +100,9 @@ class _Unpacker:
                     object.__setattr__(made, name, value)  # also of a frozen dataclass
         for item in skeleton["items"]:
             made.append(self.unpack(item))
-        for key, item in skeleton["pairs"]:
-            made[self.unpack(key)] = self.unpack(item)
+        for pair in skeleton["pairs"]:
+            key, item = self._many(pair)
+            made[key] = item
 
     def _tuple(self, value: Any, skeleton: Any) -> Any:
         return tuple(self._many(value))

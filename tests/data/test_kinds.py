@@ -189,7 +189,9 @@ def test_what_occurs_twice_or_holds_itself_does_so_afterwards():
     ring.append({"ring": ring, "again": X})
     node = Measured(X)
     node.me = node
-    back = again({"ring": ring, "node": node})
+    key = ("a", "b")
+    back = again({"ring": ring, "node": node, "keys": {key: [key]}, "ordered": OrderedDict({key: [key]})})
+    assert back["keys"] == dict(back["ordered"]) == {key: [key]}
     assert back["ring"][1]["ring"] is back["ring"]
     assert back["ring"][1]["again"] is back["ring"][0] is back["node"].x
     assert back["node"].me is back["node"]
