@@ -86,8 +86,8 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         finite_radius: Radius of ``"finite"`` relative to the parameters' length.
         dirpath: Run directory; by default ``sgd_influence`` in the logger's directory, the next free name.
         overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
-        sample_ids: Callable from a batch to its samples' ids (int or str); by default their positions
-            in the training loader's dataset.
+        sample_ids: Callable from a batch to its samples' ids (int or str), or ``"content"``: 16 hexadecimal digits
+            of what a sample holds. By default their positions in the training loader's dataset.
         keep_batches: Whether to store the batches as they were trained on: ``"auto"`` does it where samples hold other
             data each time, by random augmentation say, ``True`` from the first batch, ``False`` never.
         sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training
@@ -144,7 +144,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         finite_radius: float = 0.03,
         dirpath: str | Path | None = None,
         overwrite: bool = False,
-        sample_ids: Callable[[Any], Any] | None = None,
+        sample_ids: Callable[[Any], Any] | Literal["content"] | None = None,
         keep_batches: bool | Literal["auto"] = "auto",
         sample_losses: Callable[[Any, Any], Any] | None = None,
         snapshots: Literal["auto", "every", "sqrt"] | int = "auto",
@@ -254,9 +254,10 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """In the sanity check already: is there a value of that name, and can it be differentiated?"""
-        if self._active and trainer.sanity_checking:
-            num_loaders, around = len(trainer.num_sanity_val_batches), surroundings_of(trainer, pl_module)
+        """In the first validation, if only a sanity check: is there a value of that name, with its whole gradient?"""
+        if self._active:
+            num_loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+            around = surroundings_of(trainer, pl_module)
             self._sanity.batch_ends(pl_module, outputs, (batch, batch_idx, dataloader_idx), num_loaders, around)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -280,8 +281,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         """Keep what was logged, to hold the recomputed objective against."""
         if self._active and self._recording is not None:
             self._recording.note_validation(trainer)
-            if trainer.sanity_checking:
-                self._sanity.run_ends(trainer.callback_metrics.get(self.options.monitor))
+            self._sanity.run_ends(trainer.callback_metrics.get(self.options.monitor))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of epochs that no window reaches any more."""

@@ -327,7 +327,7 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
 
 def _dataset_size(batches: list[MicroBatch], run: RecordedRun) -> int | None:
     """How many positions the ids could be of; None where they are names."""
-    dataset = run.loaders[batches[-1].loader].dataset
+    dataset: Any = getattr(run.loaders[batches[-1].loader], "dataset", None)  # any iterable may be a loader
     # A name may equal a position by chance, hence all batches are asked.
     are_positions = all(micro.ids == micro.positions for micro in batches)
     return len(dataset) if are_positions and hasattr(dataset, "__len__") else None

@@ -314,6 +314,7 @@ class _Point:
         watched = WatchedCalls(self._module, locates=True)
         self._put([torch.zeros_like(at) for at in self._at], {})
         self._names = graph_of(self._batch.call([watched], self._wide))
+        self._put([torch.zeros_like(at) for at in self._at], {})  # it moved running statistics
         return watched
 
     def causes(self) -> _Causes:

@@ -46,7 +46,7 @@ class Options:
     finite_radius: float = 0.03
     dirpath: str | Path | None = None
     overwrite: bool = False
-    sample_ids: Callable[[Any], Any] | None = None
+    sample_ids: Callable[[Any], Any] | Literal["content"] | None = None
     keep_batches: bool | Literal["auto"] = "auto"
     sample_losses: SampleLosses | None = None
     snapshots: Literal["auto", "every", "sqrt"] | int = "auto"
@@ -195,6 +195,15 @@ def _callable(described: str) -> Callable[[str, Any], Any]:
     return check
 
 
+def _sample_ids(name: str, value: Any) -> Any:
+    if value is not None and value != "content" and not callable(value):
+        raise ValueError(
+            f'{name} must be a callable from a batch to its samples\' ids, or "content", got {value!r:.200} of type '
+            f"{type(value).__name__}."
+        )
+    return value
+
+
 def _objective(name: str, value: Any) -> Any:
     """One callable, several by name, or none."""
     several = isinstance(value, dict)
@@ -271,7 +280,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "finite_radius": _radius,
     "dirpath": _path,
     "overwrite": _yes_or_no,
-    "sample_ids": _callable("from a batch to its samples' ids"),
+    "sample_ids": _sample_ids,
     "keep_batches": _keep_batches,
     "sample_losses": _callable("(pl_module, batch) -> losses (B,)"),
     "snapshots": _positive_int_or("auto", "every", "sqrt"),

@@ -3,7 +3,9 @@
 
 import re
 import zlib
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import attrgetter
@@ -13,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.data.batches import _is_by_row, attributes_of, is_entry_each
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.data.batches import _is_by_row, attributes_of, extras_of, is_entry_each, is_wrapper
+from lightning_sgdclean.data.kinds import COMMON, Kind, kind_of, reduced
 
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -26,6 +30,7 @@ _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd 64-bit constant, so that mixing 
 _PIECE = 1 << 24  # products held at once
 _SMALL = 1 << 16  # bytes: to copy more than that takes longer than to read it by itself
 _form = attrgetter("shape", "dtype", "device", "layout")
+_PLAIN = (str, int, float, complex, bytes, bytearray, set, frozenset, type, type(None))
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")  # of an object without a repr of its own
 
 
@@ -76,6 +81,8 @@ def _strided(tensor: Tensor) -> list[Tensor]:
         return [tensor.int_repr()]
     if tensor.is_nested:
         return list(tensor.unbind())
+    if is_wrapper(tensor):
+        return _inner(tensor)
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout is torch.strided:
@@ -85,6 +92,23 @@ def _strided(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return [tensor.to_dense()]
+
+
+def _inner(tensor: Any) -> list[Tensor]:
+    """The tensors that one of a class of its own computes with.
+
+    Raises:
+        UnsupportedTrainingError: If the class does not tell them.
+    """
+    try:
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    except Exception as error:  # theirs
+        kind = type(tensor)
+        raise UnsupportedTrainingError(
+            f"A training batch holds a {kind.__module__}.{kind.__qualname__}, a tensor class that computes for itself "
+            "and does not tell what it holds (no __tensor_flatten__), so batches cannot be compared. Put plain tensors "
+            "into the batch, and make it of them in training_step."
+        ) from error
 
 
 def _mix(left: int, right: int) -> int:
@@ -141,7 +165,11 @@ class Fingerprint:
         """Take in one more value, whatever it is made of; ``above`` are the objects that hold it."""
         if isinstance(value, Tensor):
             self._add_tensor(value)
-        elif hasattr(value, "__array_interface__"):  # NumPy's arrays and numbers, pictures of PIL
+            if extras := extras_of(value):
+                self.add(extras, (*above, id(value)))
+        elif (kind := _kind_of(value)) is not None:
+            self._add_kind(value, kind, (*above, id(value)))
+        elif hasattr(value, "__array_interface__"):  # NumPy's arrays and numbers
             self._add_array(np.asarray(value))
         elif id(value) in above:
             self._share(0)  # a circle
@@ -149,12 +177,35 @@ class Fingerprint:
             for key in value:
                 self._share(_of_plain(key))
                 self.add(value[key], (*above, id(value)))
-        elif isinstance(value, list | tuple):
-            self._add_sequence(value, (*above, id(value)))
+        elif isinstance(value, list | tuple | deque):
+            self._add_sequence(value if isinstance(value, list | tuple) else list(value), (*above, id(value)))
         elif not isinstance(value, type) and (attributes := attributes_of(value)):
             self.add(attributes, (*above, id(value)))
         else:
-            self._share(_of_plain(value))
+            self._add_single(value, (*above, id(value)))
+
+    def _add_kind(self, value: Any, kind: Kind, above: tuple[int, ...]) -> None:
+        """What is taken apart by value: by its rows, or as one."""
+        self._share(_of_plain(type(value).__qualname__))
+        parts = kind.parts(value)
+        named = parts if isinstance(parts, dict) else {"": parts}
+        for name, part in named.items():
+            if kind.take is None or name in COMMON:
+                self._share(_mix(*_whole(part, above)))
+            else:
+                self.add(part, above)
+
+    def _add_single(self, value: Any, above: tuple[int, ...]) -> None:
+        """What has no attributes: plain, or known by what it is made anew of; else by its words."""
+        if not isinstance(value, _PLAIN):
+            with suppress(Exception):  # theirs: what cannot be copied
+                _, args, *rest = reduced(value)
+                state, items, pairs = (*rest, None, None, None)[:3]
+                parts = [list(args), state, list(items or ()), list(pairs or ())]
+                self._share(_of_plain(type(value).__qualname__))
+                self.add(parts, above)
+                return
+        self._share(_of_plain(value))
 
     def _share(self, part: int) -> None:
         self.setting = _mix(self.setting, part)
@@ -173,8 +224,14 @@ class Fingerprint:
                 self._share(int(_row_digests(part, 1)[0]))
 
     def _add_array(self, array: "np.ndarray[Any, Any]") -> None:
+        array = np.ascontiguousarray(array)
+        if array.dtype.char in "gG":  # longer than torch's, and with bytes that mean nothing
+            self.add([str(array.dtype), list(map(repr, array.ravel())), array.shape])
+            return
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         try:
-            self._add_tensor(torch.from_numpy(np.ascontiguousarray(array)))
+            self._add_tensor(torch.from_numpy(array if array.flags.writeable else array.copy()))
         except TypeError:  # strings, dates, objects
             self.add(array.tolist())
 
@@ -185,6 +242,10 @@ class Fingerprint:
             self._share(len(items))
             for item in items:
                 self.add(item, above)
+
+
+def _kind_of(value: Any) -> Kind | None:
+    return None if isinstance(value, _PLAIN) else kind_of(type(value))
 
 
 def _whole(item: Any, above: tuple[int, ...]) -> tuple[int, int]:
@@ -232,7 +293,10 @@ def _columns(batches: list[Any], num: int) -> list[tuple[Tensor, ...]] | None:
     if len(set(map(tuple if kind is dict else len, batches))) > 1:
         return None
     columns = list(zip(*(batch.values() if kind is dict else batch for batch in batches), strict=True))
-    if any(set(map(type, column)) != {Tensor} or len(set(map(_form, column))) > 1 for column in columns):
+    if any(
+        set(map(type, column)) != {Tensor} or any(map(vars, column)) or len(set(map(_form, column))) > 1
+        for column in columns
+    ):
         return None
     first = [column[0] for column in columns]
     return columns if all(_is_by_row(part, num) and not part.is_quantized for part in first) else None

@@ -6,6 +6,8 @@ made of; never is a name from a file imported.
 """
 
 import copyreg
+import hashlib
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.data.batches import extras_of, is_wrapper, samples_of
+from lightning_sgdclean.data.kinds import kind_of, reduced
 
 Classes = dict[str, type]
 _NUMBERS = frozenset("?bhilqBfde")  # NumPy's type characters that torch has, too, and safetensors writes
-_DEPTH = 64  # nothing that training_step unpacks is nested deeper; what is holds itself
+_DEPTH = 64  # nothing that training_step unpacks is nested deeper
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
 
 
 @dataclass
@@ -45,7 +55,8 @@ def pack_batch(batch: Any, classes: Classes) -> PackedBatch:
 
     Args:
         batch: Any nesting of dicts, lists, tuples, named tuples, dataclasses and further classes that can
-            be copied from their parts (see Python's ``copy``), around tensors, arrays, strings, numbers, None.
+            be copied from their parts (see Python's ``copy``), around tensors, arrays, strings, numbers, None, and
+            what :mod:`~lightning_sgdclean.data.kinds` knows. What occurs twice, or holds itself, does so afterwards.
         classes: Takes up the classes met, by their names.
 
     Raises:
@@ -63,60 +74,164 @@ def classes_of(batch: Any) -> Classes:
     return classes
 
 
+def content_ids(batch: Any) -> list[str]:
+    """An id for each sample of a batch: 16 hexadecimal digits, of what the batch holds of it.
+
+    Equal samples have equal ids, in any batch, run and process; of a million different ones, two are named alike with
+    a chance of one in thirty million. What changes a sample changes its id: random augmentation, padding to another
+    length, another precision.
+
+    Args:
+        batch: As ``training_step`` gets it; see :func:`~lightning_sgdclean.data.batches.samples_of`.
+
+    Raises:
+        SampleIdError: If part of it cannot be told apart by samples, or their number is not clear.
+        UnsupportedTrainingError: If what it holds of a sample cannot be packed.
+    """
+    return [_content_id(pack_batch(sample, {})) for sample in samples_of(batch)]
+
+
+def _content_id(packed: PackedBatch) -> str:
+    about = [packed.skeleton, [(str(tensor.dtype), list(tensor.shape)) for tensor in packed.tensors]]
+    found = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
+    for tensor in packed.tensors:
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 class _Packer:
     def __init__(self, classes: Classes) -> None:
         self.tensors: list[Tensor] = []
         self._classes = classes
+        # By id, what an object has become; and the object, so that the id stays its own.
+        self._met: dict[int, tuple[dict[str, Any], Any]] = {}
+        self._half_made: set[int] = set()  # of which nothing is there before all of its parts are
+        self._num_again = 0
 
     def pack(self, value: Any, depth: int) -> Any:
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
         if depth > _DEPTH:
+            raise _cannot_keep(value, f"nested more than {_DEPTH} levels deep")
+        if id(value) in self._met:
+            return self._again(value)
+        found: dict[str, Any] = {}
+        self._met[id(value)] = found, value
+        found |= self._apart(value, depth)
+        return found
+
+    def _again(self, value: Any) -> Any:
+        if id(value) in self._half_made:
             raise _cannot_keep(value, "which holds itself")
+        first, _ = self._met[id(value)]
+        if "as" not in first:
+            first["as"] = self._num_again
+            self._num_again += 1
+        return {"again": first["as"]}
+
+    def _apart(self, value: Any, depth: int) -> dict[str, Any]:
         if isinstance(value, Tensor):
             return self._tensor(value, depth)
-        if isinstance(value, np.ndarray | np.generic) and value.dtype.char in _NUMBERS:
-            is_array = isinstance(value, np.ndarray)
-            return {"array" if is_array else "number": self._hold(torch.from_numpy(np.array(value)))}
-        if type(value) in (list, tuple):
-            return {type(value).__name__: self._all(value, depth)}
+        kind = kind_of(type(value))
+        if kind is not None and kind.make is not None and not isinstance(value, np.generic):
+            return {"kind": self._name(type(value)), "parts": self._before(value, [kind.parts(value)], depth)[0]}
+        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and kind is None):
+            return self._array(value, depth)
+        if type(value) is tuple:
+            return {"tuple": self._before(value, value, depth)}
+        if type(value) is list:
+            return {"list": self._all(value, depth)}
         if type(value) is dict:
             return {"dict": self._pairs(value.items(), depth)}
+        if isinstance(value, type):
+            return {"type": self._name(value)}
         return self._object(value, depth)
 
     def _all(self, values: Iterable[Any], depth: int) -> list[Any]:
         return [self.pack(item, depth + 1) for item in values]
 
     def _pairs(self, items: Iterable[Any], depth: int) -> list[Any]:
-        return [self._all(pair, depth) for pair in items]
+        return [[self.pack(key, depth + 1), self.pack(item, depth + 1)] for key, item in items]
+
+    def _before(self, value: Any, parts: Iterable[Any], depth: int) -> list[Any]:
+        """Parts that have to be there before the value can be made, so that none of them may hold it."""
+        self._half_made.add(id(value))
+        packed = self._all(parts, depth)
+        self._half_made.discard(id(value))
+        return packed
 
     def _hold(self, tensor: Tensor) -> int:
         self.tensors.append(tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format))
         return len(self.tensors) - 1
 
-    def _tensor(self, value: Tensor, depth: int) -> Any:
-        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-            raise _cannot_keep(value, f"of layout {value.layout}")
+    def _array(self, value: Any, depth: int) -> dict[str, Any]:
+        array = np.array(value)
+        packed: dict[str, Any]
+        if array.dtype.char in _NUMBERS and array.dtype.isnative:
+            packed = {"array": self._hold(torch.from_numpy(array))}
+        elif array.dtype.char == "O":
+            packed = {"objects": self._before(value, array.ravel(), depth), "shape": list(array.shape)}
+        elif array.dtype.hasobject:
+            raise _cannot_keep(value, f"of dtype {array.dtype}")
+        else:  # strings, dates, records, other byte orders
+            held = self._hold(torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy()))
+            descr = self.pack(np.lib.format.dtype_to_descr(array.dtype), depth + 1)
+            packed = {"bytes": held, "dtype": descr, "shape": list(array.shape)}
+        if isinstance(value, np.generic):
+            return {"number": packed["array"]} if "array" in packed else packed | {"scalar": True}
+        if type(value) not in (np.ndarray, np.memmap):
+            packed |= {"class": self._name(type(value)), "attributes": self.pack(vars(value), depth + 1)}
+        return packed
+
+    def _tensor(self, value: Tensor, depth: int) -> dict[str, Any]:
         if value.grad_fn is not None:
             raise _cannot_keep(value, "with a graph behind it")
+        packed: dict[str, Any]
+        if value.is_nested:
+            layout = str(value.layout).removeprefix("torch.")
+            packed = {"nested": self._before(value, value.detach().unbind(), depth), "layout": layout}
+        elif value.is_quantized or is_wrapper(value):
+            raise _cannot_keep(value, "which is quantized" if value.is_quantized else "which computes for itself")
+        elif value.layout in (torch.sparse_coo, *_COMPRESSED):
+            packed = self._sparse(value.detach(), depth)
+        elif value.layout is torch.strided:
+            packed = self._strided(value)
+        else:
+            raise _cannot_keep(value, f"of layout {value.layout}")
+        if value.requires_grad:
+            packed["requires_grad"] = True
+        extras = {} if value.is_nested else extras_of(value)
+        if type(value) is not Tensor and not value.is_nested:
+            packed |= {"class": self._name(type(value)), "attributes": self._before(value, [extras], depth)[0]}
+        elif extras:
+            packed["attributes"] = self._before(value, [extras], depth)[0]
+        return packed
+
+    def _strided(self, value: Tensor) -> dict[str, Any]:
         packed: dict[str, Any] = {"device": value.device.type}
         plain = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
         if plain.is_complex():
             packed["complex"], plain = True, torch.view_as_real(plain)
         elif not plain.is_contiguous() and plain.clone().stride() == plain.stride():  # channels last, transposed
             packed["stride"] = list(plain.stride())
-        if value.requires_grad:
-            packed["requires_grad"] = True
-        if type(value) is not Tensor:
-            packed |= {"class": self._name(type(value)), "attributes": self.pack(vars(value), depth + 1)}
         return {"tensor": self._hold(plain), **packed}
 
-    def _object(self, value: Any, depth: int) -> Any:
+    def _sparse(self, value: Tensor, depth: int) -> dict[str, Any]:
+        names = _COMPRESSED.get(value.layout)
+        if names is None:
+            parts, is_coalesced = [value._indices(), value._values()], value.is_coalesced()
+        else:
+            parts, is_coalesced = [*(getattr(value, name)() for name in names), value.values()], False
+        layout = str(value.layout).removeprefix("torch.")
+        packed = self._before(value, parts, depth)
+        return {"sparse": packed, "layout": layout, "size": list(value.shape), "coalesced": is_coalesced}
+
+    def _object(self, value: Any, depth: int) -> dict[str, Any]:
         """Python's protocol for copies: a class, arguments, a state, and entries of a list or dict."""
         kind = type(value)
         try:
-            function, args, *rest = value.__reduce_ex__(2)
-        except (TypeError, ValueError) as error:
+            function, args, *rest = reduced(value)
+        except Exception as error:  # theirs, of any kind
             raise _cannot_keep(value, f"({error})") from error
         if function is copyreg.__newobj__ and args[0] is kind:  # type: ignore[attr-defined]
             made, args = "new", args[1:]
@@ -127,7 +242,7 @@ class _Packer:
         state, items, pairs = (*rest, None, None, None)[:3]
         return {
             made: self._name(kind),
-            "args": self._all(args, depth),
+            "args": self._before(value, args, depth),
             "state": self.pack(state, depth + 1),
             "items": self._all(items or (), depth),
             "pairs": self._pairs(pairs or (), depth),
@@ -150,80 +265,3 @@ def _cannot_keep(value: Any, why: str) -> UnsupportedTrainingError:
         "Expected tensors, NumPy arrays, strings and numbers in dicts, lists, tuples, named tuples, dataclasses or "
         "classes that are copied by their attributes."
     )
-
-
-def unpack_batch(packed: PackedBatch, classes: Classes, device: torch.device) -> Any:
-    """Undo :func:`pack_batch`; the tensors are fresh copies.
-
-    Args:
-        packed: What was packed, perhaps in another process.
-        classes: Classes by name, as :func:`pack_batch` met them in this process.
-        device: For the tensors that were not on the CPU.
-
-    Raises:
-        RunDirectoryError: If it names a class that is not among ``classes``.
-    """
-
-    def many(values: list[Any]) -> list[Any]:
-        return [unpack(value) for value in values]
-
-    def unpack(skeleton: Any) -> Any:
-        kind, value = next(iter(skeleton.items()))
-        if kind == "value":
-            return value
-        if kind == "tensor":
-            return _tensor_again(packed.tensors[value], skeleton, device, classes, unpack)
-        if kind == "array":
-            return packed.tensors[value].numpy().copy()
-        if kind == "number":
-            return packed.tensors[value].numpy().copy()[()]
-        if kind == "list":
-            return many(value)
-        if kind == "tuple":
-            return tuple(many(value))
-        if kind == "dict":
-            return {key: item for key, item in map(many, value)}  # noqa: C416 - pairs are lists
-        made = _class_named(value, classes)
-        args = many(skeleton["args"])
-        return _completed(made.__new__(made, *args) if kind == "new" else made(*args), skeleton, unpack)
-
-    return unpack(packed.skeleton)
-
-
-def _completed(made: Any, skeleton: Any, unpack: Any) -> Any:
-    """Give a new object its state and its entries, as ``copy.copy`` does."""
-    state = unpack(skeleton["state"])
-    if state is not None:
-        if hasattr(made, "__setstate__"):
-            made.__setstate__(state)
-        else:
-            attributes, slots = state if isinstance(state, tuple) else (state, {})
-            made.__dict__.update(attributes or {})
-            for name, value in (slots or {}).items():
-                object.__setattr__(made, name, value)  # also of a frozen dataclass
-    for item in skeleton["items"]:
-        made.append(unpack(item))
-    for key, item in skeleton["pairs"]:
-        made[unpack(key)] = unpack(item)
-    return made
-
-
-def _tensor_again(stored: Tensor, skeleton: Any, device: torch.device, classes: Classes, unpack: Any) -> Tensor:
-    tensor = torch.view_as_complex(stored.clone()) if skeleton.get("complex") else stored.clone()
-    if "stride" in skeleton:
-        tensor = torch.empty_strided(tensor.shape, skeleton["stride"], dtype=tensor.dtype).copy_(tensor)
-    if skeleton["device"] != "cpu":
-        tensor = tensor.to(device)
-    if "class" in skeleton:
-        tensor = tensor.as_subclass(_class_named(skeleton["class"], classes))
-        tensor.__dict__.update(unpack(skeleton["attributes"]))
-    return tensor.requires_grad_(skeleton.get("requires_grad", False))
-
-
-def _class_named(name: str, classes: Classes) -> type:
-    if name not in classes:
-        raise RunDirectoryError(
-            f"A stored batch holds a {name}, which no batch of this process is made of. Retrace it with the loader "
-            "that it was trained on."
-        )
-    return classes[name]

@@ -19,8 +19,10 @@ from lightning_sgdclean.base.errors import BudgetError, SGDInfluenceWarning, Uns
 from lightning_sgdclean.base.options import Positions, SampleId
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.base.resources import in_bytes
+from lightning_sgdclean.data.batches import is_dense
 from lightning_sgdclean.data.fingerprints import Fingerprint
 from lightning_sgdclean.data.packing import Classes, PackedBatch, pack_batch
+from lightning_sgdclean.data.unpacking import check_copied, pack_surely
 from lightning_sgdclean.trajectory.records import MicroBatch
 
 _MOST, _MOST_BYTES = 32, 16 << 20  # that wait
@@ -80,7 +82,9 @@ def _small_copy(batch: Any) -> Any:
     """A copy of a batch that is made of plain tensors and nothing else, or None if it is not, or large."""
     kind = type(batch)
     parts = list(batch.values()) if kind is dict else batch if kind in (list, tuple) else [batch]
-    if not parts or not all(type(part) is Tensor and not part.requires_grad for part in parts):
+    if not parts or not all(type(part) is Tensor and is_dense(part) for part in parts):
+        return None
+    if any(part.requires_grad or vars(part) for part in parts):
         return None
     if sum(part.nbytes for part in parts) > _MOST_BYTES // _MOST:
         return None
@@ -195,6 +199,8 @@ class BatchKeeper:
     def __init__(self, mode: KeepBatches, plan: Callable[[], KeepPlan], say: Callable[[str], None]) -> None:
         self._mode, self._plan, self._say = mode, plan, say
         self._may_keep, self._is_announced = mode is not False, False
+        self._is_first = True
+        self._is_tried = False  # whether a batch was packed and put together again
         self._epochs_without: set[int] = set()  # of which a batch was not kept
         self.watch = RandomnessWatch()
         self.classes: Classes = {}
@@ -217,19 +223,23 @@ class BatchKeeper:
             drew: See :meth:`RandomnessWatch.batch_begins`.
 
         Raises:
-            UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle.
+            UnsupportedTrainingError: It must be kept, but holds what cannot be without pickle; or, of the first batch,
+                copies of it hold other data.
             BudgetError: The batches that must be kept do not fit the disk.
         """
+        if self._is_first:
+            check_copied(batch, len(print_.rows))
+            self._is_first = False
         if positions is None or self._mode is True:
             why = "they cannot be fetched again" if positions is None else "keep_batches=True"
-            packed: PackedBatch | None = pack_batch(batch, self.classes)
+            packed: PackedBatch | None = self._pack(batch, len(print_.rows))
             self._announce(why, packed, epoch, must=True)
         else:
             names = positions if isinstance(positions, list) else [positions]
             # Of a batch with more or fewer rows than were drawn, it is not known which sample to compare.
             self.watch.look(names if len(names) == len(print_.rows) else [], print_, epoch, drew)
             why = self.watch.evidence
-            packed = self._pack_if_wanted(batch, why)
+            packed = self._pack_if_wanted(batch, len(print_.rows), why)
             self._announce(why, packed, epoch, must=False)
             packed = packed if self._may_keep else None
         if packed is None:
@@ -238,11 +248,20 @@ class BatchKeeper:
             self._why, self._num_kept, self._nbytes = why, self._num_kept + 1, self._nbytes + packed.nbytes
         return packed
 
-    def _pack_if_wanted(self, batch: Any, why: str) -> PackedBatch | None:
+    def _pack(self, batch: Any, num_samples: int) -> PackedBatch:
+        """A batch packed; the first one, and any with classes not met before, put together again to see that it can."""
+        num_known = len(self.classes)
+        packed = pack_batch(batch, self.classes)
+        if not self._is_tried or len(self.classes) > num_known:
+            pack_surely(batch, num_samples, self.classes)
+            self._is_tried = True
+        return packed
+
+    def _pack_if_wanted(self, batch: Any, num_samples: int, why: str) -> PackedBatch | None:
         if not (self._may_keep and (why or self.watch.is_undecided)):
             return None
         try:
-            return pack_batch(batch, self.classes)
+            return self._pack(batch, num_samples)
         except UnsupportedTrainingError as error:
             if why:
                 _warn(f"Training batches would have to be kept, since {why}, but cannot be: {error} {_REFUSED_LATER}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loaders as Lightning prepares them: may they be followed, and the names of their samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, Unsupported
 from lightning_sgdclean.base.lightning import combined_loader, one_loader
 from lightning_sgdclean.base.options import Options, Positions, SampleId
 from lightning_sgdclean.data.batches import attributes_of, tensor_shapes
+from lightning_sgdclean.data.packing import content_ids
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
 
 
@@ -26,7 +27,9 @@ class TrainLoaders:
     """
 
     def __init__(self, options: Options) -> None:
-        self._sample_ids, self._may_keep = options.sample_ids, options.keep_batches is not False
+        self._may_keep = options.keep_batches is not False
+        self._sample_ids = content_ids if options.sample_ids == "content" else options.sample_ids
+        self._ids = _IdCheck()
         self._rows = _RowCheck() if options.sample_losses is None else None
         self._noting: NotingSampler | None = None
         self._dataset: Any = None  # of the latest loader, when it was first seen
@@ -122,12 +125,49 @@ class TrainLoaders:
             assert drawn is not None  # else the loader would have been refused
             if isinstance(positions, list) and self._rows is not None:
                 self._rows.check(batch, len(positions))
-            return list(drawn)
+            return self._ids.checked(drawn)
         given = self._sample_ids(batch)
         names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
         if drawn is not None and len(names) not in (len(drawn), _num_rows(batch)):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(drawn)} samples.")
-        return names
+        return self._ids.checked(names)
+
+
+class _IdCheck:
+    """Can ids be written as they are, and stand in one ranking?"""
+
+    def __init__(self) -> None:
+        self._kind: type | None = None
+        self._escaped: dict[str, str] = {}  # what looks escaped -> what it stands for
+
+    def checked(self, ids: Sequence[SampleId]) -> list[SampleId]:
+        """The ids, with escapes for what is no UTF-8, as file names may have it.
+
+        Raises:
+            SampleIdError: If they are of both types, or do not fit into 64 bits, or one looks like another one escaped.
+        """
+        kinds = {str if isinstance(name, str) else int for name in ids}
+        self._kind = self._kind or next(iter(kinds), None)
+        if kinds - {self._kind}:
+            raise SampleIdError("The ids of the samples are int here and str there. Expected one type for all samples.")
+        if self._kind is str:
+            return [self._written(str(name)) for name in ids]
+        large = next((name for name in ids if not -_INT64 <= int(name) < _INT64), None)
+        if large is not None:
+            raise SampleIdError(f"The sample id {large} does not fit into 64 bits. Give it as text: str(id).")
+        return list(ids)
+
+    def _written(self, name: str) -> str:
+        written = name.encode("utf-8", "backslashreplace").decode()
+        if "\\ud" in written and self._escaped.setdefault(written, name) != name:
+            raise SampleIdError(
+                f"Two samples have the ids {name!r} and {self._escaped[written]!r}, which are written alike in UTF-8. "
+                "Expected ids that can be told apart."
+            )
+        return written
+
+
+_INT64 = 1 << 63
 
 
 def _pass_of(trainer: Any) -> tuple[Any, int]:

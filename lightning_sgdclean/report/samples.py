@@ -180,7 +180,8 @@ def row_of(batch: Any, row: int, num: int, depth: int = 0) -> Any:
     if depth > _DEPTH:
         return None
     if isinstance(batch, Tensor):
-        dim = next((dim for dim in range(min(2, batch.ndim)) if batch.shape[dim] == num), None)
+        first_two = range(0 if batch.is_nested else min(2, batch.ndim))
+        dim = next((dim for dim in first_two if batch.shape[dim] == num), None)
         return None if dim is None else batch.select(dim, row)
     if isinstance(batch, list | tuple):
         if is_entry_each(batch, num):

@@ -119,9 +119,11 @@ def test_another_value_at_the_end_is_refused_in_the_sanity_check():
     assert trainer.global_step == 0
 
 
-def test_without_a_sanity_check_it_is_refused_after_training():
-    with pytest.raises(ObjectiveError, match="an epoch's value that is not the mean of what validation_step returned"):
-        quiet_trainer([SGDInfluence("val_loss")]).fit(Doubled(), *loaders())
+def test_without_a_sanity_check_it_is_refused_in_the_first_validation():
+    trainer = quiet_trainer([SGDInfluence("val_loss")])
+    with pytest.raises(ObjectiveError, match="was logged at the end of the epoch, so that is another"):
+        trainer.fit(Doubled(), *loaders())
+    assert trainer.current_epoch == 0
 
 
 def test_what_cannot_be_held_against_a_logged_value_is_refused():

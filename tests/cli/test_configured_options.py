@@ -56,7 +56,7 @@ OPTIONS = {
     "finite_radius": [(0.02, 0.02)],
     "dirpath": [("runs", "runs")],
     "overwrite": [(True, True)],
-    "sample_ids": [("mine.ids", "ids")],
+    "sample_ids": [("mine.ids", "ids"), ("content", "content")],
     "keep_batches": [(True, True), (False, False), ("auto", "auto")],
     "sample_losses": [("mine.losses", "losses"), ("mine.typed_losses", "typed_losses")],
     "snapshots": [(3, 3), ("sqrt", "sqrt")],

@@ -31,14 +31,16 @@ class Busy(Plain):
         return loss
 
 
-def run(callback, workers):
+def run(callback, workers, sanity=2):
     pl.seed_everything(5, verbose=False)
     module = Busy(norm=True, dropout=0.3, options={"momentum": 0.9})
     logged = []
     watch = pl.callbacks.LambdaCallback(
         on_train_batch_end=lambda trainer, *_: logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
     )
-    trainer = quiet_trainer([watch, callback] if callback else [watch], precision="32-true", num_sanity_val_steps=2)
+    trainer = quiet_trainer(
+        [watch, callback] if callback else [watch], precision="32-true", num_sanity_val_steps=sanity
+    )
     trainer.fit(module, *loaders(num_workers=workers))
     randomness = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     return module, logged, randomness, trainer
@@ -54,11 +56,13 @@ def assert_same_optimizer(one, other):
     assert len(one._optimizer_step_post_hooks) == len(other._optimizer_step_post_hooks) == 0
 
 
-@pytest.mark.parametrize(("workers", "snapshots"), [(0, "every"), (2, "every"), (0, 4)])
-def test_weights_metrics_order_and_random_states_are_bit_for_bit_those_without(workers, snapshots):
+@pytest.mark.parametrize(
+    ("workers", "snapshots", "sanity"), [(0, "every", 2), (2, "every", 2), (0, 4, 2), (0, "every", 0)]
+)
+def test_weights_metrics_order_and_random_states_are_bit_for_bit_those_without(workers, snapshots, sanity):
     callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots)
-    module, logged, randomness, trainer = run(callback, workers)
-    plain, plain_logged, plain_randomness, plain_trainer = run(None, workers)
+    module, logged, randomness, trainer = run(callback, workers, sanity)
+    plain, plain_logged, plain_randomness, plain_trainer = run(None, workers, sanity)
     assert_same_optimizer(trainer.optimizers[0], plain_trainer.optimizers[0])
     for name, tensor in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name

@@ -110,7 +110,7 @@ def test_a_stream_is_kept_whatever_it_is_made_of_or_refused():
     assert keep.packed([torch.zeros(4)], None, prints(torch.zeros(4)), 0, None) is not None
     assert "since they cannot be fetched again" in said[0]
     with pytest.raises(UnsupportedTrainingError, match="without pickle"):
-        keep.packed([object], None, prints(torch.zeros(4)), 0, None)
+        keep.packed([iter("a")], None, prints(torch.zeros(4)), 0, None)
 
 
 def test_epochs_of_the_window_that_are_gone_are_named_and_others_are_not():

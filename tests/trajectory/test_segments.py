@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sgdclean.data.packing import pack_batch, unpack_batch
+from lightning_sgdclean.data.packing import pack_batch
+from lightning_sgdclean.data.unpacking import unpack_batch
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 from lightning_sgdclean.trajectory.segments import Segment, in_full, in_short, write_segment
 from processes import python

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sgdclean.base.errors import RunDirectoryError
-from lightning_sgdclean.data.packing import unpack_batch
+from lightning_sgdclean.data.unpacking import unpack_batch
 from lightning_sgdclean.trajectory.joining import CheckpointMark, cut_off
 from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
