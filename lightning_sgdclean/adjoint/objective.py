@@ -17,8 +17,9 @@ from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.evaluate import takes_batch_idx
 from lightning_sgdclean.losses.kernels import gradient
+from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.running_statistics import RunningStatistics
-from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, logging_to, untouched_module
+from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, logging_to
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, resting_hooks
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State

@@ -28,7 +28,8 @@ from lightning_sgdclean.data.fetching import (
     validation_batches,
 )
 from lightning_sgdclean.data.packing import Classes, classes_of, unpack_batch
-from lightning_sgdclean.losses.surroundings import surroundings_of, untouched_module
+from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names
