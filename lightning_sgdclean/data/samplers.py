@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
 from lightning_sgdclean.base.options import Positions
+from lightning_sgdclean.base.resources import itself
 
 
 class _NotingIterator:
@@ -35,8 +36,7 @@ class _NotingIterator:
 
     def __next__(self) -> Any:
         drawn = next(self._inner)
-        # A copy: a dataset may change the list that it is handed.
-        is_many = _is_many(drawn)
+        is_many = _is_many(drawn)  # then copied: a dataset may change the list that it is handed
         if is_many and iter(drawn) is drawn:
             raise SampleIdError(
                 f"The sampler yields a {type(drawn).__name__}, which can be read only once. Let it yield lists."
@@ -99,6 +99,9 @@ class NotingSampler(_StandIn):
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self._latest: _NotingIterator | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return itself, (self._inner,)  # nobody asks what a copy of the loader draws
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
@@ -171,10 +174,9 @@ def note_samples(loader: "DataLoader[Any]") -> NotingSampler:
 
 def stop_noting(loader: "DataLoader[Any]") -> None:
     """Give the loader its own sampler back."""
-    name = _sampler_name(loader)
-    sampler = getattr(loader, name)
+    sampler = getattr(loader, _sampler_name(loader))
     if isinstance(sampler, NotingSampler):
-        object.__setattr__(loader, name, sampler.inner)
+        object.__setattr__(loader, _sampler_name(loader), sampler.inner)
 
 
 _WAY_OUT = "Leave the samples out yourself, where the loader is made."
