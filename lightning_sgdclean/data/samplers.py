@@ -100,8 +100,8 @@ class NotingSampler(_StandIn):
         self._inner = inner
         self._latest: _NotingIterator | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return itself, (self._inner,)  # nobody asks what a copy of the loader draws
+    def __reduce__(self) -> Any:  # nobody asks what a copy of the loader draws
+        return itself, (self._inner,)
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
@@ -130,8 +130,7 @@ class NotingSampler(_StandIn):
         if not isinstance(noting, _NotingIterator):
             raise SampleIdError(_NOT_DRAWN)
         drawn: Positions = noting.take(num_waiting, goes_on=isinstance(draws, islice))
-        items = drawn if isinstance(drawn, list) else [drawn]
-        odd = [item for item in items if not isinstance(item, int | str)]
+        odd = [item for item in (drawn if isinstance(drawn, list) else [drawn]) if not isinstance(item, int | str)]
         if odd:
             raise SampleIdError(
                 f"The sampler drew {odd[0]!r} of type {type(odd[0]).__name__}; a dataset's position must be an int or "
@@ -307,8 +306,8 @@ def _weighted(sampler: WeightedRandomSampler, out: frozenset[int]) -> WeightedRa
     possible = int((weights > 0).sum())
     if not possible:
         raise UnsupportedTrainingError("No sample that remains has a positive weight in the WeightedRandomSampler.")
-    number = sampler.num_samples if sampler.replacement else min(sampler.num_samples, possible)
-    fresh = WeightedRandomSampler([1.0], number, sampler.replacement, sampler.generator)
+    num = sampler.num_samples if sampler.replacement else min(sampler.num_samples, possible)
+    fresh = WeightedRandomSampler([1.0], num, sampler.replacement, sampler.generator)
     fresh.weights = weights  # as they are: the constructor takes a list of floats
     return fresh
 

@@ -57,9 +57,8 @@ def test_workers_that_are_spawned_with_a_method_of_the_datamodule_are_followed(s
 
 
 HOOKS = [
-    *("setup", "on_fit_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start", "on_train_batch_start"),
-    *("on_before_backward", "on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_end"),
-    *("on_validation_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "teardown"),
+    *("setup", "on_fit_start", "on_train_start", "on_train_batch_start", "on_before_optimizer_step"),
+    *("on_validation_end", "on_train_epoch_end", "on_fit_end", "teardown"),
 ]
 
 
@@ -74,9 +73,7 @@ class Copier(pl.Callback):
             "trainer": trainer,
             "strategy": trainer.strategy,
             "module": trainer.lightning_module,
-            "fit loop": trainer.fit_loop,
             "loader": trainer.train_dataloader,
-            "validation": trainer.val_dataloaders,
             "optimizers": trainer.optimizers,
             "callbacks": trainer.callbacks,
         }
