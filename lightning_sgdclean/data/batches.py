@@ -58,8 +58,26 @@ def cloned(batch: Any) -> Any:
 
 
 def _cloned(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    return copied.requires_grad_() if tensor.requires_grad else copied
+    copied = in_its_class(tensor, lambda plain: plain.detach().clone())
+    return Tensor.requires_grad_(copied) if tensor.requires_grad else copied
+
+
+def in_its_class(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a change makes of a tensor; of one of a user's subclass, its class and attributes (labels, say) again.
+
+    What such a class makes of an operation of torch's may lack its attributes, and its methods fail for that.
+    """
+    kind = type(tensor)
+    has_ways = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # it need not hold the numbers itself
+    if has_ways or kind.__module__.partition(".")[0] == "torch":
+        return change(tensor)
+    with torch._C.DisableTorchFunctionSubclass():
+        made = Tensor.as_subclass(change(Tensor.as_subclass(tensor, Tensor)), kind)
+    try:
+        vars(made).update(copy.deepcopy(vars(tensor)))
+    except Exception:  # of whatever kind: what cannot be copied is shared
+        vars(made).update(vars(tensor))
+    return made
 
 
 Variant = Callable[[Tensor], Any]  # mask (B,) of bool -> the batch with the marked samples replaced
@@ -103,9 +121,9 @@ def with_neighbours(batch: Any, replaced: Tensor, above: tuple[int, ...] = ()) -
 def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
     dim = next((dim for dim in range(min(2, batch.ndim)) if batch.shape[dim] == len(replaced)), None)
     if dim is None or batch.layout is not torch.strided:
-        return batch.clone()
-    shape = [-1 if d == dim else 1 for d in range(batch.ndim)]
-    return torch.where(replaced.to(batch.device).view(shape), batch.roll(1, dim), batch)
+        return in_its_class(batch, torch.clone)
+    mask = replaced.to(batch.device).view([-1 if d == dim else 1 for d in range(batch.ndim)])
+    return in_its_class(batch, lambda plain: torch.where(mask, plain.roll(1, dim), plain))
 
 
 def tensor_shapes(batch: Any) -> list[tuple[int, ...]]:
@@ -149,12 +167,16 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 def as_float32(batch: Any) -> Any:
     """The batch with its 16-bit tensors widened."""
-    return apply_to_collection(batch, Tensor, summable)
+    return apply_to_collection(batch, Tensor, lambda tensor: in_its_class(tensor, summable))
 
 
 def as_float64(batch: Any) -> Any:
     """The batch with all its tensors of floats in float64."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    return apply_to_collection(
+        batch,
+        Tensor,
+        lambda tensor: in_its_class(tensor, torch.Tensor.double) if tensor.is_floating_point() else tensor,
+    )
 
 
 def summable(tensor: Tensor) -> Tensor:
