@@ -176,6 +176,10 @@ class Attributes:
         for array, content in self._arrays:
             if not are_same_arrays(array, content):
                 np.copyto(array, content)
+
+    def end(self) -> None:
+        """Put everything back, random generators, too: between two evaluations they would hide what a loss draws."""
+        self.restore()
         for put_back, state in self._draws:
             put_back(state)
 
@@ -262,7 +266,7 @@ def untouched_module(module: nn.Module, *, checks: bool = False) -> Iterator[Cal
         names = [name for name, buffer in module.named_buffers() if id(buffer) in moved]
         raise _written_in_place([*sorted(attributes.written), *names]) from error
     finally:
-        attributes.restore()
+        attributes.end()
         for part, name, buffer in owners:
             part._buffers[name] = buffer
         for tensor, content in zip(tensors, contents, strict=True):
