@@ -31,6 +31,7 @@ from lightning_sgdclean.base.lightning import (
     shown_bar,
 )
 from lightning_sgdclean.base.options import Options
+from lightning_sgdclean.base.resources import Portable
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
@@ -50,7 +51,7 @@ from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch
 
 
-class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
+class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
     """Ranks the training samples of a run by the harm they did to its validation loss.
 
     Records every optimizer step while ``fit`` trains (the training itself stays as it is, to the last
@@ -190,6 +191,7 @@ class SGDInfluence(*CALLBACK_BASES):  # type: ignore[misc]
         self._forget()
         if trainer.fast_dev_run:
             return
+        self.options.check_whole()
         check_alone(trainer, SGDInfluence)
         check_module(trainer, pl_module, self.options.objective is not None)
         self._loaders = TrainLoaders(self.options)

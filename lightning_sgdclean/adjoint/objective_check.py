@@ -27,8 +27,9 @@ from lightning_sgdclean.base.randomness import random_state, set_random_state, u
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fetching import ValidationBatch, loaders_in
 from lightning_sgdclean.losses.kernels import length_of
+from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.precision import in_float64, is_low
-from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
+from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
 

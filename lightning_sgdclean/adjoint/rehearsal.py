@@ -11,7 +11,8 @@ from lightning_sgdclean.base.lightning import Hooks
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import cloned, summable
-from lightning_sgdclean.losses.surroundings import Surroundings, untouched_module
+from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import compare
 from lightning_sgdclean.replay.forward import borrowed, live_state, load_all, repeat_step
@@ -54,7 +55,7 @@ def rehearse(
     with (
         torch.enable_grad(),
         untouched_randomness(surroundings.device),
-        untouched_module(module) as restore,
+        untouched_module(module, checks=True) as restore,
         surroundings.as_stage("train"),
     ):
         replay = replay_of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.base.resources import Lost, Travelling, pyarrow
 
 SampleId: TypeAlias = int | str
 ObjectiveFn = Callable[[Any, Any], Any]  # (pl_module, batch) -> scalar, or scalar and weight
@@ -68,6 +68,27 @@ class Options:
         for option in fields(self):
             object.__setattr__(self, option.name, checked(option.name, getattr(self, option.name)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, but of the user's own objects only those that can be pickled: see :class:`Travelling`."""
+        return {name: Travelling(name, value) if name in _OWN else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As it was sent; a mere copy travels nowhere."""
+        vars(self).update({name: v.value if isinstance(v, Travelling) else v for name, v in state.items()})
+
+    def check_whole(self) -> None:
+        """Before they are used: did everything arrive, if they come out of a pickle?
+
+        Raises:
+            ValueError: Naming the option that did not.
+        """
+        lost = next((value for value in vars(self).values() if isinstance(value, Lost)), None)
+        if lost is not None:
+            raise ValueError(
+                f"{lost.name}= was left behind when this callback was pickled, since it cannot be pickled itself "
+                f"({lost.why}). Give a function of a module instead of a lambda or a local one."
+            )
+
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "Options":
         """The options among a function's arguments, by name; others are passed over."""
@@ -82,6 +103,9 @@ class Options:
         if isinstance(self.objective, dict):
             return dict(self.objective)
         return {getattr(self.objective, "__name__", "objective"): self.objective}
+
+
+_OWN = frozenset({"objective", "val_dataloaders", "sample_ids", "sample_losses", "render"})  # may hold anything
 
 
 def checked(name: str, value: Any) -> Any:

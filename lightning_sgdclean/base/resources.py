@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is of memory and time, in numbers and in words, and which versions of what is installed."""
+"""What there is of memory and time, which versions of what is installed, and what travels to another process."""
 
+import copy
 import importlib.metadata
 import os
+import pickle
 import platform
+from dataclasses import dataclass
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -128,3 +133,65 @@ def pyarrow() -> Any:
     except ImportError as error:
         raise ImportError("Parquet needs pyarrow: pip install lightning-sgdclean[parquet]") from error
     return pa, parquet
+
+
+class Portable:
+    """Pickled and copied without what belongs to a running fit, its threads and hooks: what ``_forget`` makes anew."""
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = object.__new__(type(self))
+        fresh._forget()
+        return {name: value for name, value in vars(self).items() if name not in vars(fresh)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Stands for an option that could not be pickled.
+
+    Attributes:
+        name: The option's.
+        why: What pickle said.
+    """
+
+    name: str
+    why: str
+
+
+class Travelling:
+    """An option on its way into a pickle, where it arrives if it can be pickled; else there is a :class:`Lost`.
+
+    A Trainer is pickled with its callbacks wherever workers are spawned that get a method of a datamodule. That must
+    not fail for an option of ours which nobody needs there.
+    """
+
+    _under_way: ClassVar[set[int]] = set()  # an option may lead back to the callback
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.value, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.value is None or id(self.value) in self._under_way:
+            return itself, (None if self.value is None else Lost(self.name, "it leads back to itself"),)
+        self._under_way.add(id(self.value))
+        try:
+            dumps = pickle.dumps if get_spawning_popen() is None else ForkingPickler.dumps
+            return pickle.loads, (bytes(dumps(self.value)),)
+        except Exception as error:  # the user's objects raise what they like
+            return Lost, (self.name, f"{type(error).__name__}: {error}")
+        finally:
+            self._under_way.discard(id(self.value))
+
+
+def itself(value: Any) -> Any:
+    """The value: what a copy is made by whose original stands for something else."""
+    return value

@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
 from lightning_sgdclean.base.options import Positions
+from lightning_sgdclean.base.resources import itself
 
 
 class _NotingIterator:
@@ -35,8 +36,7 @@ class _NotingIterator:
 
     def __next__(self) -> Any:
         drawn = next(self._inner)
-        # A copy: a dataset may change the list that it is handed.
-        is_many = _is_many(drawn)
+        is_many = _is_many(drawn)  # then copied: a dataset may change the list that it is handed
         if is_many and iter(drawn) is drawn:
             raise SampleIdError(
                 f"The sampler yields a {type(drawn).__name__}, which can be read only once. Let it yield lists."
@@ -100,6 +100,9 @@ class NotingSampler(_StandIn):
         self._inner = inner
         self._latest: _NotingIterator | None = None
 
+    def __reduce__(self) -> Any:  # nobody asks what a copy of the loader draws
+        return itself, (self._inner,)
+
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: a sampler that draws random numbers in __iter__ must do so now, as it would alone.
         iterator = iter(self._inner)
@@ -127,8 +130,7 @@ class NotingSampler(_StandIn):
         if not isinstance(noting, _NotingIterator):
             raise SampleIdError(_NOT_DRAWN)
         drawn: Positions = noting.take(num_waiting, goes_on=isinstance(draws, islice))
-        items = drawn if isinstance(drawn, list) else [drawn]
-        odd = [item for item in items if not isinstance(item, int | str)]
+        odd = [item for item in (drawn if isinstance(drawn, list) else [drawn]) if not isinstance(item, int | str)]
         if odd:
             raise SampleIdError(
                 f"The sampler drew {odd[0]!r} of type {type(odd[0]).__name__}; a dataset's position must be an int or "
@@ -171,10 +173,9 @@ def note_samples(loader: "DataLoader[Any]") -> NotingSampler:
 
 def stop_noting(loader: "DataLoader[Any]") -> None:
     """Give the loader its own sampler back."""
-    name = _sampler_name(loader)
-    sampler = getattr(loader, name)
+    sampler = getattr(loader, _sampler_name(loader))
     if isinstance(sampler, NotingSampler):
-        object.__setattr__(loader, name, sampler.inner)
+        object.__setattr__(loader, _sampler_name(loader), sampler.inner)
 
 
 _WAY_OUT = "Leave the samples out yourself, where the loader is made."
@@ -305,8 +306,8 @@ def _weighted(sampler: WeightedRandomSampler, out: frozenset[int]) -> WeightedRa
     possible = int((weights > 0).sum())
     if not possible:
         raise UnsupportedTrainingError("No sample that remains has a positive weight in the WeightedRandomSampler.")
-    number = sampler.num_samples if sampler.replacement else min(sampler.num_samples, possible)
-    fresh = WeightedRandomSampler([1.0], number, sampler.replacement, sampler.generator)
+    num = sampler.num_samples if sampler.replacement else min(sampler.num_samples, possible)
+    fresh = WeightedRandomSampler([1.0], num, sampler.replacement, sampler.generator)
     fresh.weights = weights  # as they are: the constructor takes a list of floats
     return fresh
 

@@ -15,6 +15,7 @@ from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.losses.contents import write_changed
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
@@ -264,10 +265,9 @@ class RecordedBatch:
             )
         return (losses * weights).sum() / len(self)
 
-    @torch.no_grad()
     def _put_back(self, contents: dict[str, Tensor]) -> None:
         for name, buffer in self.module.named_buffers():  # by name: a step may put a new one in its place
-            buffer.copy_(contents[name])
+            write_changed(buffer, contents[name])
 
 
 _TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between

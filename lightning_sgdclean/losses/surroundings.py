@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands for the Trainer around a module, and what the module keeps in itself: set up, noted, put back."""
+"""What stands for the Trainer around a module, and what is put back of its optimizer."""
 
-import operator
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_sgdclean.base.lightning import silent_logger
+from lightning_sgdclean.losses.contents import write_changed
 
 
 @dataclass(frozen=True)
@@ -79,120 +76,6 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
     )
 
 
-_TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules"})
-_CONTAINERS = (list, dict, set, deque)
-_NOT_THE_USERS = frozenset(
-    {"torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "builtins", "functools"}
-)
-
-
-class Attributes:
-    """The plain attributes of a module and its submodules, as they were when this was made.
-
-    Noted are which object each attribute is, the members of lists, dicts, sets and deques (nested, too), the
-    attributes of the user's own objects, and the content of tensors and arrays that are attributes themselves.
-    Tensors within containers are noted by identity alone: a list of all losses so far would be slow to copy.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        self._arrays: list[tuple[Any, Any]] = []
-        self._seen: set[int] = set()
-        for part in module.modules():
-            self._note_namespace(vars(part))
-
-    def _note_namespace(self, live: dict[str, Any]) -> None:
-        saved = {name: value for name, value in live.items() if name not in _TORCH_OWN}
-        self._namespaces.append((live, saved))
-        for value in saved.values():
-            if isinstance(value, Tensor):
-                self._arrays.append((value, value.detach().clone()))
-            elif isinstance(value, np.ndarray):
-                self._arrays.append((value, value.copy()))
-            else:
-                self._note(value)
-
-    def _note(self, value: Any) -> None:
-        if id(value) in self._seen:
-            return
-        if type(value) in _CONTAINERS:
-            self._seen.add(id(value))
-            self._containers.append((value, value.copy()))
-            for member in _members(value):
-                self._note(member)
-        elif type(value) is tuple:
-            for member in value:
-                self._note(member)
-        elif _is_own_object(value):
-            self._seen.add(id(value))
-            self._note_namespace(vars(value))
-
-    def restore(self) -> None:
-        """Put everything back, the very objects."""
-        for live, saved in self._namespaces:
-            for name in [name for name in live if name not in saved and name not in _TORCH_OWN]:
-                del live[name]
-            live.update(saved)
-        for live, content in self._containers:
-            if not _holds(live, content):
-                live.clear()
-                live.extend(content) if isinstance(live, list | deque) else live.update(content)
-        with torch.no_grad():
-            for array, content in self._arrays:  # what did not change may be part of a graph: writing would break it
-                if isinstance(array, Tensor):
-                    if not torch.equal(array, content):
-                        array.copy_(content)
-                else:
-                    np.copyto(array, content)
-
-
-def _members(container: Any) -> Iterator[Any]:
-    return iter(container.values() if isinstance(container, dict) else container)
-
-
-def _holds(live: Any, content: Any) -> bool:
-    """Whether a container has these very members, in this order."""
-    if len(live) != len(content):
-        return False
-    if isinstance(live, dict) and not all(map(operator.is_, live, content)):
-        return False
-    return live == content if isinstance(live, set) else all(map(operator.is_, _members(live), _members(content)))
-
-
-def _is_own_object(value: Any) -> bool:
-    """Whether this is an object of the user's that may keep state: no module, data set, class or function."""
-    return (
-        hasattr(value, "__dict__")
-        and not callable(getattr(value, "forward", None))
-        and not isinstance(value, type | nn.Module | Dataset | DataLoader | torch.Generator)
-        and type(value).__module__.partition(".")[0] not in _NOT_THE_USERS
-    )
-
-
-@contextmanager
-def untouched_module(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Leave the module as it was found: parameters, buffers, modes, metric states, its lists.
-
-    Yields:
-        A callable that restores all but parameters and buffers already now, so that a module that
-        collects its losses in a list does not collect those of every replayed step.
-    """
-    attributes = Attributes(module)
-    owners = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    tensors = [*module.parameters(), *(buffer for *_, buffer in owners if buffer is not None)]
-    contents = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield attributes.restore
-    finally:
-        attributes.restore()
-        for part, name, buffer in owners:
-            part._buffers[name] = buffer
-        with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
-                tensor.copy_(content)
-
-
 def _options_of(trainer: Any) -> Callable[[], None]:
     """Note the optimizers' options and the schedulers' state, which a ``training_step`` may move; puts them back."""
     noted = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -231,9 +114,8 @@ def untouched_options(optimizer: Optimizer) -> Iterator[None]:
         for group, saved in groups:
             group.clear()
             group.update(saved)
-        with torch.no_grad():
-            for tensor, content in tensors:
-                tensor.copy_(content)
+        for tensor, content in tensors:
+            write_changed(tensor, content)
 
 
 @contextmanager

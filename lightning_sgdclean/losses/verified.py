@@ -14,9 +14,9 @@ from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.precision import widened
 from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split, rest_depends_on_samples, rest_of
-from lightning_sgdclean.losses.surroundings import untouched_module
 from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
@@ -301,7 +301,7 @@ def _probing(batch: RecordedBatch, variant: Variant) -> Iterator[Probe]:
     module, surroundings = batch.module, batch.surroundings
     with (
         untouched_randomness(surroundings.device),
-        untouched_module(module) as restore,
+        untouched_module(module, checks=True) as restore,
         surroundings.as_stage("train"),
         torch.enable_grad(),
         widened(module, surroundings) as wide,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loaders as Lightning prepares them: may they be followed, and the names of their samples."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
 from lightning_sgdclean.base.lightning import combined_loader, one_loader
 from lightning_sgdclean.base.options import Options, Positions, SampleId
+from lightning_sgdclean.base.resources import itself
 from lightning_sgdclean.data.batches import attributes_of, tensor_shapes
 from lightning_sgdclean.data.packing import content_ids
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
@@ -17,6 +19,9 @@ from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_n
 
 class TrainLoaders:
     """Shadows the strategy's hook that every loader passes, and notes what their samplers draw.
+
+    The training loader is the one that the fit loop draws from. While tuners look for a batch size or a learning rate,
+    others are prepared, too.
 
     Args:
         options: The callback's.
@@ -32,43 +37,49 @@ class TrainLoaders:
         self._ids = _IdCheck()
         self._rows = _RowCheck() if options.sample_losses is None else None
         self._noting: NotingSampler | None = None
-        self._dataset: Any = None  # of the latest loader, when it was first seen
+        self._dataset: Any = None  # of the latest loader, when it was last prepared
+        self._noted: list[tuple[weakref.ref[Any], Any]] = []  # loaders, with the datasets that they had then
         self.loaders: list[Any] = []
         self._first_used: dict[int, int] = {}  # epoch -> number of the loader that it began with
         self.as_delivered: Callable[[Any], Any] = lambda batch: batch
 
     def watch(self, trainer: Any) -> None:
-        """See every training loader from now on: no callback hook lies between its making and its first use."""
-        process = trainer.strategy.process_dataloader
-
-        def process_dataloader(loader: Any) -> Any:
-            if trainer.training:
-                self._see(loader)
-            return process(loader)
-
-        trainer.strategy.process_dataloader = process_dataloader
+        """See every loader from now on: no callback hook lies between its making and its first use."""
+        trainer.strategy.process_dataloader = _Seeing(self._see, trainer)
 
     def _see(self, loader: Any) -> None:
-        check_train_loader(loader, self._sample_ids is not None, self._may_keep)
+        """Note what it draws; whether the training draws from it shows later: a tuner prepares loaders, too."""
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            self._noting = note_samples(loader)
-        if not self.loaders or loader is not self.loaders[-1]:
-            self.loaders.append(loader)
-            self._dataset = getattr(loader, "dataset", None)
+            note_samples(loader)
+            alive = [each for each in self._noted if each[0]() not in (None, loader)]
+            self._noted = [*alive, (weakref.ref(loader), loader.dataset)]
 
     def check(self, trainer: Any) -> None:
-        """Once training starts: was exactly one loader seen?
+        """Once training starts: may its loader be followed, and was it seen when it was made?
 
         Raises:
-            SampleIdError: If none was.
-            UnsupportedTrainingError: If there are several.
+            SampleIdError: If it was not, or its samples have no positions; see :func:`check_train_loader`.
+            UnsupportedTrainingError: If there are several loaders.
         """
-        if not self.loaders:
-            raise SampleIdError(
-                "The training loader was made before this callback was set up, so its samples were not seen. "
-                "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
-            )
+        self._take_up(trainer)
+
+    def _take_up(self, trainer: Any) -> None:
+        """Go over to the loader that the fit loop draws from by now, if it is another one."""
+        loader = combined_loader(trainer).flattened[0]
+        if self.loaders and loader is self.loaders[-1]:
+            return
         self.as_delivered = one_loader(trainer)
+        check_train_loader(loader, self._sample_ids is not None, self._may_keep)
+        self._noting = None
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            found = [dataset for noted, dataset in self._noted if noted() is loader]
+            if not found:
+                raise SampleIdError(
+                    "The training loader was made before this callback was set up, so its samples were not seen. "
+                    "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
+                )
+            self._noting, self._dataset = note_samples(loader), found[0]
+        self.loaders.append(loader)
 
     def number(self, epoch: int) -> int:
         """Which of the loaders delivers now."""
@@ -85,9 +96,11 @@ class TrainLoaders:
 
     def unwatch(self, trainer: Any) -> None:
         """Give strategy and loaders back what they had."""
-        trainer.strategy.__dict__.pop("process_dataloader", None)
-        for loader in self.loaders:
-            if isinstance(loader, DataLoader):
+        seeing = vars(trainer.strategy).get("process_dataloader")
+        if isinstance(seeing, _Seeing):
+            seeing.leave()
+        for noted, _ in self._noted:
+            if (loader := noted()) is not None:
                 stop_noting(loader)
 
     def next_positions(self, trainer: Any) -> Positions | None:
@@ -95,8 +108,9 @@ class TrainLoaders:
 
         Raises:
             SampleIdError: If a batch need not be the one that was drawn, and the user does not name its samples, or
-                does not let it be kept.
+                does not let it be kept. Or its loader was made anew and cannot be followed.
         """
+        self._take_up(trainer)
         if self._noting is None:
             return None
         iterator, num_ahead = _pass_of(trainer)
@@ -168,6 +182,30 @@ class _IdCheck:
 
 
 _INT64 = 1 << 63
+
+
+class _Seeing:
+    """Stands for a strategy's ``process_dataloader``; a copy of the strategy has the one that it had before."""
+
+    def __init__(self, see: Callable[[Any], None], trainer: Any) -> None:
+        self._see, self._trainer, self._strategy = see, trainer, trainer.strategy
+        self._own = vars(self._strategy).get("process_dataloader")
+        self._process = self._strategy.process_dataloader
+
+    def __call__(self, loader: Any) -> Any:
+        if self._trainer.training:
+            self._see(loader)
+        return self._process(loader)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy of the strategy is empty by then, so that its class is asked.
+        return (itself, (self._own,)) if self._own else (getattr, (self._strategy, "process_dataloader"))
+
+    def leave(self) -> None:
+        """Give the strategy back what it had."""
+        del self._strategy.process_dataloader
+        if self._own is not None:
+            self._strategy.process_dataloader = self._own
 
 
 def _pass_of(trainer: Any) -> tuple[Any, int]:

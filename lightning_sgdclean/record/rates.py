@@ -24,11 +24,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sgdclean.base.lightning import gradient_hooks
 from lightning_sgdclean.base.randomness import untouched_randomness
+from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.surroundings import (
     ignore,
     logging_to,
     surroundings_of,
-    untouched_module,
     untouched_options,
 )
 from lightning_sgdclean.trajectory.records import Step

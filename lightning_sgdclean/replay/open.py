@@ -29,7 +29,8 @@ from lightning_sgdclean.data.fetching import (
 )
 from lightning_sgdclean.data.packing import Classes, classes_of
 from lightning_sgdclean.data.unpacking import unpack_batch
-from lightning_sgdclean.losses.surroundings import surroundings_of, untouched_module
+from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, drawn_from, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names

@@ -5,12 +5,12 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError
+from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, warn_of
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
 from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows
@@ -20,12 +20,13 @@ from lightning_sgdclean.trajectory.segments import in_full, in_short, write_segm
 from lightning_sgdclean.trajectory.store import FORMAT
 
 _MOST_WAITING = 2
+_TELLS_AFTER, _GIVES_UP_AFTER = 60.0, 900.0  # seconds
 
 
 class Background:
     """Runs jobs one after another. After one that failed none is run any more.
 
-    Each method raises the error of a job that failed before, once.
+    Each method raises the error of a job that failed before, once, and RunDirectoryError if one never ends.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class Background:
         """Hand over a job; waits while too many are waiting, so that memory stays bounded."""
         self.check()
         while len(self._waiting) >= _MOST_WAITING:
-            self._waiting.popleft().result()
+            self._end(self._waiting.popleft())
         self._waiting.append(self._pool.submit(self._run, job))
 
     def check(self) -> None:
@@ -48,7 +49,21 @@ class Background:
     def wait(self) -> None:
         """Until all jobs are done."""
         while self._waiting:
-            self._waiting.popleft().result()
+            self._end(self._waiting.popleft())
+
+    def _end(self, job: "Future[None]") -> None:
+        """Wait for a job, but not for ever: a disk that hangs must not take the training with it."""
+        for seconds, is_last in ((_TELLS_AFTER, False), (_GIVES_UP_AFTER - _TELLS_AFTER, True)):
+            if wait([job], timeout=seconds).done:
+                return job.result()
+            if not is_last:
+                warn_of([f"Training waits for the trajectory to be written, for {seconds:.0f} seconds by now."])
+        self._has_failed = True  # what comes after it is never written
+        self._waiting.clear()
+        raise RunDirectoryError(
+            f"The trajectory was not written within {_GIVES_UP_AFTER:.0f} seconds: expected a segment of some MB to "
+            "take seconds. The disk or network drive hangs, it seems. Choose another dirpath=."
+        )
 
     def _run(self, job: Callable[[], None]) -> None:
         if self._has_failed:

@@ -62,6 +62,35 @@ def test_jobs_do_not_pile_up():
     assert len(begun) == 3
 
 
+def test_a_job_that_never_ends_is_waited_for_with_a_warning_and_then_given_up_by_name(monkeypatch):
+    monkeypatch.setattr(writer, "_TELLS_AFTER", 0.05)
+    monkeypatch.setattr(writer, "_GIVES_UP_AFTER", 0.1)
+    background, gate, written = Background(), threading.Event(), []
+    background.submit(lambda: gate.wait(10))
+    background.submit(lambda: written.append(1))
+    with (
+        pytest.warns(SGDInfluenceWarning, match="waits for the trajectory"),
+        pytest.raises(RunDirectoryError, match=r"not written within .* Choose another dirpath="),
+    ):
+        background.wait()
+    background.wait()  # at once
+    gate.set()
+    background.submit(lambda: written.append(2))
+    background.wait()
+    assert written == []
+
+
+def test_a_job_that_raises_a_timeout_of_its_own_is_not_taken_for_one_that_never_ends():
+    background = Background()
+
+    def fail():
+        raise TimeoutError("the drive")
+
+    background.submit(fail)
+    with pytest.raises(TimeoutError, match="the drive"):
+        background.wait()
+
+
 class Harm(pl.Callback):
     """Before the second epoch the files can no longer be written."""
 
