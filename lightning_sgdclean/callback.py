@@ -179,7 +179,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         self._recording: Recording | None = None
         self._split = VerifiedSplit()
         self._plan: SplitPlan | None = None  # of the first batch's loss
-        self._sanity = SanityCheck(self.options)
+        self._sanity: SanityCheck | None = None
         self._seconds = {"fit": 0.0, "retrace": 0.0}
 
     # Recording -------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         self.options.check_whole()
         check_alone(trainer, SGDInfluence)
         check_module(trainer, pl_module, self.options.objective is not None)
-        self._loaders = TrainLoaders(self.options)
+        self._sanity, self._loaders = SanityCheck(self.options), TrainLoaders(self.options)
         self._loaders.watch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -257,10 +257,11 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """In the first validation, if only a sanity check: is there a value of that name, with its whole gradient?"""
-        if self._active:
+        if self._active and self._sanity is not None:
             num_loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
             around = surroundings_of(trainer, pl_module)
-            self._sanity.batch_ends(pl_module, outputs, (batch, batch_idx, dataloader_idx), num_loaders, around)
+            params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
+            self._sanity.batch_ends(pl_module, params, outputs, (batch, batch_idx, dataloader_idx), num_loaders, around)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Name the batch's samples; on the first one, prove that the loss splits by sample."""
@@ -281,7 +282,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep what was logged, to hold the recomputed objective against."""
-        if self._active and self._recording is not None:
+        if self._active and self._recording is not None and self._sanity is not None:
             self._recording.note_validation(trainer)
             self._sanity.run_ends(trainer.callback_metrics.get(self.options.monitor))
 

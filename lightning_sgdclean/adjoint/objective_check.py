@@ -103,12 +103,19 @@ class SanityCheck:
         self._returned: list[Tensor | None] = []
 
     def batch_ends(
-        self, module: Any, output: Any, batch: ValidationBatch, num_loaders: int, around: Surroundings
+        self,
+        module: Any,
+        params: list[nn.Parameter],
+        output: Any,
+        batch: ValidationBatch,
+        num_loaders: int,
+        around: Surroundings,
     ) -> None:
         """Look at a batch that was validated on; module and random state stay as they are.
 
         Args:
             module: The LightningModule.
+            params: Its trained parameters.
             output: What ``validation_step`` returned.
             batch: A batch as ``validation_step`` gets it.
             num_loaders: How many validation loaders there are.
@@ -135,7 +142,6 @@ class SanityCheck:
             said = said_again(module, own, num_loaders, self._options, around, restore)
             if said.value is None:
                 return
-            params = [param for param in module.parameters() if param.requires_grad]
             warn_of(check_objectives(module, params, [own], num_loaders, self._options, as_it_is))
         self._is_done = said.source != "returned"
         self._names = None if self._is_done else said.names

@@ -161,7 +161,8 @@ def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
         changed = torch.where(replaced.to(batch.device).view(shape), batch.roll(1, dim), batch)
     changed = _of_class(changed, batch)
     for name, value in extras_of(batch).items():
-        setattr(changed, name, with_neighbours(value, replaced))
+        # A list that is as long as the batch may name columns.
+        setattr(changed, name, with_neighbours(value, replaced) if isinstance(value, Tensor) else value)
     return changed
 
 
