@@ -165,8 +165,12 @@ class Fingerprint:
         """Take in one more value, whatever it is made of; ``above`` are the objects that hold it."""
         if isinstance(value, Tensor):
             self._add_tensor(value)
-            if extras := extras_of(value):
-                self.add(extras, (*above, id(value)))
+            for name, extra in extras_of(value).items():
+                self._share(_of_plain(name))
+                if isinstance(extra, Tensor):
+                    self.add(extra, (*above, id(value)))
+                else:  # a list that is as long as the batch may name columns
+                    self._share(_mix(*_whole(extra, (*above, id(value)))))
         elif (kind := _kind_of(value)) is not None:
             self._add_kind(value, kind, (*above, id(value)))
         elif hasattr(value, "__array_interface__"):  # NumPy's arrays and numbers
