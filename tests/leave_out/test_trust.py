@@ -478,7 +478,7 @@ def test_a_retrace_verifies_and_reranks_as_well(tmp_path):
 # Never at the ranking's cost -------------------------------------------------------------------------------------
 
 
-CALLS = 3 + 3  # the gradient over all batches, and its check by two values on the first one
+CALLS = 3 + 4  # the gradient over all batches, and its check on the first: gradient, look, two values
 
 
 class Tired:
