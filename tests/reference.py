@@ -29,7 +29,7 @@ def one_hot(index, num=NUM_TRAIN):
 
 
 def ranked(case, **options):
-    callback = SGDInfluence("val_loss", epochs="all", **options)
+    callback = SGDInfluence("val_loss", **{"epochs": "all", "verify": 0, **options})
     fit(case, callback)
     return callback
 

@@ -256,7 +256,7 @@ def test_a_batch_changed_between_its_keeping_and_its_training_is_found_early_and
             batch[0].add_(torch.randn_like(batch[0]))
 
     trainer = quiet_trainer([SGDInfluence("val_loss", keep_batches=True)])
-    with pytest.raises(ReplayMismatchError, match=r"Step 0.*the batch .* by one of these hooks: Mixing.on_train_batch_start"):
+    with pytest.raises(ReplayMismatchError, match=r"Step 0.*the batch .*: Mixing.on_train_batch_start"):
         trainer.fit(Mixing(), *loaders())
     assert trainer.global_step <= 2
 

@@ -29,7 +29,7 @@ STEPS_TOO_LARGE = Case("steps too large", {"options": {"lr": 20.0, "momentum": 0
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return ranked(CASE, dirpath=tmp_path_factory.mktemp("plain") / "run")
+    return ranked(CASE, verify="auto", dirpath=tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_sizes_are_those_of_the_ranking_and_of_whole_fits(plain):
 
 def test_with_time_left_more_are_left_out(plain, truth, monkeypatch):
     monkeypatch.setattr(retracing, "_SHARE", 1e6)
-    callback = ranked(CASE)
+    callback = ranked(CASE, verify="auto")
     trust = callback.summary["trust"]
     assert trust["num_verified"] == NUM_TRAIN
     assert trust["samples"]["real"] == pytest.approx(truth[trust["samples"]["id"]], rel=1e-6, abs=1e-13)
@@ -191,14 +191,14 @@ def test_when_the_time_is_up_what_is_not_done_is_given_up(plain, monkeypatch):
     monkeypatch.setattr(retracing, "_SHARE", 1e4)
     monkeypatch.setattr(trust_room, "leave_out", watched)
     monkeypatch.setattr(trust_room, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    callback = ranked(CASE)
+    callback = ranked(CASE, verify="auto")
     assert begun == [4, NUM_TRAIN - 4]
     assert callback.summary["trust"]["num_verified"] == 4
     assert callback.ranking == plain.ranking
 
 
 def test_what_nobody_asked_for_fails_without_a_warning():
-    callback = ranked(CASES["sgd"], objective=Tired(CALLS, RuntimeError("out of coffee")))
+    callback = ranked(CASES["sgd"], objective=Tired(CALLS, RuntimeError("out of coffee")), verify="auto")
     trust = callback.summary["trust"]
     assert trust["verdict"].endswith("so the order is untested: RuntimeError: out of coffee")
     assert trust["failure"] == "RuntimeError: out of coffee"
@@ -207,7 +207,7 @@ def test_what_nobody_asked_for_fails_without_a_warning():
 
 
 def test_of_a_training_whose_derivative_explodes_the_order_is_not_to_be_trusted():
-    callback = ranked(STEPS_TOO_LARGE)
+    callback = ranked(STEPS_TOO_LARGE, verify="auto")
     assert callback.summary["trust"]["verdict"].startswith("Do not trust the order: ")
     assert trust_lines(callback.summary)[-1].state == "warning"
 
