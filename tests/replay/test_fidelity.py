@@ -3,7 +3,6 @@
 
 import re
 import shutil
-from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -112,13 +111,11 @@ def test_only_causes_that_were_seen_are_named():
     caught(Plain(), match, callbacks=[At(8, nudge(1e-6)), noticing])
 
     class Annealed(Plain):
-        """Counts outside of the module what no hook of its shows."""
+        """Another loss once training is over, as no hook of its shows."""
 
-        seen: ClassVar = []
-
-        def loss(self, batch, reduction="mean"):
-            self.seen.append(batch_sum := float(batch[0].sum()))
-            return super().loss(batch, reduction) * (1.0 + 1e-3 * (len(self.seen) > 60 and batch_sum < 1e9))
+        def training_step(self, batch, batch_idx):
+            is_over = self.trainer.fit_loop.epoch_progress.total.completed >= self.trainer.max_epochs
+            return super().training_step(batch, batch_idx) * (1.001 if is_over else 1.0)
 
     caught(Annealed(), "No hook beside the steps, no generator and no compiled part was seen")
 
