@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the check of the derivative finds, what it takes for wrong, and what it costs.
 
-    python benchmarks/gradcheck.py                 # prints the tables; about ten minutes
+    python benchmarks/gradcheck.py                 # prints the tables; a quarter of an hour
     python benchmarks/gradcheck.py --write-docs    # also writes results/gradcheck_cpu.json and from it the pages
 
 Small trainings with a fault of their gradient are ranked all the same, and central differences of whole fits in float64
@@ -17,6 +17,7 @@ import platform
 import re
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -108,27 +109,34 @@ def quiet():
     torch.set_num_threads(1)
 
 
-def measured():
-    began, errors = time.process_time(), {}
-    right, faulty = [], []
-    for one in trainings():
-        right.append(tried(one))
-        print(json.dumps(right[-1]), flush=True)
-    for trial in trials():
-        faulty.append(faulted(trial, errors))
-        print(json.dumps(faulty[-1]), flush=True)
-    cost = costs()
-    return {
+def measured_trainings():
+    """What came of each training."""
+    errors, found = {}, {"right": [], "faulty": []}
+    for name, row in (
+        *(("right", partial(tried, one)) for one in trainings()),
+        *(("faulty", partial(faulted, trial, errors)) for trial in trials()),
+    ):
+        found[name].append(row())
+        print(json.dumps(found[name][-1]), flush=True)
+    return found
+
+
+PARTS = {"trainings": measured_trainings, "cost": lambda: {"cost": costs()}}
+
+
+def with_measured(parts):
+    """The result that there is, with these parts of it measured anew."""
+    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": pl.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "minutes": round((time.process_time() - began) / 60, 1),
-        "cost": cost,
-        "right": right,
-        "faulty": faulty,
     }
+    for part in parts:
+        result |= about | PARTS[part]()
+    return result
 
 
 def as_text(result):
@@ -150,11 +158,11 @@ def parts_of(page):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write-docs", action="store_true")
-    parser.add_argument("--from-json", action="store_true", help="measure nothing, make the pages of what is there")
+    parser.add_argument("--only", choices=(*PARTS, "pages"), help="measure this part, and take the rest from the JSON")
     arguments = parser.parse_args()
     quiet()
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if arguments.from_json else measured()
-    if arguments.write_docs and not arguments.from_json:
+    result = with_measured([part for part in PARTS if arguments.only in (part, None)])
+    if arguments.write_docs:
         RESULT.write_text(as_text(result), encoding="utf-8")
     for page, section_of in PAGES.items():
         section = section_of(result)

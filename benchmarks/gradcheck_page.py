@@ -82,7 +82,8 @@ def passed(result):
     worst = {}
     for row in silent(result):
         begins = "" if row["begins"] == "at once" else f", {row['begins']}"
-        key = f"{row['fault']}{begins}"
+        engine = "" if row["curvature"] == "exact" else ', "finite"'
+        key = f"{row['fault']}{begins}{engine}"
         worst[key] = max(worst.get(key, 0.0), row["error"])
     return table(["passed in silence", "off by"], [[key, f"{error:.1e}"] for key, error in worst.items()])
 
@@ -147,8 +148,9 @@ def limits(result):
     parts = [
         """The engine's derivative is held against difference quotients of the gradient that training really used, in
         float64: at the early step that is rehearsed, and in the retrace at the first and last steps of epochs and at
-        those whose loss is made by operations not seen before, 4 and one more for each 128 steps of either kind at
-        most. The objective's gradient is held against differences of its value on the first two validation batches.
+        those whose loss is made by operations not seen before, 3 and one more for each 1,024 steps of either kind at
+        most. The objective's gradient is held against differences of its value on the first validation batch of each
+        such kind, four at most.
         Parameters, running statistics and the samples' weights are moved at random, along the gradient and along the
         adjoint. So whatever edits or stops a gradient shows, if it shows in these steps and directions.""",
         "It cannot see:",
@@ -156,7 +158,7 @@ def limits(result):
             """faults in steps that are not checked, if these are made by the same operations as others, or if there are
             more kinds of steps than checks""",
             """of a step with accumulated batches that is checked anyway, faults in other batches than its first; faults
-            in validation batches behind the second""",
+            in a validation batch that is made by the same operations as an earlier one""",
             """with `"finite"`, faults that differences of the gradient follow and the exact derivative does not, in
             batches where the latter stands in""",
             """what is off by less than about 1e-5 of the gradient's change in the directions tried. Where a term of the
@@ -188,7 +190,7 @@ def limits(result):
         "    python benchmarks/gradcheck.py --write-docs",
         f"""{result["machine"]}, Python {result["python"]}, torch {result["torch"]}, pytorch-lightning {
             result["lightning"]
-        }, one thread, {result["date"]}, {result["minutes"]:.0f} minutes of processor time.""",
+        }, one thread, {result["date"]}.""",
     ]
     return "\n\n".join(part if part[0] in "|-" or part.startswith("    ") else filled(part) for part in parts) + "\n"
 

@@ -42,7 +42,7 @@ _MOVES = (1e-8, 1e-9, 1e-7, 1e-6, 1e-5)  # relative to what is moved
 class DerivativeChecks:
     """Which steps of a walk are checked: the first and the last of each epoch, and those made in a new manner.
 
-    A check takes about as long as four retraced steps. So there are few of them: four, and one more for each 128 steps.
+    A check takes as long as four to ten retraced steps. So there are few: three, and one more for each 1,024 steps.
 
     Args:
         steps: The window; none for a single step, which is then checked.
@@ -99,7 +99,7 @@ class DerivativeChecks:
         return [f"Whether the influences follow the gradient that training used could not be told: {self.unknown[0]}."]
 
 
-_FEW, _STEPS_A_CHECK = 4, 128
+_FEW, _STEPS_A_CHECK = 3, 1024
 
 
 def check_derivative(
