@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cost import PaperCNN, digits
 from lightning_sgdclean import SGDInfluence, retrace, retracing
 from lightning_sgdclean.adjoint import backward
-from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
+from lightning_sgdclean.adjoint.gradcheck import _FEW, _STEPS_A_CHECK, DerivativeChecks
 from silent import silent_trainer
 
 WINDOW, BOUND = 1000, 0.03  # steps, and the share of their retrace that the check may take
@@ -131,7 +131,7 @@ def share_of(make, optimizer, data, batch, epochs, rounds):
     with_, within, num_checks, num_steps = (min(column) for column in zip(*runs[True], strict=True))
     without = min(run[0] for run in runs[False])
     step, check = without / num_steps, within / num_checks
-    of_window = 4 + WINDOW // 128
+    of_window = _FEW + WINDOW // _STEPS_A_CHECK
     return {
         "optimizer": optimizer,
         "num_params": sum(param.numel() for param in make(optimizer).parameters()),
