@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.curvature import Finite, Linearised
+from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised
 from lightning_sgdclean.adjoint.gradcheck import check_derivative
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
@@ -151,9 +151,14 @@ def retrace_step(
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
     if walk.checks is not None:
-        for problem in problems:
+        begin = step.index % len(problems)  # not the first of each step, always
+        for problem in problems[begin:] + problems[:begin]:
             if walk.checks.is_due(step, problem.batch):
                 check_derivative(step, before, problem.batch, walk.engine, replay, walk.checks)
+                if (
+                    isinstance(walk.engine, Finite) and walk.engine.num_replaced
+                ):  # then Exact stands in, unchecked so far
+                    check_derivative(step, before, problem.batch, Exact(), replay, walk.checks)
                 break
     return scores
 

@@ -5,6 +5,7 @@ import math
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +29,12 @@ class Recorder:
     """Collects micro-batches and writes a step whenever the optimizer has made one."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter) -> None:
+        for name, buffer in module.named_buffers():
+            if buffer.layout is not torch.strided:
+                raise UnsupportedTrainingError(
+                    f"The buffer {name!r} is a sparse tensor, which the trajectory cannot hold. Keep it as a plain "
+                    "attribute of the module (it is not trained), or as a dense buffer."
+                )
         self._module, self._optimizer, self._writer = module, optimizer, writer
         self._params = trained_parameters(module, optimizer)
         self._live = LiveState(module, self._params, optimizer)

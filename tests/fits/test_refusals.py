@@ -361,3 +361,10 @@ def test_an_epoch_left_within_an_accumulation_is_refused():
     trainer = quiet_trainer([SGDInfluence("val_loss", epochs="all")], accumulate_grad_batches=2)
     with pytest.raises(UnsupportedTrainingError, match=r"left over before step .* return -1"):
         trainer.fit(Leaving(), *loaders())
+
+
+def test_a_sparse_buffer_is_refused_by_name_before_training():
+    module = Plain()
+    module.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(UnsupportedTrainingError, match="'graph' is a sparse tensor"):
+        quiet_trainer([SGDInfluence("val_loss")]).fit(module, *loaders())
