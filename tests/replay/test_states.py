@@ -239,7 +239,7 @@ class Wide(Plain):
 
 
 def test_peak_memory_is_a_constant_number_of_states_and_one_segment(tmp_path, monkeypatch):
-    """The constant has the model with its optimizer, the adjoint and gradients in it: nothing is left out."""
+    """The constant has the model with its optimizer, the adjoint, gradients and the check of the derivative in it."""
 
     def peak_states(snapshots, slots=10**6):
         monkeypatch.setattr(states, "slots_for", lambda *_: slots)
@@ -252,9 +252,9 @@ def test_peak_memory_is_a_constant_number_of_states_and_one_segment(tmp_path, mo
     for snapshots in ("every", 10):
         callback = SGDInfluence("val_loss", epochs="all", snapshots=snapshots, dirpath=tmp_path / str(snapshots))
         quiet_trainer([callback], max_epochs=2).fit(Wide(), *loaders())
-    assert peak_states("every") <= 10
-    assert peak_states(10) <= 8 + 11  # a segment has eight between its first and its last
-    assert peak_states(10, slots=2) <= 2 + 11
+    assert peak_states("every") <= 12
+    assert peak_states(10) <= 8 + 13  # a segment has eight between its first and its last
+    assert peak_states(10, slots=2) <= 2 + 13
 
 
 def test_states_are_had_in_any_order_though_cheapest_last_first(monkeypatch):
