@@ -66,6 +66,8 @@ class Attributes:
         self.written: set[str] = set()
         # These, and views of them, a replay writes to itself.
         self._replayed = {memory for tensor in _tensors_of(module) if (memory := memory_of(tensor)) is not None}
+        storages = [tensor.untyped_storage() for tensor in _tensors_of(module) if memory_of(tensor) is not None]
+        self._replayed_bytes = [(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages]
         self._todo: list[tuple[str, Any, bool]] = []
         self._note_module(type(module).__name__, module, is_registered=True)
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # what a subclass adds may fail
@@ -151,6 +153,9 @@ class Attributes:
     def _note_array(self, array: Any, is_within: bool) -> None:
         if not array.flags.writeable or (is_within and array.nbytes > self._room):
             return
+        begin, end = _span_of(array)
+        if any(begin < until and since < end for since, until in self._replayed_bytes):  # tensor.numpy() is a view
+            return
         self._room -= array.nbytes if is_within else 0
         self._arrays.append((array, np.array(array, subok=False)))
 
@@ -205,6 +210,14 @@ class Attributes:
                 "thread, a queue, an open file, a Trainer), or cannot be copied. Change it in on_train_batch_end, or "
                 "keep the number as an attribute of the module."
             )
+
+
+def _span_of(array: Any) -> tuple[int, int]:
+    """Where an array's numbers lie in memory, from the first byte to behind the last."""
+    low = high = array.__array_interface__["data"][0]
+    for offset in ((num - 1) * stride for num, stride in zip(array.shape, array.strides, strict=True)):
+        low, high = min(low, low + offset), max(high, high + offset)
+    return low, high + array.itemsize
 
 
 class _Moving:

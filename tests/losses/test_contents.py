@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from cases import TRAIN, VAL, Plain, loaders, quiet_trainer
+from cases import TRAIN, VAL, Case, Plain, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from processes import python
+from reference import assert_influence_is_the_derivative
 
 
 class Holding(Plain):
@@ -584,3 +585,15 @@ for own in (None, {"callback": SGDInfluence(epochs="all")}):
 
 def test_own_trainers_and_modules_that_hold_the_callback_do_not_hang(tmp_path):
     assert python("-c", OWN, cwd=tmp_path).stdout.count("ranked 23") == 2
+
+
+class Looking(Plain):
+    """Keeps a view of its own weights as an array."""
+
+    def loss(self, batch, reduction="mean"):
+        self.seen = self.net[0].weight.detach().numpy(force=True)
+        return super().loss(batch, reduction)
+
+
+def test_an_array_that_is_a_view_of_the_weights_is_not_put_back():
+    assert_influence_is_the_derivative(Case("looking", make=Looking))
