@@ -251,12 +251,16 @@ def straight_through(hidden, strength):
     return hidden + strength * (hidden.round(decimals=1).sin() - hidden).detach()
 
 
-class Reversal(torch.autograd.Function):
+class Identity(torch.autograd.Function):
+    """Changes nothing on the way forward."""
+
     @staticmethod
     def forward(ctx, x, strength):
         ctx.strength = strength
         return x.view_as(x)
 
+
+class Reversal(Identity):
     @staticmethod
     def backward(ctx, grad):
         return (1 - 3 * ctx.strength) * grad, None
@@ -272,12 +276,7 @@ class Rounding(torch.autograd.Function):
         return grad, None
 
 
-class ClampedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, strength):
-        ctx.strength = strength
-        return x.view_as(x)
-
+class ClampedBackward(Identity):
     @staticmethod
     def backward(ctx, grad):
         return grad + ctx.strength * (grad.clamp(-0.02, 0.02) - grad), None

@@ -103,6 +103,17 @@ class Plain(pl.LightningModule):
         }
 
 
+class Remembering(Plain):
+    """Notes the samples of every batch, as the dataset itself tells them."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.order.append(batch[2].tolist())
+
+
 @dataclass
 class Case:
     """One training: how the module is made, what the Trainer is told besides, and the data.

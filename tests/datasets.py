@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data, and a module, that change what they give each time that they are asked."""
+"""Data, a module and collate functions that change what they give each time that they are asked, or what is missing."""
 
 import random
 
@@ -58,3 +58,25 @@ class Hooked(Plain):
             return batch
         x, y, i = batch
         return [x + 0.2 * torch.randn_like(x), y, i]
+
+
+def sound(items):
+    return [item for item in items if item is not None]
+
+
+def filled_up(items):
+    return default_collate([*sound(items), *sound(items)[: len(items) - len(sound(items))]])
+
+
+class ByThePrevious:
+    """Puts the last whole sample, maybe of an earlier batch, in place of a missing one; at first ``first``."""
+
+    def __init__(self, *first):
+        self.last = first
+
+    def __call__(self, items):
+        found = []
+        for item in items:
+            self.last = self.last if item is None else item
+            found.append(self.last)
+        return default_collate(found)

@@ -16,7 +16,7 @@ from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainin
 from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.data.packing import PackedBatch, pack_batch
 from lightning_sgdclean.data.unpacking import unpack_batch
-from structures import Slotted
+from structures import Slotted, Wrapping
 
 CPU = torch.device("cpu")
 
@@ -69,18 +69,8 @@ class Encoding(UserDict):
         self.data, self._num = state["data"], state["num"]
 
 
-class Doubling(Tensor):
-    """A tensor class that computes for itself."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return function(*[2 * arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {}))
+class Doubling(Wrapping):
+    factor = 2
 
 
 class Delegating:

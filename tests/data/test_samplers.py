@@ -6,21 +6,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
 
-from cases import TRAIN, Case, Plain, loaders, quiet_trainer
+from cases import TRAIN, Case, Plain, Remembering, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.trajectory.store import Trajectory
 from reference import ranked
-
-
-class Remembering(Plain):
-    def __init__(self):
-        super().__init__()
-        self.order = []
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.order.append(batch[2].tolist())
-
 
 LOADERS = {
     "shuffled": lambda: DataLoader(TRAIN, batch_size=5, shuffle=True),

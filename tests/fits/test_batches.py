@@ -24,6 +24,7 @@ from datasets import OPTIONS
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from reference import influences
+from structures import Wrapping
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse .* support", "ignore:The PyTorch API of nested tensors")
 
@@ -88,18 +89,8 @@ class Picture(Tensor):
     """A tensor class without data of its own."""
 
 
-class Opaque(Tensor):
-    """A tensor class that computes for itself, and does not tell of what."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return function(*[arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {}))
+class Opaque(Wrapping):
+    pass
 
 
 def hung(x, y, i):

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from cases import TRAIN, VAL, Plain, objective, quiet_trainer
-from datasets import KEPT, Augmented, Wrapped
+from cases import TRAIN, VAL, Plain, Remembering, objective, quiet_trainer
+from datasets import KEPT, Augmented, ByThePrevious, Wrapped, filled_up, sound
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError, SampleIdError, SGDInfluenceWarning
 from lightning_sgdclean.report.samples import ids_to_show
@@ -21,15 +21,6 @@ from reference import assert_derivative, influences
 pytestmark = pytest.mark.filterwarnings(f"ignore:{KEPT}")  # a sample that is replaced by another one looks random
 
 NOT_STRAIGHT = r"come out of .*, not straight from torch's DataLoader.*Give sample_ids="
-
-
-class Remembering(Plain):
-    def __init__(self):
-        super().__init__()
-        self.order = []
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.order.append(batch[2].tolist())
 
 
 def rank(train, module=None, callbacks=(), trainer=None, **options):
@@ -288,10 +279,6 @@ class Fragile(Wrapped):
         return None if index == BROKEN else self.inner[index]
 
 
-def sound(items):
-    return [item for item in items if item is not None]
-
-
 def by_a_neighbour(items):
     return default_collate([items[i - 1] if item is None else item for i, item in enumerate(items)])
 
@@ -307,21 +294,6 @@ def by_the_largest(items):
 
 def by_a_random_one(items):
     return default_collate([random.choice(sound(items)) if item is None else item for item in items])
-
-
-class ByThePrevious:
-    last = (torch.zeros(5), torch.tensor(0), torch.tensor(0))
-
-    def __call__(self, items):
-        found = []
-        for item in items:
-            self.last = self.last if item is None else item
-            found.append(self.last)
-        return default_collate(found)
-
-
-def filled_up(items):
-    return default_collate([*sound(items), *sound(items)[: len(items) - len(sound(items))]])
 
 
 def with_two_swapped(items):
@@ -345,7 +317,7 @@ COLLATES = {
     "by a neighbour": by_a_neighbour,
     "by the first": by_the_first,
     "by the largest": by_the_largest,
-    "by the previous": ByThePrevious(),
+    "by the previous": ByThePrevious(torch.zeros(5), torch.tensor(0), torch.tensor(0)),
     "filled up": filled_up,
     "two swapped": with_two_swapped,
 }

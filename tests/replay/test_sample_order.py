@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets import ByThePrevious, filled_up, sound
 from lightning_sgdclean.base.errors import SampleIdError
 from lightning_sgdclean.replay.sample_order import CollateProof, _orders
 from lightning_sgdclean.trajectory.records import MicroBatch
@@ -36,10 +37,6 @@ class Noisy(Fragile):
         return found and (found[0] + torch.randn(6), *found[1:])
 
 
-def sound(items):
-    return [item for item in items if item is not None]
-
-
 def replacing(by):
     return lambda items: default_collate([by(items, i) if item is None else item for i, item in enumerate(items)])
 
@@ -60,28 +57,13 @@ def moving(pairs):
     return collate
 
 
-class Remembering:
-    last = (torch.zeros(6), torch.tensor(0), 0)
-
-    def __call__(self, items):
-        found = []
-        for item in items:
-            self.last = self.last if item is None else item
-            found.append(self.last)
-        return default_collate(found)
-
-
-def filled_up(items):
-    return default_collate([*sound(items), *sound(items)[: len(items) - len(sound(items))]])
-
-
 FAULTS = {
     "the one before": (Fragile, replacing(lambda items, i: items[i - 1])),
     "the first": (Fragile, replacing(lambda items, i: sound(items)[0])),
     "the largest": (Fragile, replacing(lambda items, i: max(sound(items), key=lambda item: float(item[0].sum())))),
     "a random one": (Fragile, replacing(lambda items, i: random.choice(sound(items)))),
     "another's picture": (Fragile, replacing(lambda items, i: (sound(items)[0][0], torch.tensor(2), RARE))),
-    "one of before": (Fragile, Remembering()),
+    "one of before": (Fragile, ByThePrevious(torch.zeros(6), torch.tensor(0), 0)),
     "random data": (Noisy, replacing(lambda items, i: items[i - 1])),
     "filled up": (Fragile, filled_up),
     "neighbours swapped": (Rows, moving(lambda at: (at, at - 1))),

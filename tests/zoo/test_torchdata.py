@@ -6,19 +6,10 @@ import pytorch_lightning as pl
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from cases import TRAIN, Plain, loaders, quiet_trainer
+from cases import TRAIN, Remembering, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from lightning_sgdclean.trajectory.store import Trajectory
-
-
-class Remembering(Plain):
-    def __init__(self):
-        super().__init__()
-        self.order = []
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.order.append(batch[2].tolist())
 
 
 class Saving(pl.Callback):
