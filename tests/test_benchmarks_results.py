@@ -289,7 +289,8 @@ def test_scores_of_ours_are_minus_the_influence_of_each_sample(folder, monkeypat
     with methods.trained(task, 0, task.data(folder, 0)) as run:
         found = methods.ours(run, "exact", "all")
         train, val = training.loaders(task, run.data.train, run.data.val)
-        ranking = methods.retrace(run.run_dir, training.module_of(task), train_dataloaders=train, val_dataloaders=val)
+        options = {"train_dataloaders": train, "val_dataloaders": val, "curvature": "exact"}
+        ranking = methods.retrace(run.run_dir, training.module_of(task), **options)
         assert len(run.checkpoints) == 1
     assert {int(name): -float(found[name]) for name in ranking.sample_id} == pytest.approx(
         dict(zip(ranking.sample_id.tolist(), ranking.influence.tolist(), strict=True)), rel=1e-5

@@ -198,11 +198,23 @@ def test_random_augmentation_that_is_not_kept_is_found_and_named():
 
 
 def test_validation_that_disagrees_with_what_was_logged_is_refused():
-    class Random(Plain):
+    class Annealed(Plain):
         def validation_step(self, batch, batch_idx):
-            self.log("val_loss", F.cross_entropy(self.net(batch[0] + torch.randn_like(batch[0])), batch[1]))
+            is_over = self.trainer.fit_loop.epoch_progress.total.completed >= self.trainer.max_epochs
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]) * (1.1 if is_over else 1.0))
 
-    refuse(ReplayMismatchError, "recomputed on the final weights", Random())
+    refuse(ReplayMismatchError, "recomputed on the final weights", Annealed())
+
+
+def test_validation_that_never_gives_one_value_twice_is_refused_before_the_first_step():
+    class Counting(Plain):
+        calls = 0
+
+        def validation_step(self, batch, batch_idx):
+            type(self).calls += 1
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * self.calls)
+
+    refuse(ObjectiveError, "or counts its calls", Counting())
 
 
 @pytest.mark.parametrize(

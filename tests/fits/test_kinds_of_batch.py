@@ -250,7 +250,7 @@ def refused_at_first_batch(match, make, take=list, **options):
 @pytest.mark.parametrize("keep", ["auto", True, False])
 def test_a_tensor_class_that_does_not_tell_what_it_holds_is_refused_at_the_first_batch(keep):
     refused_at_first_batch(
-        r"holds a test_batches\.Opaque",
+        r"holds a test_kinds_of_batch\.Opaque",
         lambda x, y, i: SimpleNamespace(x=Opaque(x), y=y, i=i),
         parts,
         keep_batches=keep,
@@ -282,11 +282,11 @@ class Careless:
 
 @pytest.mark.parametrize("keep", ["auto", True, False])
 def test_what_cannot_be_copied_as_it_is_is_refused_at_the_first_batch(keep):
-    refused_at_first_batch(r"holds a test_batches\.Forgetful: copied", Forgetful, keep_batches=keep)
+    refused_at_first_batch(r"holds a test_kinds_of_batch\.Forgetful: copied", Forgetful, keep_batches=keep)
 
 
 def test_what_does_not_come_back_as_it_was_is_refused_at_the_first_batch_only_where_it_must_be_kept(as_list):
-    refused_at_first_batch(r"holds a test_batches\.Careless.*put together again", Careless, keep_batches=True)
+    refused_at_first_batch(r"holds a test_kinds_of_batch\.Careless.*put together again", Careless, keep_batches=True)
     callback = SGDInfluence("val_loss", epochs="all")
     fit(case("careless", Careless, lambda b: b.batch), callback)
     assert np.array_equal(influences(callback), as_list[1])
