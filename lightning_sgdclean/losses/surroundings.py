@@ -78,8 +78,13 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
 
 def _options_of(trainer: Any) -> Callable[[], None]:
     """Note the optimizers' options and the schedulers' state, which a ``training_step`` may move; puts them back."""
-    noted = [(group, dict(group)) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    noted += [(vars(config.scheduler), dict(vars(config.scheduler))) for config in trainer.lr_scheduler_configs]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return _noted([*groups, *(vars(config.scheduler) for config in trainer.lr_scheduler_configs)])
+
+
+def _noted(settings: list[dict[str, Any]]) -> Callable[[], None]:
+    """Note settings, and what the tensors and lists among them hold; puts them back."""
+    noted = [(live, dict(live)) for live in settings]
     values = [value for _, saved in noted for value in saved.values()]
     tensors = [(value, value.detach().clone()) for value in values if isinstance(value, Tensor)]
     lists = [(value, value.copy()) for value in values if type(value) is list]
@@ -90,9 +95,8 @@ def _options_of(trainer: Any) -> Callable[[], None]:
             live.update(saved)
         for content, saved_content in lists:
             content[:] = saved_content
-        with torch.no_grad():
-            for tensor, saved_tensor in tensors:
-                tensor.copy_(saved_tensor)
+        for tensor, saved_tensor in tensors:
+            write_changed(tensor, saved_tensor)
 
     return put_back
 
@@ -100,9 +104,7 @@ def _options_of(trainer: Any) -> Callable[[], None]:
 @contextmanager
 def untouched_options(optimizer: Optimizer) -> Iterator[None]:
     """Within the block the optimizer makes no step; what is written to its groups meanwhile is put back."""
-    groups = [(group, dict(group)) for group in optimizer.param_groups]
-    options = [value for group, _ in groups for key, value in group.items() if key != "params"]
-    tensors = [(value, value.detach().clone()) for value in options if isinstance(value, Tensor)]
+    put_options_back = _noted(optimizer.param_groups)
     own: dict[str, Any] = {name: vars(optimizer)[name] for name in ("step", "zero_grad") if name in vars(optimizer)}
     vars(optimizer).update(step=ignore, zero_grad=ignore)
     try:
@@ -111,11 +113,7 @@ def untouched_options(optimizer: Optimizer) -> Iterator[None]:
         for name in ("step", "zero_grad"):
             del vars(optimizer)[name]
         vars(optimizer).update(own)
-        for group, saved in groups:
-            group.clear()
-            group.update(saved)
-        for tensor, content in tensors:
-            write_changed(tensor, content)
+        put_options_back()
 
 
 @contextmanager
