@@ -148,12 +148,8 @@ def with_neighbours(batch: Any, replaced: Tensor, above: tuple[int, ...] = ()) -
 
 
 def _with_neighbours(batch: Tensor, replaced: Tensor) -> Tensor:
-    is_dense = batch.layout is torch.strided and not batch.is_nested and not is_wrapper(batch)
-    dim = (
-        next((dim for dim in range(min(2, batch.ndim)) if batch.shape[dim] == len(replaced)), None)
-        if is_dense
-        else None
-    )
+    dims = range(min(2, batch.ndim)) if is_dense(batch) else ()
+    dim = next((dim for dim in dims if batch.shape[dim] == len(replaced)), None)
     if dim is None:
         changed = batch.clone()
     else:
@@ -226,7 +222,7 @@ def of_one_shape(variant: Variant, num: int) -> Variant:
 def is_entry_each(items: list[Any] | tuple[Any, ...], num: int) -> bool:
     """Whether a sequence has one entry a sample; not so two tensors ``(x, y)`` of two samples, with rows themselves."""
     kinds = {(type(item), item.ndim, item.dtype) if isinstance(item, Tensor) else type(item) for item in items}
-    return len(items) == num > 0 and len(kinds) == 1 and not all(_is_by_row(item, num) for item in items)
+    return len(items) == num > 0 and len(kinds) == 1 and not all(is_by_row(item, num) for item in items)
 
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -257,15 +253,10 @@ def summable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in SIXTEEN_BITS else tensor
 
 
-def _is_by_row(item: Any, num: int) -> bool:
+def is_by_row(item: Any, num: int) -> bool:
+    """Whether a tensor or a sequence has a row for each of ``num`` samples."""
     if isinstance(item, Tensor):
-        return (
-            item.layout is torch.strided
-            and not item.is_nested
-            and not is_wrapper(item)
-            and item.ndim > 0
-            and item.shape[0] == num > 0
-        )
+        return is_dense(item) and item.ndim > 0 and item.shape[0] == num > 0
     return isinstance(item, list | tuple) and len(item) == num > 0
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from lightning_sgdclean.data.batches import _is_by_row, attributes_of, extras_of, is_entry_each, is_wrapper
+from lightning_sgdclean.data.batches import attributes_of, extras_of, is_by_row, is_entry_each, is_wrapper
 from lightning_sgdclean.data.kinds import COMMON, Kind, kind_of, reduced
 
 # Words of 32 bits at most: the trailing zeros of round 64-bit floats would swallow most of a product.
@@ -220,7 +220,7 @@ class Fingerprint:
     def _add_tensor(self, tensor: Tensor) -> None:
         num = len(self.rows)
         for part in _strided(tensor):
-            by_row = part is tensor and _is_by_row(tensor, num)
+            by_row = part is tensor and is_by_row(tensor, num)
             self._share(_of_kind(part.dtype, part.shape[by_row:]))
             if by_row:
                 self._own(_row_digests(part, num))
@@ -303,7 +303,7 @@ def _columns(batches: list[Any], num: int) -> list[tuple[Tensor, ...]] | None:
     ):
         return None
     first = [column[0] for column in columns]
-    return columns if all(_is_by_row(part, num) and not part.is_quantized for part in first) else None
+    return columns if all(is_by_row(part, num) and not part.is_quantized for part in first) else None
 
 
 def _column_digests(column: tuple[Tensor, ...], num: int) -> "np.ndarray[Any, Any]":
