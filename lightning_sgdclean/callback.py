@@ -257,7 +257,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """In the first validation, if only a sanity check: is there a value of that name, with its whole gradient?"""
-        if self._active and self._sanity is not None:
+        if self._active and self._sanity is not None and not self._sanity.is_done:
             num_loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
             around = surroundings_of(trainer, pl_module)
             params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import NonFiniteError, UnsupportedOperationError
-from lightning_sgdclean.losses.kernels import gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
+from lightning_sgdclean.losses.kernels import dot, gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
 from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
@@ -232,7 +232,7 @@ class _Difference:
         woken = [torch.where(grad == 0, h, 0.0) for grad, h in zip(self.gradient, curved, strict=True)]
         if length_of(woken) > _WOKEN * length_of(curved):
             return True
-        slope, curvature, loss = _dot(self.gradient, cotangent), _dot(curved, cotangent), float(self.loss)
+        slope, curvature, loss = dot(self.gradient, cotangent), dot(curved, cotangent), float(self.loss)
         rounding = 16 * torch.finfo(self.loss.dtype).eps * abs(loss)
         for sign, there in losses.items():
             rise, bend = sign * move * slope, move**2 * curvature / 2
@@ -250,10 +250,6 @@ class _Difference:
             return None
         self._engine.num_replaced += 1
         return pulled
-
-
-def _dot(ones: list[Tensor], others: list[Tensor]) -> float:
-    return float(sum((one * other).sum(dtype=torch.float64) for one, other in zip(ones, others, strict=True)))
 
 
 def engine_named(name: str, radius: float) -> Engine:

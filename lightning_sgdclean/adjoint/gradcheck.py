@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
-from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards, without_padding
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.base.resources import free_memory, in_bytes
 from lightning_sgdclean.losses.evaluate import RecordedBatch, bytes_in_float64
-from lightning_sgdclean.losses.kernels import length_of
+from lightning_sgdclean.losses.kernels import dot, length_of
 from lightning_sgdclean.losses.precision import in_float64
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, graph_of
@@ -209,9 +209,7 @@ class _Point:
         replay.load(before)
         self._params = list(replay.params.values())
         self._source = torch.Generator().manual_seed(len(batch.micro.ids) + batch.micro.global_step)
-        shaken(self._params, self._source)
-        self._at = [param.detach().clone() for param in self._params]
-        self._buffers = {name: buffer.detach().clone() for name, buffer in replay.module.named_buffers()}
+        self._tensors = Movable(self._params, replay.module, self._source)
         self._padding = self._watched().padding
         self._weights = batch.weights()
         engine = Finite(_MOVES[0], falls_back=False) if isinstance(engine, Finite) else engine
@@ -225,7 +223,7 @@ class _Point:
     @property
     def reach(self) -> float:
         """What moving all parameters by their own length could do to the loss, to first order."""
-        return length_of(self._gradient) * length_of(self._at)
+        return length_of(self._gradient) * length_of(self._tensors.params)
 
     def differences(self) -> dict[str, float | None]:
         """How far the derivative is off, by its parts; None where it could not be told."""
@@ -233,7 +231,8 @@ class _Point:
         if self._engine.with_hessian:
             found["the gradient's change with the parameters"] = self._difference_by_parameters()
         found["the gradient's change with the samples' weights"] = self._difference_by_weights()
-        used = self._used([torch.zeros_like(at) for at in self._at], {})
+        self._tensors.put_back()
+        used = self._used()
         off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
         found["the gradient"] = off / (length_of(used.gradient) or 1.0)
         if self._batch.leaves_torch:
@@ -242,17 +241,19 @@ class _Point:
 
     def _difference_by_parameters(self) -> float | None:
         found = self._pulled
-        moves = self._without_padding(towards(self._source, self._at, found.adjoint, self._gradient))
-        buffers = {name: self._buffer_along(name, self._buffers[name]) for name in found.buffers}
+        moves = self._without_padding(towards(self._source, self._tensors.params, found.adjoint, self._gradient))
+        buffers = {name: self._buffer_along(name, self._tensors.buffers[name]) for name in found.buffers}
         expected = dot(found.adjoint, moves) + dot(found.buffers.values(), buffers.values())
-        return self._compare(
-            lambda e: self._used([e * move for move in moves], {name: e * move for name, move in buffers.items()}),
-            expected,
-        )
+
+        def moved(e: float) -> _Answer:
+            self._tensors.move(e, moves, buffers)
+            return self._used()
+
+        return self._compare(moved, expected)
 
     def _buffer_along(self, name: str, *like: Tensor) -> Tensor:
         """A random tensor for a buffer, as long as others."""
-        found = normal(self._source, self._buffers[name])
+        found = normal(self._source, self._tensors.buffers[name])
         return found * (length_of(like) / (length_of([found]) or 1.0))
 
     def _without_padding(self, moves: list[Tensor]) -> list[Tensor]:
@@ -266,7 +267,8 @@ class _Point:
     def _difference_by_numbers(self, used: "_Answer") -> float:
         """It must not change with them. Code that rounds them to float32 hides moves as small as the others."""
         watched = WatchedCalls(self._module, nudge=_NUDGE)
-        nudged = self._used([torch.zeros_like(at) for at in self._at], {}, watched)
+        self._tensors.put_back()
+        nudged = self._used(watched)
         off = length_of(one - other for one, other in zip(used.gradient, nudged.gradient, strict=True))
         return max(0.0, off / (length_of(used.gradient) or 1.0) - 1e-10) / _NUDGE
 
@@ -284,22 +286,14 @@ class _Point:
         buffers = [answer.buffers[name] for name in self._nu]
         return length_of(self._v) * length_of(answer.gradient) + length_of(self._nu.values()) * length_of(buffers)
 
-    def _used(self, moves: list[Tensor], moved: dict[str, Tensor], *watchers: WatchedCalls) -> "_Answer":
-        """What training gets at other parameters and running statistics, by the module's own ``backward``."""
-        self._put(moves, moved)
+    def _used(self, *watchers: WatchedCalls) -> "_Answer":
+        """What training gets at the present parameters and running statistics, by the module's own ``backward``."""
         return self._backward(self._batch.call(watchers, self._wide, restores=False) / self._batch.divisor)
 
     def _weighted(self, weights: Tensor) -> "_Answer":
         """The same with other weights on the samples' losses."""
-        self._put([torch.zeros_like(at) for at in self._at], {})
+        self._tensors.put_back()
         return self._backward(self._batch.evaluate(weights, surroundings=self._wide).loss)
-
-    @torch.no_grad()
-    def _put(self, moves: list[Tensor], moved: dict[str, Tensor]) -> None:
-        for param, at, move in zip(self._params, self._at, moves, strict=True):
-            param.copy_(at + move)
-        for name, buffer in self._module.named_buffers():
-            buffer.copy_(self._buffers[name] + moved[name] if name in moved else self._buffers[name])
 
     def _backward(self, loss: Tensor) -> "_Answer":
         for param in self._module.parameters():  # as Lightning does between training_step and backward
@@ -311,9 +305,9 @@ class _Point:
 
     def _watched(self) -> WatchedCalls:
         watched = WatchedCalls(self._module, locates=True)
-        self._put([torch.zeros_like(at) for at in self._at], {})
+        self._tensors.put_back()
         self._names = graph_of(self._batch.call([watched], self._wide))
-        self._put([torch.zeros_like(at) for at in self._at], {})  # it moved running statistics
+        self._tensors.put_back()  # it moved running statistics
         return watched
 
     def causes(self) -> _Causes:

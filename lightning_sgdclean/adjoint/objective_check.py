@@ -20,13 +20,13 @@ from lightning_sgdclean.adjoint.logged import (
     unlike,
 )
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients, objectives_at, value_of
-from lightning_sgdclean.adjoint.quotients import TOLERANCE, difference, dot, normal, shaken, towards, without_padding
+from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import random_state, set_random_state, untouched_randomness
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.data.fetching import ValidationBatch, loaders_in
-from lightning_sgdclean.losses.kernels import length_of
+from lightning_sgdclean.losses.kernels import dot, length_of
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings
@@ -94,11 +94,14 @@ class SanityCheck:
 
     Args:
         options: The callback's. A callable, or loaders of the user's, leave nothing to check.
+
+    Attributes:
+        is_done: Whether nothing is left to look at.
     """
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._is_done = options.objective is not None or options.val_dataloaders is not None
+        self.is_done = options.objective is not None or options.val_dataloaders is not None
         self._names: list[str] | None = None  # logged beside a value that comes at the epoch's end only
         self._returned: list[Tensor | None] = []
 
@@ -125,7 +128,7 @@ class SanityCheck:
             ObjectiveError: If there is no such value, though there is one loader only; if its gradient is wrong; or if
                 it is another one each time.
         """
-        if self._is_done:
+        if self.is_done:
             return
         self._returned.append(returned_loss(output))
         if self._names is not None:
@@ -143,8 +146,8 @@ class SanityCheck:
             if said.value is None:
                 return
             warn_of(check_objectives(module, params, [own], num_loaders, self._options, as_it_is))
-        self._is_done = said.source != "returned"
-        self._names = None if self._is_done else said.names
+        self.is_done = said.source != "returned"
+        self._names = None if self.is_done else said.names
 
     def run_ends(self, logged: Any) -> None:
         """Hold what was returned against the value that was logged once all batches were through; None: none was.
@@ -152,9 +155,9 @@ class SanityCheck:
         Raises:
             ObjectiveError: If that is not the mean of what was returned.
         """
-        if self._is_done or self._names is None:
+        if self.is_done or self._names is None:
             return
-        self._is_done = True
+        self.is_done = True
         found = [plain(value) for value in self._returned if value is not None]
         mean = sum(found) / len(found) if found else math.nan
         if logged is None or not is_close(mean, plain(logged), logged, *self._returned):
@@ -291,19 +294,17 @@ class _Point:
         self._options, self._wide = options, wide
         self._random = random_state(wide.device)
         self._source = torch.Generator().manual_seed(0)
-        shaken(params, self._source)
-        self._at = [param.detach().clone() for param in params]
-        self._buffers = dict(module.named_buffers())
-        self._were = {name: buffer.detach().clone() for name, buffer in self._buffers.items()}
+        self._tensors = Movable(params, module, self._source)
         self._found = self._gradients(list(options.objectives))
 
     def difference(self, name: str) -> float | None:
         """How far the gradient is off, relatively; None where it cannot be told."""
         found = self._found[name]
         padding = self._watched(name).padding
-        moves = without_padding(towards(self._source, self._at, found.params), self._params, found.params, padding)
+        at = self._tensors
+        moves = without_padding(towards(self._source, at.params, found.params), self._params, found.params, padding)
         buffers = {
-            key: normal(self._source, grad) * length_of([self._were[key]]) for key, grad in found.buffers.items()
+            key: normal(self._source, grad) * length_of([at.buffers[key]]) for key, grad in found.buffers.items()
         }
         expected = dot(found.params, moves) + dot(found.buffers.values(), buffers.values())
 
@@ -314,11 +315,7 @@ class _Point:
         return difference(expected, quotient, _MOVES)
 
     def _value(self, name: str, e: float, moves: list[Tensor], buffers: dict[str, Tensor]) -> float:
-        with torch.no_grad():
-            for param, at, move in zip(self._params, self._at, moves, strict=True):
-                param.copy_(at + e * move)
-            for key, buffer in self._buffers.items():
-                buffer.copy_(self._were[key] + e * buffers[key] if key in buffers else self._were[key])
+        self._tensors.move(e, moves, buffers)
         return self._gradients([name])[name].value
 
     def _gradients(self, names: list[str]) -> dict[str, ObjectiveGradient]:

@@ -77,11 +77,41 @@ def shaken(tensors: Iterable[Tensor], source: torch.Generator) -> None:
         tensor.add_(normal(source, tensor), alpha=_SHAKEN * (1.0 + math.sqrt(float(tensor.square().mean()))))
 
 
+class Movable:
+    """Parameters and buffers that can be moved away from where they are, and back.
+
+    Parameters are :func:`shaken` to begin with.
+
+    Args:
+        params: The parameters.
+        module: Has the buffers.
+        source: Gives the random numbers to shake them by.
+
+    Attributes:
+        params: What the parameters hold, once shaken.
+        buffers: What the buffers hold, by name.
+    """
+
+    def __init__(self, params: list[nn.Parameter], module: nn.Module, source: torch.Generator) -> None:
+        self._live, self._module = params, module
+        shaken(params, source)
+        self.params = [param.detach().clone() for param in params]
+        self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+    @torch.no_grad()
+    def move(self, e: float, moves: list[Tensor], buffers: dict[str, Tensor]) -> None:
+        """Put parameters ``e`` times ``moves`` away from where they were, and so the buffers that are named."""
+        for param, at, move in zip(self._live, self.params, moves, strict=True):
+            param.copy_(at + e * move)
+        for name, buffer in self._module.named_buffers():
+            at = self.buffers[name]
+            buffer.copy_(at + e * buffers[name] if name in buffers else at)
+
+    def put_back(self) -> None:
+        """Put all where it was."""
+        self.move(0.0, [torch.zeros_like(at) for at in self.params], {})
+
+
 def normal(source: torch.Generator, like: Tensor) -> Tensor:
     """Normal numbers in float64, the same ones on every device."""
     return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like.device)
-
-
-def dot(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
-    """The product of tensors as one vector with others."""
-    return sum(float((one * other).sum()) for one, other in zip(ones, others, strict=True))

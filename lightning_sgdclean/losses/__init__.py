@@ -24,6 +24,7 @@ __all__ = [
     "callable_in",
     "caller_of",
     "check_moved_buffers",
+    "dot",
     "eagerly",
     "fields_of",
     "gradient",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
@@ -92,14 +93,20 @@ def refuse_cut_graphs(loss: Tensor) -> None:
     Args:
         loss: With its graph, about to be differentiated with ``create_graph=True``.
     """
+    for node in nodes_of(loss):
+        if isinstance(node, BackwardCFunction):
+            node.register_hook(partial(_refuse_cut, node.name()))
+
+
+def nodes_of(loss: Tensor) -> Iterator[Node]:
+    """The operations that a loss was made by, each once."""
     nodes = [loss.grad_fn]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
         if node is None:
             continue
-        if isinstance(node, BackwardCFunction):
-            node.register_hook(partial(_refuse_cut, node.name()))
+        yield node
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
@@ -133,3 +140,8 @@ def gradient(
 def length_of(tensors: Iterable[Tensor]) -> float:
     """The length of tensors as one vector."""
     return math.sqrt(sum(float(tensor.detach().double().pow(2).sum()) for tensor in tensors))
+
+
+def dot(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    """The product of tensors as one vector with others."""
+    return sum(float((one * other).sum(dtype=torch.float64)) for one, other in zip(ones, others, strict=True))

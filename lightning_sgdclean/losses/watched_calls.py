@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.losses.kernels import nodes_of
 from lightning_sgdclean.losses.loss_functions import passed_on
 
 _hooks_rest = False
@@ -205,15 +206,4 @@ _BETWEEN = ("torch", "numpy", "contextlib")
 
 def graph_of(loss: Tensor) -> Counter[str]:
     """The operations that a loss was made by, as autograd names them, with their numbers."""
-    nodes = [loss.grad_fn]
-    seen, names = set(nodes), Counter[str]()
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        names[node.name()] += 1
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return names
+    return Counter(node.name() for node in nodes_of(loss))
