@@ -157,10 +157,8 @@ def limits(result):
         bullets(
             """faults in steps that are not checked, if these are made by the same operations as others, or if there are
             more kinds of steps than checks""",
-            """of a step with accumulated batches that is checked anyway, faults in other batches than its first; faults
-            in a validation batch that is made by the same operations as an earlier one""",
-            """with `"finite"`, faults that differences of the gradient follow and the exact derivative does not, in
-            batches where the latter stands in""",
+            """faults in the other batches of a step that accumulates several: one of them is checked, another one each
+            time. Likewise, faults in a validation batch that is made by the same operations as an earlier one""",
             """what is off by less than about 1e-5 of the gradient's change in the directions tried. Where a term of the
             loss is many times as large as another and Adam makes steps alike of both, a fault in the small one hides
             behind the large one""",
