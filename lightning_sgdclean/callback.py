@@ -38,6 +38,7 @@ from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.ranking.figures import Exhibit, worst_pictures
 from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.record.budget import has_steps_left
 from lightning_sgdclean.record.loaders import TrainLoaders
 from lightning_sgdclean.record.recording import EarlyFindings, Recording
 from lightning_sgdclean.replay.open import opened
@@ -200,7 +201,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizer, choose the run directory, and listen to the optimizer's steps."""
         log_dir = trainer.log_dir or trainer.default_root_dir  # on every rank: it broadcasts
-        if self._loaders is None:
+        if self._loaders is None or not (self._mark or has_steps_left(trainer)):
             return
         check_optimizers(trainer)
         update_of(trainer.optimizers[0])

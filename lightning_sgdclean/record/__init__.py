@@ -10,4 +10,5 @@ __all__ = [
     "EarlyFindings",
     "Recording",
     "TrainLoaders",
+    "has_steps_left",
 ]

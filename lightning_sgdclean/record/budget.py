@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_sgdclean.base.errors import BudgetError
+from lightning_sgdclean.base.errors import BudgetError, warn_of
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import StepTimer, in_bytes, in_time, slots_for
 from lightning_sgdclean.record.keeping import KeepPlan
@@ -26,6 +26,20 @@ _RECORD_BYTES = 8 << 10  # of a micro-batch besides kept batches: torch's random
 # One step of the walk backwards, in training steps; see docs/cost.md.
 _WALK_COST = {"exact": 2.7, "finite": 2.7, "none": 2.3}
 SnapshotPolicy = Literal["auto", "every", "sqrt"] | int
+
+
+def has_steps_left(trainer: Any) -> bool:
+    """Whether a fit that begins has anything left to train; warns if not, as of a notebook's cell that is run again."""
+    loop = trainer.fit_loop
+    limits = {"max_epochs": loop.epoch_progress.current.processed, "max_steps": loop.epoch_loop.global_step}
+    for name, reached in limits.items():
+        limit = getattr(loop, name)
+        if limit not in (None, -1) and 0 < limit <= reached:
+            text = f"This fit has nothing left to train, since the Trainer has reached {name}={limit}: nothing is "
+            text += "recorded, and the ranking stays what it was. To train again, make a new Trainer; to train on, "
+            warn_of([f"{text}raise trainer.fit_loop.{name}."])
+            return False
+    return True
 
 
 @dataclass(frozen=True)

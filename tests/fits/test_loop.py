@@ -382,3 +382,16 @@ def test_the_second_fit_of_a_callback_is_ranked_by_itself():
     run(callback)
     assert callback.summary["window"]["num_steps"] == 10
     assert_derivative(influences(callback), lambda weights: objective(run(weights=weights)))
+
+
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_fit_with_nothing_left_to_train_warns_and_keeps_the_ranking(limit, tmp_path):
+    callback = SGDInfluence("val_loss", dirpath=tmp_path / "run")
+    trainer = quiet_trainer([callback], **{"max_epochs": 2, limit: 2})
+    module = Plain()
+    trainer.fit(module, *loaders())
+    before = callback.ranking, callback.run_dir
+    with pytest.warns(SGDInfluenceWarning, match=f"nothing left to train, since the Trainer has reached {limit}=2"):
+        trainer.fit(module, *loaders())
+    assert (callback.ranking, callback.run_dir) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cases import quiet_trainer
+from cases import NUM_TRAIN, Plain, loaders, quiet_trainer
 from lightning_sgdclean import Ranking, SGDInfluence
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
 from lightning_sgdclean.data.datasets import picture_of
@@ -134,6 +134,30 @@ def written(wandb: Any) -> None:
     """End the run, and the process that writes its file."""
     wandb.finish()
     wandb.teardown()
+
+
+def test_a_run_of_wandb_that_the_module_holds_is_left_alone(wandb: Any, tmp_path: Path) -> None:
+    class Holding(Plain):
+        held: Any = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if self.held is not None:
+                self.held["run"].log({"seen": batch_idx})
+            return loss
+
+    def trained(held: Any, callbacks: list[Any]) -> Any:
+        pl.seed_everything(1, verbose=False)
+        module = Holding()
+        module.held = held
+        quiet_trainer(callbacks).fit(module, *loaders())
+        return module.state_dict()
+
+    callback = SGDInfluence("val_loss", dirpath=tmp_path / "run")
+    weights = trained({"run": wandb.init(project="held", dir=tmp_path)}, [callback])
+    assert len(callback.ranking) == NUM_TRAIN
+    for name, tensor in trained(None, []).items():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_wandb_holds_artifact_numbers_figure_and_table(package: Any, wandb: Any, tmp_path: Path) -> None:
