@@ -18,7 +18,7 @@ from lightning_sgdclean.adjoint.objective_check import SanityCheck
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.rehearsal import rehearse
 from lightning_sgdclean.base.errors import NonFiniteError, warn_of
-from lightning_sgdclean.base.files import check_free, fresh_directory, write_summary
+from lightning_sgdclean.base.files import fresh_directory
 from lightning_sgdclean.base.lightning import (
     CALLBACK_BASES,
     CopiesResults,
@@ -32,6 +32,7 @@ from lightning_sgdclean.base.lightning import (
 )
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import Portable
+from lightning_sgdclean.base.summary import write_summary
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
@@ -207,11 +208,10 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         update_of(trainer.optimizers[0])
         check_validation(trainer, self.options.objective is not None, self.options.val_dataloaders is not None)
         dirpath, overwrite = self.options.dirpath, self.options.overwrite
-        self.run_dir = join(self._mark, dirpath, Path(log_dir), overwrite) if self._mark else None
+        self.run_dir = join(self._mark, dirpath, log_dir, overwrite) if self._mark else None
         joined = self._mark if self.run_dir else {}
         if self.run_dir is None:
-            check_free(dirpath, overwrite)
-            self.run_dir = fresh_directory(dirpath, Path(log_dir), overwrite)
+            self.run_dir = fresh_directory(dirpath, log_dir, overwrite)
         say = tqdm.write if shown_bar(trainer) is not None else (lambda text: None)
         prove, rehearses = partial(self._prove_split, trainer, pl_module), partial(self._rehearse, trainer, pl_module)
         given = trainer, pl_module, self._loaders, self.run_dir, self.options, say
@@ -369,7 +369,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
 
     def _tell_how_to_go_on(self, error: BaseException) -> None:
         text = (
-            f"The training is complete and untouched; its trajectory lies in {self.run_dir}. To rank by it once "
+            f"The training is complete and untouched; its trajectory lies in {str(self.run_dir)!r}. To rank by it once "
             f"the cause is gone: {call_of(self.run_dir, self.options)}"
         )
         error.add_note(text)

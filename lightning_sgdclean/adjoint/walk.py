@@ -24,7 +24,7 @@ from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceError
-from lightning_sgdclean.base.files import appearing_whole, checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.base.files import appearing_whole, check_plain, checksum_of, naming, read_sealed, write_sealed
 from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.resources import versions
 from lightning_sgdclean.data.batches import summable
@@ -197,25 +197,30 @@ class Bookmark:
 
     def restore(self, carried: Carried) -> int:
         """Put back what was written last; how many steps had been gone over then, 0 where nothing can be used."""
+        path = self._folder / f"{self._name}.json"
         try:
-            content = read_sealed(self._folder / f"{self._name}.json")
-            path = self._folder / content["file"]
-            if content["key"] != self._key or checksum_of(path) != content["checksum_of_file"]:
+            content = read_sealed(path, dict[str, Any])
+            held = self._tensors(content["number"])
+            if content["file"] != held.name or content["key"] != self._key:
                 return 0
-            tensors = load_file(path)
+            check_plain(held)
+            if checksum_of(held) != content["checksum_of_file"]:
+                return 0
+            tensors = load_file(held)
         except (RunDirectoryError, OSError, KeyError):
             return 0  # a walk from the start is right, too
-        self._number = content["number"]
-        carried.found.norms = {int(epoch): norm for epoch, norm in content["norms"].items()}
-        for row, adjoint in enumerate(carried.adjoints):
-            flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
-            _put_back(adjoint, unflatten(content["layouts"][row], flat))
-        for name in ("values", "visits", "relabelled"):
-            setattr(carried.found, name, tensors[name])
-        carried.found.by_epoch = dict(zip(carried.found.by_epoch, tensors["by_epoch"], strict=True))
-        for name, value in content["fidelity"].items():
-            setattr(carried.fidelity, name, value)
-        done: int = content["done"]
+        with naming(path):
+            done: int = content["done"]
+            self._number = content["number"]
+            carried.found.norms = {int(epoch): norm for epoch, norm in content["norms"].items()}
+            for row, adjoint in enumerate(carried.adjoints):
+                flat = {dtype: tensors[f"{row}/{dtype}"] for dtype in content["dtypes"][row]}
+                _put_back(adjoint, unflatten(content["layouts"][row], flat))
+            for name in ("values", "visits", "relabelled"):
+                setattr(carried.found, name, tensors[name])
+            carried.found.by_epoch = dict(zip(carried.found.by_epoch, tensors["by_epoch"], strict=True))
+            for name in _COUNTERS:
+                setattr(carried.fidelity, name, content["fidelity"][name])
         return done
 
     def pass_by(self, done: int, carried: Carried) -> None:

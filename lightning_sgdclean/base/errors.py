@@ -44,6 +44,10 @@ class RunDirectoryError(SGDInfluenceError):
     """The run directory holds another run, or not what a run directory should hold."""
 
 
+class DamagedFileError(RunDirectoryError, ValueError):
+    """A file does not hold what this package writes there; the message names the file and, in a table, the line."""
+
+
 class BudgetError(SGDInfluenceError):
     """The trajectory would take, or takes, more disk than it may."""
 
@@ -68,3 +72,17 @@ def warn_of(texts: Iterable[str]) -> None:
                 raised.add_note(text)
     if raised is not None:
         raise raised
+
+
+_LONGEST = 60  # characters of a value that is shown
+
+
+def printable(text: str) -> str:
+    """Text of somebody else's with all that a terminal would obey, or hide, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """A value of somebody else's, an id say, in one line of bounded length; see :func:`printable`."""
+    text = str(value)
+    return printable(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}")

@@ -6,23 +6,34 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import msgspec
 import xxhash
 
-from lightning_sgdclean.base.errors import RunDirectoryError
+from lightning_sgdclean.base.errors import DamagedFileError, RunDirectoryError, SGDInfluenceError
+
+T = TypeVar("T")
 
 _PIECE = 1 << 20  # bytes read at once
+_MOST_BYTES = 1 << 28  # that a JSON file may have
 
 
 @contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the block is through and its content on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A new file beside ``path`` that takes its name once the block is through and its content on the disk.
+
+    Its own name cannot be guessed, and nothing may lie there: in a shared folder a link that somebody planted would
+    lead the writing elsewhere.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         yield temporary
         put_on_disk(temporary)
@@ -74,23 +85,97 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(_sealed(content), encoding="utf-8")
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, schema: type[T]) -> T:
     """Undo :func:`write_sealed`.
 
+    Args:
+        path: The file.
+        schema: The type of what it holds.
+
     Raises:
-        RunDirectoryError: If the text is not, to the last byte, what was written.
+        DamagedFileError: If the text is not, to the last byte, what was written, or not of that type.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+    text = _text_in(path)
+    content = json_in(text, path)
     if not isinstance(content, dict):
-        raise RunDirectoryError(f"{path} holds no JSON object; it is not a file of this package.")
+        raise DamagedFileError(f"{path} holds no JSON object; it is not a file of this package.")
     content.pop("checksum", None)
     if text != _sealed(content):
-        raise RunDirectoryError(f"{path} is damaged: what it holds is not what its checksum was taken of.")
-    return content
+        raise DamagedFileError(f"{path} is damaged: what it holds is not what its checksum was taken of.")
+    return checked_as(schema, content, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DamagedFileError: If it cannot be read.
+    """
+    return json_in(_text_in(path), path)
+
+
+def json_in(text: str, path: Path) -> Any:
+    """What JSON says.
+
+    Raises:
+        DamagedFileError: If it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: expected JSON ({error}).") from error
+
+
+def _text_in(path: Path) -> str:
+    try:
+        check_plain(path, _MOST_BYTES)
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}") from error
+
+
+def checked_as(schema: type[T], content: Any, path: Path) -> T:
+    """What was read from JSON, if it is of the expected type.
+
+    Raises:
+        DamagedFileError: If not; names the place within the file.
+    """
+    try:
+        msgspec.convert(content, schema)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: {error}.") from error
+    return cast("T", content)
+
+
+def check_plain(path: Path, most: float = math.inf) -> None:
+    """May a file be read that a stranger may have put there?
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedFileError: If it is a link, a pipe, a device or a folder, or larger than so many bytes.
+    """
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise DamagedFileError(f"{path} is a link, a pipe, a device or a folder; expected a file.")
+    if about.st_size > most:
+        raise DamagedFileError(f"{path} has {about.st_size} bytes; expected {most:.0f} at most.")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file's content is made sense of becomes an error that names the file.
+
+    Raises:
+        DamagedFileError: Instead of what Python and the libraries raise where content is of another kind than expected.
+    """
+    try:
+        yield
+    except SGDInfluenceError:
+        raise
+    except Exception as error:  # of Python's, torch's or safetensors', of any kind
+        raise DamagedFileError(
+            f"{path} does not hold what this package writes there: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _sealed(content: dict[str, Any]) -> str:
@@ -98,154 +183,64 @@ def _sealed(content: dict[str, Any]) -> str:
     return json.dumps(content | {"checksum": seal}) + "\n"
 
 
-def check_free(wanted: str | Path | None, overwrite: bool) -> None:
-    """Before anything is set up.
-
-    Raises:
-        RunDirectoryError: If the wanted directory holds a run that may not be overwritten.
-    """
-    if wanted is not None and holds_run(Path(wanted)) and not overwrite:
-        raise RunDirectoryError(
-            f"{wanted} already holds a run. Give another dirpath=, or overwrite=True to delete that one."
-        )
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether there are files of a run in it."""
-    return (folder / "trajectory").exists() or (folder / "influence.csv").exists()
-
-
-def fresh_directory(wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path:
+def fresh_directory(wanted: str | Path | None, log_dir: str | Path, overwrite: bool) -> Path:
     """The wanted directory, emptied of a run if it may be, or the next free name in ``log_dir``.
 
+    Args:
+        wanted: The user's; None for a name of ours.
+        log_dir: Where the Trainer writes its logs.
+        overwrite: Whether a run in the wanted directory may be deleted.
+
     Raises:
-        RunDirectoryError: If another run took the wanted directory at the same moment.
+        RunDirectoryError: If the wanted directory holds a run that may not be deleted, if it cannot be written to, if
+            another run took it at the same moment, or if it is an address rather than a local path.
     """
-    if wanted is not None:
-        folder = Path(wanted)
-        if overwrite and holds_run(folder):
-            shutil.rmtree(folder / "trajectory", ignore_errors=True)
-            remove_results(folder)
-    else:
-        folder, number = log_dir / "sgd_influence", 1
-        while folder.exists():
+    folder = _local(log_dir if wanted is None else wanted)
+    if wanted is None:
+        folder, parent, number = folder / "sgd_influence", folder, 1
+        while os.path.lexists(folder):
             number += 1
-            folder = log_dir / f"sgd_influence-{number}"
+            folder = parent / f"sgd_influence-{number}"
+    elif _holds_run(folder):
+        if not overwrite:
+            raise RunDirectoryError(
+                f"{wanted} already holds a run. Give another dirpath=, or overwrite=True to delete that one."
+            )
+        shutil.rmtree(folder / "trajectory", ignore_errors=True)
+        remove_results(folder)
     try:
         (folder / "trajectory").mkdir(parents=True)
     except FileExistsError as error:
-        raise RunDirectoryError(
-            f"{folder} was just taken by another run. Give each run a dirpath= of its own."
-        ) from error
+        why = "was just taken by another run" if folder.is_dir() else "is no folder"
+        raise RunDirectoryError(f"{folder} {why}. Give each run a dirpath= of its own.") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be written to ({error}). Give another dirpath=.") from error
     return folder
+
+
+def _local(path: str | Path) -> Path:
+    """A path on this machine. Lightning takes addresses of buckets, too, of which ``Path`` would make local folders.
+
+    Raises:
+        RunDirectoryError: If it is an address.
+    """
+    protocol, mark, rest = str(path).partition("://")
+    if not mark:
+        return Path(path)
+    if protocol in ("file", "local"):
+        return Path(rest)
+    raise RunDirectoryError(
+        f"{str(path)!r} is an address; the run directory has to lie on this machine, since a trajectory is written and "
+        "read in pieces all the time. Give dirpath= a local folder, and copy it where you like when the fit is over."
+    )
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether there are files of a run in it."""
+    return (folder / "trajectory").exists() or (folder / "influence.csv").exists()
 
 
 def remove_results(folder: Path) -> None:
     """Remove what a ranking left, but for the trajectory."""
     for name in ("influence.csv", "influence.parquet", "summary.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What ``summary.json`` holds; nothing where there is none.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    content = _json_in(folder / "summary.json")
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{folder / 'summary.json'}: expected a JSON object, found {type(content).__name__}. Mend or remove it."
-        )
-    return content
-
-
-def summary_beside(path: Path) -> dict[str, Any]:
-    """What the ``summary.json`` beside a table says, which may be another program's; nothing where there is none.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    content = _json_in(path.with_name("summary.json"))
-    return content if isinstance(content, dict) else {}
-
-
-def _json_in(path: Path) -> Any:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({error}). Mend or remove it.") from error
-
-
-_CHECKSUMS = "checksums"  # of the tables, by name, in summary.json
-
-
-def write_summary(folder: Path, summary: dict[str, Any], tables: Iterable[str]) -> None:
-    """Write ``summary.json`` with the checksums of the tables that were written just before; they enter ``summary``."""
-    summary[_CHECKSUMS] = {name: checksum_of(folder / name) for name in tables}
-    write_json(folder / "summary.json", summary)
-
-
-def check_as_written(path: Path) -> None:
-    """Is a table what the ``summary.json`` beside it says was written? Where that says nothing, nothing is checked.
-
-    Raises:
-        FileNotFoundError: If there is no such table.
-        ValueError: If it is not, or the summary is damaged.
-    """
-    expected = _checksums_in(summary_beside(path)).get(path.name)
-    if expected is None or checksum_of(path) == expected:
-        return
-    raise ValueError(
-        f"{path} is damaged, or was edited: its checksum is not the one that {path.with_name('summary.json')} has of "
-        "it. Restore it from a copy, or rank the run again (lightning_sgdclean.retrace). If it was edited on purpose, "
-        f'copy it into a folder of its own and load it there, or remove "{path.name}" from "{_CHECKSUMS}" in '
-        "summary.json."
-    )
-
-
-def note_saved(path: Path, about: dict[str, Any]) -> None:
-    """A table was saved where a run's own lay: have the ``summary.json`` beside it say so.
-
-    Args:
-        path: The table.
-        about: Entries of the summary that the table brings along; those of the run that it lacks stay.
-
-    Raises:
-        ValueError: If the summary is damaged.
-    """
-    summary = summary_beside(path)
-    tables = _checksums_in(summary)
-    if path.name in tables:
-        tables = tables | {path.name: checksum_of(path)}
-        write_json(path.with_name("summary.json"), summary | about | {_CHECKSUMS: tables})
-
-
-def _checksums_in(summary: dict[str, Any]) -> dict[str, str]:
-    found = summary.get(_CHECKSUMS)
-    return found if isinstance(found, dict) else {}
-
-
-def check_dataset(summary: dict[str, Any], dataset: Any, remedy: str) -> None:
-    """Are the run's sample ids positions in this dataset, as far as its summary says?
-
-    Args:
-        summary: The run's.
-        dataset: What the ids are to be positions in.
-        remedy: The option that says where samples lie whose ids are names.
-
-    Raises:
-        TypeError: If they are names.
-        ValueError: If the run drew from a dataset of another size.
-    """
-    if "dataset_size" not in summary:
-        return
-    if summary["dataset_size"] is None:
-        raise TypeError(f"The run's sample ids are names, not positions in its dataset. Give {remedy}.")
-    if hasattr(dataset, "__len__") and len(dataset) != summary["dataset_size"]:
-        raise ValueError(
-            f"The run drew from a dataset of {summary['dataset_size']} samples, but this one has {len(dataset)}. "
-            "Give the dataset that the training loader had."
-        )

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lightning_sgdclean.base.files import check_dataset, read_summary
 from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.base.summary import check_dataset, read_summary
 from lightning_sgdclean.data.labels import Label, LabelSetter, Place, RelabelledDataset, label_of, likely_place_of_label
 from lightning_sgdclean.ranking.ranking import Ranking, run_id
 from lightning_sgdclean.ranking.table import CSV_NAME

@@ -33,7 +33,7 @@ class TrialStore:
         path = folder / "cleansing.json"
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         if path.exists():
-            _check_same(path, read_sealed(path), identity)
+            _check_same(path, read_sealed(path, dict[str, Any]), identity)
         elif folder.exists():
             _clear_of_beginnings(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class TrialStore:
             RunDirectoryError: If the file is damaged.
         """
         path = self._path(trial)
-        return read_sealed(path) if path.exists() else None
+        return read_sealed(path, dict[str, Any]) if path.exists() else None
 
     def save(self, trial: Trial, result: dict[str, Any]) -> None:
         """Remember it."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sgdclean import __version__
-from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.cli.terminal import RUN_HELP, csv_file, one_line, printable, table_file, whole_number
+from lightning_sgdclean.base.errors import SGDInfluenceWarning, printable
+from lightning_sgdclean.cli.terminal import RUN_HELP, csv_file, one_line, table_file, whole_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sgdclean.base.files import appearing_whole, read_summary, without_nan
+from lightning_sgdclean.base.errors import printable
+from lightning_sgdclean.base.files import appearing_whole, without_nan
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.cli.terminal import FinishedRun, facts, read_run, table, wrapped
 from lightning_sgdclean.ranking.columns import SUFFIX
 from lightning_sgdclean.ranking.table import write_rows
@@ -90,7 +92,7 @@ def report(arguments: argparse.Namespace) -> int:
             "--config or --dataset brings samples back; predictions and losses are those of columns= of the run.",
             file=sys.stderr,
         )
-    print(page)
+    print(printable(str(page)))
     return 0
 
 
@@ -138,7 +140,7 @@ def clean(arguments: argparse.Namespace) -> int:
     kept = _kept(found, arguments.drop, size)
     _write(arguments.output, kept)
     _notes(found, arguments.drop, size)
-    print(f"{arguments.output}: {len(kept)} samples kept, the {arguments.drop} most harmful dropped")
+    print(f"{printable(str(arguments.output))}: {len(kept)} samples kept, the {arguments.drop} most harmful dropped")
     return 0
 
 

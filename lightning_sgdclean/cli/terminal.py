@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sgdclean.base.errors import SGDInfluenceError
-from lightning_sgdclean.base.files import read_summary
+from lightning_sgdclean.base.errors import SGDInfluenceError, printable
+from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.ranking.columns import SUFFIX, read_ranking
 from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of
 
@@ -25,11 +25,6 @@ def one_line(error: BaseException) -> str:
     if text and isinstance(error, SGDInfluenceError | ValueError | OSError | ImportError):
         return text
     return f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def width_of(text: str) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.base.files import appearing_whole, check_as_written
+from lightning_sgdclean.base.files import appearing_whole
 from lightning_sgdclean.base.resources import pyarrow
+from lightning_sgdclean.base.summary import check_as_written
 from lightning_sgdclean.ranking.table import COLUMNS, Table, as_numpy, effect_of, read_table, typed, write_table
 
 if TYPE_CHECKING:

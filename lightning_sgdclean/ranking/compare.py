@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lightning_sgdclean.base.errors import SGDInfluenceWarning
-from lightning_sgdclean.base.files import read_summary
+from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.ranking.agreement import kendall_tau, share_of_lowest, spearman, top_k_jaccard
 from lightning_sgdclean.ranking.comparison import Comparison, Matrix
 from lightning_sgdclean.ranking.ranking import Ranking

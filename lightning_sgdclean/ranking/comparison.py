@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sgdclean.base.errors import shown
 from lightning_sgdclean.ranking.columns import data_frame
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.ranking.table import write_rows
@@ -161,4 +162,4 @@ def _in_words(this: Comparison) -> Iterator[str]:
     spread = np.std(this.mean_influence)
     noise = np.median(_present(this.noise))
     yield f"  noise of an influence from run to run: {noise:.3g} (median); spread of the means: {spread:.3g}"
-    yield f"  systematic first: {', '.join(map(str, this.sample_id[:10].tolist()))}"
+    yield f"  systematic first: {', '.join(map(shown, this.sample_id[:10].tolist()))}"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lightning_sgdclean.base.files import note_saved, summary_beside
 from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.base.summary import note_saved, summary_beside
 from lightning_sgdclean.ranking.columns import (
     Columns,
     as_columns,

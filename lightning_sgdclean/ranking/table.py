@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.base.files import appearing_whole, check_as_written, summary_beside
+from lightning_sgdclean.base.files import appearing_whole
 from lightning_sgdclean.base.options import SampleId
+from lightning_sgdclean.base.summary import check_as_written, summary_beside
 
 if TYPE_CHECKING:
     from torch import Tensor

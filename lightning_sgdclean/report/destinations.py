@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sgdclean.base.errors import printable
 from lightning_sgdclean.ranking.figures import Exhibit
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.ranking.table import COLUMNS, guarded
@@ -132,8 +133,8 @@ def _literal(text: str) -> str:
     """Text that Markdown and HTML show as it is: punctuation as entities, control characters escaped."""
     if len(text) > _MAX_LENGTH:
         text = text[: _MAX_LENGTH - 1] + "…"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(c if c.isalnum() or c == " " or not c.isascii() else f"&#{ord(c)};" for c in shown)
+    plain = printable(text)
+    return "".join(c if c.isalnum() or c == " " or not c.isascii() else f"&#{ord(c)};" for c in plain)
 
 
 def parts_for_tensorboard(logger: Any, results: Results) -> Parts:

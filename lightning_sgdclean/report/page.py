@@ -15,8 +15,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lightning_sgdclean.base.errors import warn_of
-from lightning_sgdclean.base.files import appearing_whole, check_dataset, read_summary
+from lightning_sgdclean.base.files import appearing_whole
 from lightning_sgdclean.base.options import Options, SampleId
+from lightning_sgdclean.base.summary import check_dataset, read_summary
 from lightning_sgdclean.data.datasets import ClassNames, class_names_of, listed_labels
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.inspection import Seen, inspect_samples

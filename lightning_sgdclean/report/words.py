@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_sgdclean.base.errors import printable, shown
 from lightning_sgdclean.base.lightning import rich_columns
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.fidelity import Fidelity
@@ -128,10 +129,11 @@ def replay_in_words(error: Fidelity) -> str:
 
 def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str:
     """The last word on the terminal."""
-    worst = ", ".join(map(str, ranking.harmful(10))) or "none"
+    worst = ", ".join(map(shown, ranking.harmful(10))) or "none"
+    name = shown(summary["objective"]["name"])
     lines = [
-        f"SGD influence on {summary['objective']['name']} (negative: the objective would be lower without the sample)",
-        f"  files    {folder}",
+        f"SGD influence on {name} (negative: the objective would be lower without the sample)",
+        f"  files    {printable(str(folder))}",
         f"  window   {summary['window']['words']}; {len(ranking)} samples, engine {summary['engine']}",
         f"  replay   {summary['replay']['words']}",
         f"  worst    {worst}",
@@ -141,7 +143,7 @@ def closing_text(ranking: Ranking, summary: dict[str, Any], folder: Path) -> str
         is_asked = trust["verify"] != "auto" or trust["num_reranked"]
         lines.insert(-1, f"  trust    {trust['words' if is_asked else 'verdict']}")
     if (folder / "report.html").is_file():
-        lines.insert(2, f"  page     {folder / 'report.html'}")
+        lines.insert(2, f"  page     {printable(str(folder / 'report.html'))}")
     return "\n".join(lines)
 
 

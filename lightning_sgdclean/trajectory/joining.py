@@ -15,15 +15,24 @@ from typing import Any
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning
 from lightning_sgdclean.base.files import (
     appearing_whole,
-    check_free,
     checksum_of,
     fresh_directory,
-    read_sealed,
+    naming,
     remove_results,
     write_sealed,
 )
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of
-from lightning_sgdclean.trajectory.segments import Segment, in_full, in_short, write_segment
+from lightning_sgdclean.trajectory.manifest import (
+    NAME,
+    SegmentEntry,
+    in_full,
+    in_short,
+    number_of,
+    read_manifest,
+    segment_name,
+    segments_in,
+)
+from lightning_sgdclean.trajectory.segments import Segment, write_segment
 from lightning_sgdclean.trajectory.store import Trajectory, fit_of, forget_ending, read_ending
 
 
@@ -50,7 +59,7 @@ class CheckpointMark:
     evidence: str = ""
 
 
-def join(said: dict[str, Any], wanted: str | Path | None, log_dir: Path, overwrite: bool) -> Path | None:
+def join(said: dict[str, Any], wanted: str | Path | None, log_dir: str, overwrite: bool) -> Path | None:
     """The run directory in which the fit goes on, its trajectory ending at the checkpoint.
 
     Args:
@@ -95,7 +104,7 @@ def without_mark(step: int) -> str:
     )
 
 
-def _join(mark: CheckpointMark, wanted: Path | None, log_dir: Path, overwrite: bool) -> Path:
+def _join(mark: CheckpointMark, wanted: Path | None, log_dir: str, overwrite: bool) -> Path:
     source = next((f for f in (Path(mark.folder), wanted) if f is not None and _run_in(f) == mark.run), None)
     if source is None:
         raise RunDirectoryError(f"{mark.folder} does not hold the run any more.")
@@ -103,7 +112,6 @@ def _join(mark: CheckpointMark, wanted: Path | None, log_dir: Path, overwrite: b
         raise RunDirectoryError("the checkpoint was written while batches waited for their step.")
     found = Trajectory(source / "trajectory")  # once: all of it is checksummed
     if _is_finished(source, found) and not (wanted == source and (overwrite or _loses_nothing(source, found, mark))):
-        check_free(wanted, overwrite)
         target = fresh_directory(wanted, log_dir, overwrite)
         try:
             shutil.copytree(source / "trajectory", target / "trajectory", copy_function=_link, dirs_exist_ok=True)
@@ -119,8 +127,8 @@ def _join(mark: CheckpointMark, wanted: Path | None, log_dir: Path, overwrite: b
 
 def _run_in(folder: Path) -> str | None:
     try:
-        return str(read_sealed(folder / "trajectory" / "manifest.json")["run"])
-    except (RunDirectoryError, KeyError):
+        return read_manifest(folder / "trajectory")["run"]
+    except RunDirectoryError:
         return None
 
 
@@ -159,8 +167,8 @@ def cut_off(folder: Path, mark: CheckpointMark) -> None:
             f"the steps before {mark.step} in {folder} are not those that led to the checkpoint: another fit has gone "
             "on from an earlier checkpoint since."
         )
-    manifest = read_sealed(folder / "manifest.json")
-    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob("segment-*.safetensors")]
+    manifest = read_manifest(folder)
+    numbers = [number_of(path.name) for path in segments_in(folder)]
     kept = []
     for segment in manifest["segments"]:
         if segment["last"] < mark.step and all(index < mark.step for index, _ in in_full(segment["states"])):
@@ -173,21 +181,22 @@ def cut_off(folder: Path, mark: CheckpointMark) -> None:
     if kept and kept[-1]["last"] + 1 < mark.step:  # the checkpoint is of a step that was let go
         manifest["gaps"].append(mark.step)
     manifest["ending"] = None
-    write_sealed(folder / "manifest.json", manifest)
+    write_sealed(folder / NAME, {**manifest})
     forget_ending(folder)
     names = {segment["file"] for segment in kept}
-    for path in (*folder.glob("segment-*.safetensors"), *folder.glob("retracing-*"), *folder.glob(".*.tmp")):
+    for path in (*segments_in(folder), *folder.glob("retracing-*"), *folder.glob(".*.tmp")):
         if path.name not in names:
             path.unlink()
 
 
-def _shortened(folder: Path, segment: dict[str, Any], layouts: list[Layout], step: int, number: int) -> dict[str, Any]:
+def _shortened(folder: Path, segment: SegmentEntry, layouts: list[Layout], step: int, number: int) -> SegmentEntry:
     """A new file with the part of a segment that lies before a step; the old one stays until no manifest names it."""
-    whole = Segment(folder / segment["file"])
-    steps = list(whole.whole_steps(step))
-    before = [(index, layout) for index, layout in in_full(segment["states"]) if index < step]
-    states = {index: whole.state(index, dtypes_of(layouts[layout])) for index, layout in before}
-    name = f"segment-{number:06d}.safetensors"
+    with naming(folder / segment["file"]):
+        whole = Segment(folder / segment["file"])
+        steps = list(whole.whole_steps(step))
+        before = [(index, layout) for index, layout in in_full(segment["states"]) if index < step]
+        states = {index: whole.state(index, dtypes_of(layouts[layout])) for index, layout in before}
+    name = segment_name(number)
     with appearing_whole(folder / name) as temporary:
         write_segment(temporary, steps, states)
         return segment | {

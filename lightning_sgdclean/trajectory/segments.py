@@ -25,27 +25,6 @@ from lightning_sgdclean.trajectory.flat_state import Flat, stretches
 from lightning_sgdclean.trajectory.live_state import packed, unpacked
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
-Kept = tuple[int, int]  # number of the step that a state lies before, and that of its layout
-
-
-def in_short(states: list[Kept]) -> list[list[int]]:
-    """States at equal distances and of one layout as rows of: first number, how many, distance, layout."""
-    rows: list[list[int]] = []
-    for index, layout in states:
-        if rows and rows[-1][3] == layout:
-            first, num, distance, _ = rows[-1]
-            if num == 1 or index == first + num * distance:
-                rows[-1][1:3] = num + 1, (index - first if num == 1 else distance)
-                continue
-        rows.append([index, 1, 1, layout])
-    return rows
-
-
-def in_full(rows: list[list[int]]) -> list[Kept]:
-    """Undo :func:`in_short`."""
-    return [(first + n * distance, layout) for first, num, distance, layout in rows for n in range(num)]
-
-
 _NOT_KEPT = -1  # the number of tensors of a batch that is to be fetched again
 
 
@@ -160,6 +139,8 @@ class Segment:
         )
         lengths = [num for *_, num, _ in self._steps]
         firsts = [0, *accumulate(lengths)]
+        if firsts[-1] != len(self._micro):
+            raise ValueError(f"{len(self._micro)} batches of steps that have {firsts[-1]}")
         self._batches_of = {row[0]: range(*firsts[n : n + 2]) for n, row in enumerate(self._steps)}
 
     def steps(self) -> list[Step]:
@@ -178,6 +159,8 @@ class Segment:
         lengths = [num for *_, num, _ in self._micro]
         digests = self._file.get_tensor("digest").split(lengths) if lengths else ()
         names, firsts = self._words.get("ids", self._ids), [0, *accumulate(lengths)]
+        if len(names) != firsts[-1]:
+            raise ValueError(f"{len(names)} ids of {firsts[-1]} samples")
         found = []
         for number, (epoch, batch_idx, global_step, loader, num, kept) in enumerate(self._micro):
             ids, (loss, scale) = names[firsts[number] : firsts[number] + num], self._losses[number]
@@ -229,7 +212,7 @@ class Segment:
     def _row(self, place: int, dtype: str) -> Tensor:
         """What is of a dtype in the state that is kept in this place: in the last table that begins by then."""
         names = ((first, f"state/{self._kept[first]}/{dtype}") for first in range(place, -1, -1))
-        first, name = next(pair for pair in names if pair[1] in self._names)
+        first, name = next((pair for pair in names if pair[1] in self._names), (0, ""))
         table = self._file.get_slice(name)
         row: Tensor = table[place - first]
         return row if table.get_shape()[0] == 1 else row.clone()  # a view would hold on to all of the table

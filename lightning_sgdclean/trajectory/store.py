@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trajectory on disk, read back: a manifest (JSON), the segments that it names, and how the fit ended."""
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from lightning_sgdclean.base.errors import RunDirectoryError
-from lightning_sgdclean.base.files import checksum_of, read_sealed, write_sealed
+from lightning_sgdclean.base.files import checksum_of, naming, read_sealed, write_sealed
 from lightning_sgdclean.base.options import PLAIN_OPTIONS, THE_RUNS, Options, checked
 from lightning_sgdclean.base.randomness import RandomState, from_plain_text, in_plain_text
 from lightning_sgdclean.data.packing import PackedBatch
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of, nbytes_of, unflatten
+from lightning_sgdclean.trajectory.manifest import (
+    Count,
+    SegmentEntry,
+    check_segment,
+    in_full,
+    read_manifest,
+    stretch_to,
+)
 from lightning_sgdclean.trajectory.records import State, Step
-from lightning_sgdclean.trajectory.segments import Segment, in_full
+from lightning_sgdclean.trajectory.segments import Segment
 
 _NAME = "ending.json"
 
@@ -51,6 +60,19 @@ class FitEnd:
         return self.logged.get(index) if monitor == self.monitor else None
 
 
+class _Ending(TypedDict):
+    """What of it stands in the file."""
+
+    run: str
+    monitor: str
+    logged: list[tuple[Count, str]]
+    best_step: Count | None
+    num_val_batches: list[Count | float | None] | None
+    is_complete: bool
+    unexplained: dict[str, Any] | None
+    random: NotRequired[list[tuple[Count, dict[str, str]]]]
+
+
 def write_ending(folder: Path, run: str, ending: FitEnd) -> str:
     """Write it beside the trajectory of ``run``; its checksum, for the manifest."""
     content = asdict(ending) | {"run": run, "logged": [[step, repr(value)] for step, value in ending.logged.items()]}
@@ -80,16 +102,18 @@ def read_ending(folder: Path, run: str, checksum: str | None) -> FitEnd | None:
         raise RunDirectoryError(
             f"{folder / _NAME} is missing, though the manifest says that the fit was over. Restore it from a copy."
         )
-    content: dict[str, Any] = read_sealed(folder / _NAME)
+    written = read_sealed(folder / _NAME, _Ending)
+    content: dict[str, Any] = {**written}
     if content.pop("run") != run:
         raise RunDirectoryError(f"{folder / _NAME} belongs to another run. Restore the run directory from a copy.")
     if checksum_of(folder / _NAME) != checksum:
         raise RunDirectoryError(f"{folder / _NAME} is that of another fit. Restore the run directory from a copy.")
-    content["logged"] = {step: float(value) for step, value in content["logged"]}
-    content["random"] = {step: from_plain_text(state) for step, state in content.get("random", [])}
-    if content["num_val_batches"] is not None:
-        content["num_val_batches"] = [math.inf if n is None else n for n in content["num_val_batches"]]
-    return FitEnd(**content)
+    with naming(folder / _NAME):
+        content["logged"] = {step: float(value) for step, value in content["logged"]}
+        content["random"] = {step: from_plain_text(state) for step, state in content.get("random", [])}
+        if content["num_val_batches"] is not None:
+            content["num_val_batches"] = [math.inf if n is None else n for n in content["num_val_batches"]]
+        return FitEnd(**content)
 
 
 def forget_ending(folder: Path) -> None:
@@ -100,6 +124,11 @@ def forget_ending(folder: Path) -> None:
 _OPTIONS = "options.json"
 _PLACES = {"dirpath", "overwrite", "class_names"}  # of the directory and the page, not of the run
 _CODE = {"objective": "or monitor= to rank by a logged value", "sample_losses": "or None if the loss splits by itself"}
+
+
+class _WrittenOptions(TypedDict):
+    plain: dict[str, Any]
+    code: list[str]
 
 
 def write_options(folder: Path, options: Options) -> None:
@@ -126,7 +155,7 @@ def options_for(run_dir: str | Path, given: Mapping[str, Any]) -> tuple[Options,
         RunDirectoryError: If the file is damaged.
     """
     path = Path(run_dir) / "trajectory" / _OPTIONS
-    content = read_sealed(path) if path.exists() else {"plain": {}, "code": []}
+    content = read_sealed(path, _WrittenOptions) if path.exists() else _WrittenOptions(plain={}, code=[])
     written, default = content["plain"], {one.name: one.default for one in fields(Options)}
     known = {name: value for name, value in given.items() if name in default}
     missing = [name for name, value in known.items() if value is THE_RUNS]
@@ -149,9 +178,6 @@ def options_for(run_dir: str | Path, given: Mapping[str, Any]) -> tuple[Options,
         for name, value in own.items()
         if getattr(options, name) != value
     ]
-
-
-FORMAT = 5
 
 
 class Trajectory:
@@ -182,7 +208,7 @@ class Trajectory:
 
     def __init__(self, folder: Path, end: int | None = None) -> None:
         self.folder = folder
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         self.run: str = manifest["run"]
         self.trained: dict[str, str] = manifest["trained"]
         self.ending: str | None = manifest["ending"]
@@ -192,8 +218,8 @@ class Trajectory:
         self._states: dict[int, tuple[str, int, int]] = {}  # file, index, layout of each state kept
         self.steps: list[Step] = []
         for segment in manifest["segments"]:
-            _check_segment(folder, segment)
-        stretch = _stretch(folder, manifest, end)
+            check_segment(folder, segment)
+        stretch = stretch_to(folder, manifest, end)
         self.begins_epoch = all(segment["begins_epoch"] for segment in stretch[:1])
         for segment in stretch:
             self._read_steps(segment)
@@ -201,8 +227,12 @@ class Trajectory:
         self.fits: list[tuple[int, str]] = [(first, fit) for first, fit in manifest["fits"]]
         self.joints = {first - 1 for first, _ in self.fits[1:] if self.position(first) > 0}
 
-    def _read_steps(self, segment: dict[str, Any]) -> None:
-        steps = self._segment(segment["file"]).steps()
+    def _read_steps(self, segment: SegmentEntry) -> None:
+        with naming(self.folder / segment["file"]):
+            steps = self._segment(segment["file"]).steps()
+            numbers = [segment["first"] - 1, *(step.index for step in steps), segment["last"] + 1]
+            if any(one >= following for one, following in pairwise(numbers)):
+                raise ValueError("its steps are not those that the manifest says")
         self._files += [segment["file"]] * len(steps)
         self.steps += steps
         for index, layout in in_full(segment["states"]):
@@ -223,11 +253,20 @@ class Trajectory:
 
     def random(self, step: Step, micro: int) -> RandomState:
         """Random state before micro-batch ``micro`` of a step."""
-        return self._segment(self._files[self.position(step.index)]).random(step.index, micro)
+        with self._naming(step) as segment:
+            return segment.random(step.index, micro)
 
     def batch(self, step: Step, micro: int) -> PackedBatch | None:
         """Micro-batch ``micro`` of a step, if it was kept."""
-        return self._segment(self._files[self.position(step.index)]).batch(step.index, micro)
+        with self._naming(step) as segment:
+            return segment.batch(step.index, micro)
+
+    @contextmanager
+    def _naming(self, step: Step) -> Iterator[Segment]:
+        """The segment of a step; errors of its content name its file."""
+        file = self._files[self.position(step.index)]
+        with naming(self.folder / file):
+            yield self._segment(file)
 
     def state(self, index: int) -> State:
         """The state before step ``index`` (after the last step, for the end point).
@@ -239,8 +278,9 @@ class Trajectory:
         if position not in self._states:
             raise RunDirectoryError(f"{self.folder} keeps no state before step {index}.")
         file, number, layout = self._states[position]
-        held = self._segment(file).state(number, dtypes_of(self._layouts[layout]))
-        return unflatten(self._layouts[layout], held)
+        with naming(self.folder / file):
+            held = self._segment(file).state(number, dtypes_of(self._layouts[layout]))
+            return unflatten(self._layouts[layout], held)
 
     def _segment(self, file: str) -> Segment:
         if self._open is None or self._open[0] != file:
@@ -250,60 +290,12 @@ class Trajectory:
 
 def steps_written(folder: Path) -> Iterator[Step]:
     """The steps that a manifest names, in order, for one who has just written them: no checksum is looked at."""
-    for segment in _manifest(folder)["segments"]:
-        yield from Segment(folder / segment["file"]).steps()
+    for segment in read_manifest(folder)["segments"]:
+        with naming(folder / segment["file"]):
+            steps = Segment(folder / segment["file"]).steps()
+        yield from steps
 
 
 def fit_of(fits: Iterable[tuple[int, str]], index: int) -> str:
     """Name of the fit that recorded step ``index``; empty where none did."""
     return next((fit for first, fit in reversed([*fits]) if first <= index), "")
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{folder} holds no readable trajectory: {error}") from error
-    written_as = found.get("format") if isinstance(found, dict) else None
-    if written_as != FORMAT:
-        remedy = "Retrace it with the version that recorded it."
-        if isinstance(written_as, int) and written_as > FORMAT:
-            remedy = "It was recorded by a newer version; install that one."
-        raise RunDirectoryError(
-            f"{folder} is a trajectory of format {written_as!r}; this version reads format {FORMAT}. {remedy}"
-        )
-    return read_sealed(folder / "manifest.json")
-
-
-def _stretch(folder: Path, manifest: dict[str, Any], end: int | None) -> list[dict[str, Any]]:
-    """Segments each of which goes on where the one before ended, up to the step ``end``, or the last ones."""
-    stretches: list[list[dict[str, Any]]] = [[]]
-    for segment in manifest["segments"]:
-        before = stretches[-1][-1]["last"] if stretches[-1] else math.inf
-        if any(before < gap <= segment["first"] for gap in manifest["gaps"]):
-            stretches.append([])
-        stretches[-1].append(segment)
-    if end is None:
-        return stretches[-1]
-    found = [number for number, stretch in enumerate(stretches) if stretch and stretch[0]["first"] < end]
-    stretch = stretches[max(found, default=0)]
-    if found and stretch is not stretches[-1] and stretch[-1]["last"] + 1 < end:
-        raise RunDirectoryError(
-            f"{folder} keeps no steps from {stretch[-1]['last'] + 1} on that lead to step {end}: they were let go "
-            'while the run went on. Use at="last".'
-        )
-    return stretch
-
-
-def _check_segment(folder: Path, segment: dict[str, Any]) -> None:
-    path = folder / segment["file"]
-    if not path.exists():
-        raise RunDirectoryError(f"{path} is missing, though the manifest names it.")
-    size = path.stat().st_size
-    if size != segment["bytes"]:
-        raise RunDirectoryError(f"{path} is cut short or grown: it has {size} bytes instead of {segment['bytes']}.")
-    if checksum_of(path) != segment["checksum"]:
-        raise RunDirectoryError(
-            f"{path} is damaged, or belongs to another place or run: its content is not what was written there. "
-            "A trajectory cannot be repaired; restore it from a copy, or train again."
-        )

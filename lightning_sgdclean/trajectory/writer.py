@@ -8,16 +8,25 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, warn_of
-from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, read_sealed, write_sealed
+from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, write_sealed
 from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows
+from lightning_sgdclean.trajectory.manifest import (
+    FORMAT,
+    NAME,
+    Manifest,
+    SegmentEntry,
+    in_full,
+    in_short,
+    number_of,
+    read_manifest,
+    segment_name,
+)
 from lightning_sgdclean.trajectory.records import State, Step
 from lightning_sgdclean.trajectory.schedule import is_snapshot
-from lightning_sgdclean.trajectory.segments import in_full, in_short, write_segment
-from lightning_sgdclean.trajectory.store import FORMAT
+from lightning_sgdclean.trajectory.segments import write_segment
 
 _MOST_WAITING = 2
 _TELLS_AFTER, _GIVES_UP_AFTER = 60.0, 900.0  # seconds
@@ -117,7 +126,7 @@ class TrajectoryWriter:
         self.run = uuid.uuid4().hex  # not from a random state of the user's
         self.bytes_written = 0
         self._layouts: list[Layout] = []
-        self._segments: list[dict[str, Any]] = []
+        self._segments: list[SegmentEntry] = []
         self.fit = uuid.uuid4().hex
         self.fits: list[tuple[int, str]] = [(0, self.fit)]
         self._gaps: list[int] = []  # steps before which others were let go
@@ -133,16 +142,16 @@ class TrajectoryWriter:
         self._flattener = Flattener()
         self._rows = StateRows()
         self._forget()
-        if (folder / "manifest.json").exists():
+        if (folder / NAME).exists():
             self._continue()
 
     def _continue(self) -> None:
-        manifest = read_sealed(self._folder / "manifest.json")
+        manifest = read_manifest(self._folder)
         self.run, self._layouts, self._segments = manifest["run"], manifest["layouts"], manifest["segments"]
         self.fits = [*((first, fit) for first, fit in manifest["fits"]), (self.next_index, self.fit)]
         self._gaps = manifest["gaps"]
         self.bytes_written = sum(segment["bytes"] for segment in self._segments)
-        self._num_segments = 1 + max((int(s["file"][8:14]) for s in self._segments), default=-1)
+        self._num_segments = 1 + max((number_of(s["file"]) for s in self._segments), default=-1)
 
     def _forget(self) -> None:
         """Hold nothing in memory."""
@@ -218,13 +227,15 @@ class TrajectoryWriter:
             return
         self._complete()
         following = self.next_index
-        segment = {
-            "file": f"segment-{self._num_segments:06d}.safetensors",
+        segment: SegmentEntry = {
+            "file": segment_name(self._num_segments),
             "first": self._steps[0].index if self._steps else following,
             "last": following - 1,
             "epoch": self._steps[-1].epoch if self._steps else self._segments[-1]["epoch"],
             "begins_epoch": self._begins_epoch,
             "states": in_short([(index, layout) for index, (layout, _) in self._states.items()]),
+            "bytes": 0,  # these two are known once it is written
+            "checksum": "",
         }
         self._num_segments += 1
         self._segments.append(segment)
@@ -232,16 +243,14 @@ class TrajectoryWriter:
         self._background.submit(partial(self._write, list(self._segments), self._gaps, self._steps, states))
         self._forget()
 
-    def _write(
-        self, segments: list[dict[str, Any]], gaps: list[int], steps: list[Step], states: dict[int, Flat]
-    ) -> None:
+    def _write(self, segments: list[SegmentEntry], gaps: list[int], steps: list[Step], states: dict[int, Flat]) -> None:
         """Write the last of these segments, and the manifest."""
         *others, segment = segments
         with appearing_whole(self._folder / segment["file"]) as temporary:
             write_segment(temporary, steps, states)
             size = temporary.stat().st_size
             self._check_fits(size + sum(other["bytes"] for other in others))
-            segment |= {"bytes": size, "checksum": checksum_of(temporary)}
+            segment["bytes"], segment["checksum"] = size, checksum_of(temporary)
         self.bytes_written += size
         self._write_manifest(segments, gaps)
         for flat in states.values():
@@ -256,7 +265,7 @@ class TrajectoryWriter:
         """
         reaches = [(self._snapshot_before(epoch), end) for epoch, end in windows]
 
-        def is_reached(segment: dict[str, Any]) -> bool:
+        def is_reached(segment: SegmentEntry) -> bool:
             return any(start <= segment["last"] and segment["first"] <= end for start, end in reaches)
 
         kept = [segment for segment in self._segments if is_reached(segment)]
@@ -276,7 +285,7 @@ class TrajectoryWriter:
         states = [index for segment in self._segments for index, _ in in_full(segment["states"])]
         return max((index for index in [*states, *self._states] if firsts and index <= firsts[0]), default=0)
 
-    def _drop(self, segments: list[dict[str, Any]], gaps: list[int], gone: list[dict[str, Any]]) -> None:
+    def _drop(self, segments: list[SegmentEntry], gaps: list[int], gone: list[SegmentEntry]) -> None:
         self._write_manifest(segments, gaps)
         for segment in gone:
             (self._folder / segment["file"]).unlink(missing_ok=True)
@@ -308,8 +317,8 @@ class TrajectoryWriter:
         self._states[index] = state
         self._held += sum(tensor.nbytes for tensor in state[1].values())
 
-    def _write_manifest(self, segments: list[dict[str, Any]], gaps: list[int]) -> None:
-        manifest = {
+    def _write_manifest(self, segments: list[SegmentEntry], gaps: list[int]) -> None:
+        manifest: Manifest = {
             "format": FORMAT,
             "run": self.run,
             "trained": self._trained,
@@ -319,4 +328,4 @@ class TrajectoryWriter:
             "layouts": list(self._layouts),
             "segments": segments,
         }
-        write_sealed(self._folder / "manifest.json", manifest)
+        write_sealed(self._folder / NAME, {**manifest})

@@ -23,7 +23,8 @@ import yaml
 from cases import Plain, loaders, quiet_trainer
 from commands import EXAMPLE, sgdclean
 from lightning_sgdclean import Ranking, SGDInfluence, __version__, cli, compare
-from lightning_sgdclean.cli.terminal import printable, table, width_of
+from lightning_sgdclean.base.errors import printable
+from lightning_sgdclean.cli.terminal import table, width_of
 from processes import ROOT, forked, python, search_path
 
 COMMAND = [sys.executable, "-m", "lightning_sgdclean"]

@@ -85,7 +85,7 @@ def test_a_summary_without_id_type_decides_nothing(content: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "expected JSON"), ('{"id_type": "uuid"}', "'int' or 'str', found 'uuid'")],
+    [("{", "expected JSON"), ('{"id_type": "uuid"}', "Invalid enum value 'uuid'")],
 )
 def test_a_damaged_summary_is_named(content: str, message: str, tmp_path: Path) -> None:
     make([7]).save(tmp_path / "influence.csv")

@@ -10,8 +10,9 @@ import torch
 
 from lightning_sgdclean.data.packing import pack_batch
 from lightning_sgdclean.data.unpacking import unpack_batch
+from lightning_sgdclean.trajectory.manifest import in_full, in_short
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
-from lightning_sgdclean.trajectory.segments import Segment, in_full, in_short, write_segment
+from lightning_sgdclean.trajectory.segments import Segment, write_segment
 from processes import python
 
 BATCH = {"x": torch.arange(6.0).view(2, 3), "words": ["a", "b"], "n": 2}
@@ -139,11 +140,11 @@ def test_the_thread_that_writes_has_no_team_of_threads_of_its_own(tmp_path):
 
 SERIES = {
     "none": ([], []),
-    "one": ([(7, 0)], [[7, 1, 1, 0]]),
-    "every step's": ([(n, 1) for n in range(256, 512)], [[256, 256, 1, 1]]),
-    "one in five": ([(10, 0), (15, 0), (20, 0)], [[10, 3, 5, 0]]),
-    "another layout from the second on": ([(0, 0), (1, 1), (2, 1)], [[0, 1, 1, 0], [1, 2, 1, 1]]),
-    "another distance": ([(0, 0), (4, 0), (8, 0), (9, 0)], [[0, 3, 4, 0], [9, 1, 1, 0]]),
+    "one": ([(7, 0)], [(7, 1, 1, 0)]),
+    "every step's": ([(n, 1) for n in range(256, 512)], [(256, 256, 1, 1)]),
+    "one in five": ([(10, 0), (15, 0), (20, 0)], [(10, 3, 5, 0)]),
+    "another layout from the second on": ([(0, 0), (1, 1), (2, 1)], [(0, 1, 1, 0), (1, 2, 1, 1)]),
+    "another distance": ([(0, 0), (4, 0), (8, 0), (9, 0)], [(0, 3, 4, 0), (9, 1, 1, 0)]),
 }
 
 

@@ -129,6 +129,6 @@ def test_two_runs_never_share_a_directory(tmp_path, monkeypatch):
     folders = {fresh_directory(None, tmp_path, False) for _ in range(3)}
     assert len(folders) == 3
     # The other run comes between the look and the taking.
-    monkeypatch.setattr(files, "holds_run", lambda folder: False)
+    monkeypatch.setattr(files, "_holds_run", lambda folder: False)
     with pytest.raises(RunDirectoryError, match="just taken by another run"):
         fresh_directory(folders.pop(), tmp_path, True)
