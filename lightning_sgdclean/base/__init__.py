@@ -34,6 +34,7 @@ __all__ = [
     "StepTimer",
     "UnsupportedOperationError",
     "UnsupportedTrainingError",
+    "WeightedLoss",
     "appearing_whole",
     "batch_size_of",
     "best_model_checkpoint",
