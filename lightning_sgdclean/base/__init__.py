@@ -11,6 +11,7 @@ __all__ = [
     "NAME_THEM",
     "PLAIN_OPTIONS",
     "THE_RUNS",
+    "WEIGH_THEM",
     "BudgetError",
     "CopiesResults",
     "Hooks",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cases import Case, fit, loaders, quiet_trainer
+from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, SGDInfluenceWarning
 from weighted_losses import CASES, Cox, Dice, Mixup, NTXent, weighted
@@ -147,3 +147,22 @@ def test_a_mean_over_samples_is_what_it_is_without_the_option():
     for callback in (plain, own):
         fit(Case("plain", {"norm": True}), callback)
     assert own.ranking.influence == pytest.approx(plain.ranking.influence, rel=1e-9)
+
+
+class MixesRows(Plain):
+    """One call of torch's loss, whose rows are made of two samples each."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(0.7 * batch[0] + 0.3 * batch[0].flip(0)), batch[1])
+
+
+class UnderARoot(Plain):
+    def training_step(self, batch, batch_idx):
+        return rows(self, batch).mean().sqrt()
+
+
+@pytest.mark.parametrize("make", [MixesRows, UnderARoot, Dice], ids=lambda make: make.__name__)
+def test_where_a_loss_mixes_samples_the_refusal_names_the_option_once(make):
+    with pytest.raises(LossSplitError, match="Give weighted_loss=, a callable") as caught:
+        fit(Case("mixes", make=make), SGDInfluence("val_loss"))
+    assert str(caught.value).count("Losses that mix samples") == 1
