@@ -4,21 +4,22 @@
 At weights of 1 it has to be the training loss, and its gradient that of the training loss. The weights have to reach
 the gradient, which has to be finite where one of them is zero. And weight ``i`` has to be that of sample ``i``: where
 the training loss does not mind the order of its samples, they are moved on by one place and the weights with them; and
-some samples are replaced by others, to see that what a weight multiplies moves with the weight's own sample. What else
-the weight of a sample should do is the user's to say.
+some samples are replaced by others, to see that what a weight multiplies moves with the weight's own sample, and that
+zero takes no other out. What else the weight of a sample should do is the user's to say.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sgdclean.base.errors import LossSplitError, SGDInfluenceError
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.batches import Variant, neighbour_variant
+from lightning_sgdclean.data.batches import Variant, is_by_row, leaves_of, neighbour_variant
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import gradient, length_of
 from lightning_sgdclean.losses.loss_functions import replacement_masks
@@ -68,7 +69,8 @@ def check_own_loss(batch: RecordedBatch, on_mismatch: str) -> None:
             asked.compare_with_training(own)
         asked.check_weights_count(own)
         asked.check_zero()
-        asked.check_order()
+        if not asked.check_order():
+            asked.check_removed()
         asked.check_owners()
 
 
@@ -111,6 +113,8 @@ class _Asked:
         self._variant: Variant = neighbour_variant(batch.content)
         is_double = batch.params[0].dtype is torch.float64
         self._tolerance = 1e-9 if is_double else 1e-4
+        self._nobody = torch.zeros(self._num, dtype=torch.bool)
+        self._tried = sorted({*torch.linspace(0, self._num - 1, _TRIED).long().tolist()})
 
     def weights(self) -> Tensor:
         """Ones, to differentiate by."""
@@ -197,13 +201,17 @@ class _Asked:
         found = self.gradients(weights.requires_grad_())
         return math.isfinite(found.loss) and all(bool(torch.isfinite(grad).all()) for grad in found.by_params)
 
-    def check_order(self) -> None:
-        """Where the training loss is the same for its samples in another order, does the user's follow with weights?"""
+    def check_order(self) -> bool:
+        """Where the training loss is the same for its samples in another order, does the user's follow with weights?
+
+        Returns:
+            Whether that could be told: not of mixup, say, which minds the order.
+        """
         everyone = torch.ones(self._num, dtype=torch.bool)
         weights, ones = self._some_weights(), self.weights()
         here, there = self._losses(None, ones, weights), self._losses(everyone, ones, weights.roll(1).detach())
         if here is None or there is None or not self._is_close(here[0], there[0], abs(here[0])):
-            return  # it minds the order, as mixup does, or cannot be told
+            return False
         if not self._is_close(here[1], there[1], 10 * (abs(here[0]) + abs(here[1]))):
             raise LossSplitError(
                 "weighted_loss= gives some weights to other samples than theirs: with the samples in another order, "
@@ -211,13 +219,57 @@ class _Asked:
                 "all weights 1 it stays the same. " + _TOGETHER
             )
 
+        return True
+
+    def check_removed(self) -> None:
+        """If a weight of zero takes a sample out of the loss altogether, is it the weight's own sample?
+
+        Told by the gradient that the samples' numbers get: it is exactly zero for one that is out. Replacing samples
+        would not do, since a loss that sorts them might take out another one then. One weight alone says nothing: the
+        only triplet that a sample is in, say, may go with another's weight.
+        """
+        whole, astray = self._pulls(self.weights()), list[tuple[int, int]]()
+        for i in self._tried if whole is not None else []:
+            weights = self.weights().detach()
+            weights[i] = 0.0
+            found = self._pulls(weights.requires_grad_())
+            if found is None or whole is None or not bool((found[i] != 0) & (whole[i] != 0)):
+                continue
+            out = ((found == 0) & (whole != 0)).nonzero().flatten().tolist()
+            astray += [(i, out[0])] if out else []
+        if len(astray) > len(self._tried) // 2:
+            i, j = astray[0]
+            raise LossSplitError(
+                f"weights[{i}] of zero takes sample {j} of the batch out of weighted_loss=, and not sample {i}. "
+                f"{_TOGETHER}"
+            )
+
+    def _pulls(self, weights: Tensor) -> Tensor | None:
+        """How large the gradient by each sample's numbers is, ``(B,)``; None where that cannot be had."""
+        weighted, leaves = self._batch.weighted_loss, list[Tensor]()
+        assert weighted is not None
+
+        def noting(module: Any, batch: Any, given: Tensor) -> Any:
+            held = (leaf for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            leaves.extend(leaf.requires_grad_() for leaf in held if is_by_row(leaf, self._num))
+            return weighted(module, batch, given)
+
+        asked = replace(self._batch, weighted_loss=noting, content=self._variant(self._nobody))
+        try:
+            loss = asked.evaluate_under(None, weights, surroundings=self._wide, independent=True).loss
+            found = torch.autograd.grad([loss], leaves, allow_unused=True)
+        except Exception:  # theirs: it writes into its batch, say
+            self._batch.restore()
+            return None
+        sizes = [grad.abs().reshape(self._num, -1).sum(1) for grad in found if grad is not None]
+        return torch.stack(sizes).sum(0) if sizes else None
+
     def check_owners(self) -> None:
         """Does what a weight multiplies move with its own sample, if it moves with any?"""
-        before = self._terms(torch.zeros(self._num, dtype=torch.bool))
+        before, singles = self._terms(self._nobody), torch.arange(self._num)
         if before is None:
             return
-        singles, tried = torch.arange(self._num), sorted({*torch.linspace(0, self._num - 1, _TRIED).long().tolist()})
-        found = {i: terms for i in tried if (terms := self._terms(singles == i)) is not None}
+        found = {i: terms for i in self._tried if (terms := self._terms(singles == i)) is not None}
         for i, terms in found.items():
             if bool(self._moved(terms, before)[i]) or not bool(self._moved(terms, before, 100.0).any()):
                 continue  # where nothing moves, the sample was replaced by one that is the same, say
@@ -237,7 +289,7 @@ class _Asked:
         return found if found is not None and bool(torch.isfinite(found).all()) else None
 
     def _losses(self, replaced: Tensor | None, *weights: Tensor) -> list[float] | None:
-        mask = torch.zeros(self._num, dtype=torch.bool) if replaced is None else replaced
+        mask = self._nobody if replaced is None else replaced
         with torch.no_grad():
             found = [self._evaluated(mask, each) for each in weights]
         values = [float(loss) for loss in found if loss is not None]

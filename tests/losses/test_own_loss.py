@@ -75,6 +75,26 @@ def test_weights_that_are_not_sorted_with_their_samples_are_refused():
     refused(sorted_cox, "gives some weights to other samples than theirs.*sort, shuffle or pick weights", "cox")
 
 
+def tied(data):
+    x, found, i = data.tensors
+    return torch.utils.data.TensorDataset(x, torch.stack([found[:, 0].ceil().clamp(max=2), found[:, 1]], 1), i)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "32-true"])
+@pytest.mark.parametrize("function", [weighted, sorted_cox], ids=["right", "unsorted"])
+def test_that_is_seen_where_ties_leave_the_order_to_chance(function, precision):
+    case = CASES["cox"]
+    callback = SGDInfluence("val_loss", weighted_loss=function, verify=0)
+    trainer = quiet_trainer([callback], precision=precision, max_epochs=1)
+    given = case.make(**case.module), *loaders(tied(case.train), case.val, batch_size=12)
+    if function is weighted:
+        trainer.fit(*given)
+        assert trainer.global_step == 2
+        return
+    with pytest.raises(LossSplitError, match=r"weights\[\d\] of zero takes sample \d+ of the batch out of"):
+        trainer.fit(*given)
+
+
 def test_a_logarithm_of_a_risk_set_that_is_left_empty_is_refused():
     def loss(module, batch, weights):
         order = batch[1][:, 0].argsort(descending=True)
