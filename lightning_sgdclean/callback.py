@@ -34,6 +34,7 @@ from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.resources import Portable
 from lightning_sgdclean.base.summary import write_summary
 from lightning_sgdclean.losses.evaluate import RecordedBatch
+from lightning_sgdclean.losses.own_loss import prove_loss
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.losses.weighting import SplitPlan
@@ -56,14 +57,13 @@ from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch
 class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
     """Ranks the training samples of a run by the harm they did to its validation loss.
 
-    Records every optimizer step while ``fit`` trains (the training itself stays as it is, to the last
-    bit), retraces the last epochs backwards when it is done, and writes a ranked ``influence.csv``.
-    A negative influence is harmful: the validation loss would be lower had training gone without
-    the sample.
+    Records every optimizer step while ``fit`` trains (the training itself stays as it is, to the last bit), retraces
+    the last epochs backwards when it is done, and writes a ranked ``influence.csv``. A negative influence is harmful:
+    the validation loss would be lower had training gone without the sample.
 
-    Followed: most of torch's optimizers with any options, groups and schedules, gradient
-    accumulation and clipping, BatchNorm with its running statistics, dropout, any sampler. Training loops
-    that are not supported raise an error, before the first step where that can be known.
+    Followed: most of torch's optimizers with any options, groups and schedules, gradient accumulation and clipping,
+    BatchNorm with its running statistics, dropout, any sampler. What is not supported raises an error, before the first
+    step where that can be known.
 
     Example::
 
@@ -76,16 +76,15 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         monitor: Name of the value that ``validation_step`` logs for each batch; the objective is its
             mean over the validation set, as Lightning computes it.
         mode: ``"min"`` if the value should be low, ``"max"`` if it should be high.
-        objective: Instead of ``monitor``, a callable ``(pl_module, batch)`` that returns a
-            differentiable scalar, or a scalar and its weight (by default the batch's size). Or several
-            by name: samples are ranked by the first, and the CSV has a column for each of the others.
+        objective: Instead of ``monitor``, a callable ``(pl_module, batch)`` to a differentiable scalar, or to that and
+            its weight (by default the batch's size). Or several by name: the first ranks, the others are columns.
         val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data; in a YAML file the
             import path of a loader, or of a function that makes one.
         epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
         at: Where the walk starts: behind the ``"last"`` step, or at the ``"best"`` model of the Trainer's
             ModelCheckpoint, whose steps are then the last ones that count.
-        curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any
-            operation) or ``"none"`` (no Hessian; for comparison).
+        curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any operation) or
+            ``"none"`` (no Hessian; for comparison).
         finite_radius: Radius of ``"finite"`` relative to the parameters' length.
         dirpath: Run directory; by default ``sgd_influence`` in the logger's directory, the next free name.
         overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
@@ -93,8 +92,9 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
             of what a sample holds. By default their positions in the training loader's dataset.
         keep_batches: Whether to store the batches as they were trained on: ``"auto"`` does it where samples hold other
             data each time, by random augmentation say, ``True`` from the first batch, ``False`` never.
-        sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training
-            loss, for losses that cannot be split by themselves.
+        sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training loss, if not found.
+        weighted_loss: Callable ``(pl_module, batch, weights)`` to the training loss with weights ``(B,)`` on its
+            samples, where that is no mean over samples.
         snapshots: Which steps' states are kept on disk: ``"every"``, one in ``k``, or ``"sqrt"`` (a number and a
             distance that grow with the square root of the window); those between are recomputed for the retrace.
             ``"auto"`` keeps every one where that takes 1 GiB at most, else ``"sqrt"``, else as many as fit.
@@ -150,6 +150,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         sample_ids: Callable[[Any], Any] | Literal["content"] | None = None,
         keep_batches: bool | Literal["auto"] = "auto",
         sample_losses: Callable[[Any, Any], Any] | None = None,
+        weighted_loss: Callable[[Any, Any, Any], Any] | None = None,
         snapshots: Literal["auto", "every", "sqrt"] | int = "auto",
         max_bytes: int | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
@@ -228,12 +229,11 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
             self._recording.plan_snapshots(trainer)
 
     def _prove_split(self, trainer: Any, pl_module: Any, micro: MicroBatch, content: Any) -> None:
-        """On the first batch: does the loss split by sample?"""
-        if self.options.sample_losses is None:
-            params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
-            around = surroundings_of(trainer, pl_module)
-            batch = RecordedBatch(pl_module, params, micro, content, around, restore=lambda: None)
-            self._plan = self._split.prove(batch)
+        """On the first batch: does the loss split by sample, or is the user's own that of training?"""
+        params = list(trained_parameters(pl_module, trainer.optimizers[0]).values())
+        batch = RecordedBatch(pl_module, params, micro, content, surroundings_of(trainer, pl_module), lambda: None)
+        batch.sample_losses, batch.weighted_loss = self.options.sample_losses, self.options.weighted_loss
+        self._plan = prove_loss(batch, self._split, self.options.on_mismatch)
 
     def _rehearse(self, trainer: Any, pl_module: Any, kept: KeptStep, forward: bool) -> list[str]:
         """Retrace an early step; what to warn of."""

@@ -49,6 +49,7 @@ def retrace(
     curvature: Literal["exact", "finite", "none"] = THE_RUNS,
     finite_radius: float = THE_RUNS,
     sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
+    weighted_loss: Callable[[Any, Any, Tensor], Tensor] | None = THE_RUNS,
     on_mismatch: Literal["raise", "warn"] = THE_RUNS,
     tolerance: float | None = THE_RUNS,
     retrace_precision: Literal["auto", "run", "float32"] = THE_RUNS,
@@ -81,6 +82,7 @@ def retrace(
         curvature: Engine: ``"exact"``, ``"finite"`` or ``"none"``.
         finite_radius: Radius of ``"finite"``, relative to the parameters' length.
         sample_losses: Callable to the samples' losses, where these cannot be found.
+        weighted_loss: Callable to the loss with weights on its samples, where it is no mean over them.
         on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.
         tolerance: Largest relative difference of a loss.
         retrace_precision: Precision of the derivatives of a run in 16 bits.
@@ -225,6 +227,7 @@ def _key(this: OpenedRun, walk: Walk, adjoints: list[Adjoint]) -> str:
         "curvature": [options.curvature, options.finite_radius],
         "widens": walk.widens,
         "sample_losses": options.sample_losses,
+        "weighted_loss": options.weighted_loss,
         "relabel": "relabel" in options.columns,
         # A bookmark made under "warn" must not be resumed under "raise".
         "refuses": [options.on_mismatch, walk.replay.fidelity.tolerance],

@@ -132,7 +132,7 @@ def check_derivative(
             found = point.differences()
             told = {part: off for part, off in found.items() if off is not None}
             wrong = next((part for part, off in told.items() if off > TOLERANCE), None)
-            causes = point.causes() if wrong is not None else _Causes()
+            causes = point.causes(wrong) if wrong is not None else _Causes()
     except SGDInfluenceError:
         raise
     except Exception as error:  # theirs: code that wants float32, a kernel without float64, too little memory
@@ -174,11 +174,14 @@ def _own_gradients(module: nn.Module) -> Iterator[None]:
 class _Causes:
     """What could make the derivative of the loss another one than that of the training."""
 
+    own: str = ""
     stops: list[str] = field(default_factory=list)
     edits: list[str] = field(default_factory=list)
 
     @property
     def words(self) -> str:
+        if self.own:
+            return self.own
         if self.stops:
             return (
                 f"training_step stops gradients ({', '.join(self.stops[:_NUM_NAMED])}) at values that the parameters "
@@ -188,6 +191,8 @@ class _Causes:
         return f"The gradient that training uses is not the derivative of its loss{seen}."
 
     def way_out(self, engine: Engine) -> str:
+        if self.own:
+            return "Let the weights, and what they multiply, reach the loss through the graph alone."
         if self.stops:
             return "Let the gradient through, or compute these values from what is not trained."
         if isinstance(engine, Finite):
@@ -199,6 +204,7 @@ class _Causes:
 
 
 _NUM_NAMED = 3
+_BY_WEIGHTS = "the gradient's change with the samples' weights"
 
 
 class _Point:
@@ -230,7 +236,7 @@ class _Point:
         found: dict[str, float | None] = {}
         if self._engine.with_hessian:
             found["the gradient's change with the parameters"] = self._difference_by_parameters()
-        found["the gradient's change with the samples' weights"] = self._difference_by_weights()
+        found[_BY_WEIGHTS] = self._difference_by_weights()
         self._tensors.put_back()
         used = self._used()
         off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
@@ -310,8 +316,13 @@ class _Point:
         self._tensors.put_back()  # it moved running statistics
         return watched
 
-    def causes(self) -> _Causes:
-        """What the module does that could explain a difference."""
+    def causes(self, wrong: str) -> _Causes:
+        """What the module, or the user's own loss, does that could explain a difference."""
+        if wrong == _BY_WEIGHTS and self._batch.weighted_loss is not None:
+            return _Causes(
+                "weighted_loss= has values that change otherwise with the weights than its derivative by them says: "
+                "some of them leave the graph on their way (detach, item, tolist, numpy, no_grad)."
+            )
         watched, names = self._watched(), self._names
         functions = [name.removesuffix("Backward") for name in names if name.endswith("Backward")]
         edits = [f"torch.autograd.Function {name!r}" for name in functions if name != "BackwardHookFunction"]
@@ -321,7 +332,7 @@ class _Point:
         for name, part in self._module.named_modules():
             if part._backward_hooks or part._backward_pre_hooks:
                 edits.append(f"a backward hook of the module {name or type(part).__name__!r}")
-        return _Causes([*watched.places], edits)
+        return _Causes("", [*watched.places], edits)
 
 
 _NUDGE = 1e-5

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 
 # The way out where positions in the dataset do not tell which samples a batch holds.
 NAME_THEM = "Give sample_ids=, a callable from the batch to its samples' ids."
+# The same where the loss is no mean over samples.
+WEIGH_THEM = (
+    "Give weighted_loss=, a callable (pl_module, batch, weights) -> the training loss with weights (B,) on its "
+    "samples, as the recipe 'Losses that mix samples' of the documentation shows it for the usual losses."
+)
 
 
 class SGDInfluenceError(RuntimeError):

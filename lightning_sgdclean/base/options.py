@@ -15,6 +15,7 @@ from lightning_sgdclean.base.resources import Lost, Travelling, pyarrow
 SampleId: TypeAlias = int | str
 ObjectiveFn = Callable[[Any, Any], Any]  # (pl_module, batch) -> scalar, or scalar and weight
 SampleLosses = Callable[[Any, Any], Any]  # (pl_module, batch) -> losses (B,)
+WeightedLoss = Callable[[Any, Any, Any], Any]  # (pl_module, batch, weights (B,)) -> scalar
 
 
 class _TheRuns:
@@ -49,6 +50,7 @@ class Options:
     sample_ids: Callable[[Any], Any] | Literal["content"] | None = None
     keep_batches: bool | Literal["auto"] = "auto"
     sample_losses: SampleLosses | None = None
+    weighted_loss: WeightedLoss | None = None
     snapshots: Literal["auto", "every", "sqrt"] | int = "auto"
     max_bytes: int | None = None
     on_mismatch: Literal["raise", "warn"] = "raise"
@@ -67,6 +69,11 @@ class Options:
     def __post_init__(self) -> None:
         for option in fields(self):
             object.__setattr__(self, option.name, checked(option.name, getattr(self, option.name)))
+        if self.sample_losses is not None and self.weighted_loss is not None:
+            raise ValueError(
+                "sample_losses= and weighted_loss= both say what a sample's weight does to the training loss. Give "
+                "sample_losses= where that is a mean over samples, else weighted_loss=, not both."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, but of the user's own objects only those that can be pickled: see :class:`Travelling`."""
@@ -96,6 +103,11 @@ class Options:
         return cls(**{name: arguments[name] for name in names if name in arguments})
 
     @property
+    def finds_split(self) -> bool:
+        """Whether it is to be found, and not given, what a sample's weight does to the loss."""
+        return self.sample_losses is None and self.weighted_loss is None
+
+    @property
     def objectives(self) -> dict[str, ObjectiveFn | None]:
         """What the samples are ranked by, first, and what else their influence on is wanted; None: what is logged."""
         if self.objective is None:
@@ -105,7 +117,8 @@ class Options:
         return {getattr(self.objective, "__name__", "objective"): self.objective}
 
 
-_OWN = frozenset({"objective", "val_dataloaders", "sample_ids", "sample_losses", "render"})  # may hold anything
+# May hold anything.
+_OWN = frozenset({"objective", "val_dataloaders", "sample_ids", "sample_losses", "weighted_loss", "render"})
 
 
 def checked(name: str, value: Any) -> Any:
@@ -307,6 +320,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sample_ids": _sample_ids,
     "keep_batches": _keep_batches,
     "sample_losses": _callable("(pl_module, batch) -> losses (B,)"),
+    "weighted_loss": _callable("(pl_module, batch, weights) -> scalar"),
     "snapshots": _positive_int_or("auto", "every", "sqrt"),
     "max_bytes": _bytes,
     "on_mismatch": _one_of("raise", "warn"),
@@ -325,5 +339,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 # Those whose value can be written down, in YAML say; the others are objects of the user's.
-PLAIN_OPTIONS = _CHECKS.keys() - {"objective", "val_dataloaders", "sample_ids", "sample_losses", "render"}
+PLAIN_OPTIONS = _CHECKS.keys() - _OWN
 Positions = list[SampleId] | SampleId  # keys of a dataset: a list for a batch, a single one without batching

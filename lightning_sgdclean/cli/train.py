@@ -186,8 +186,9 @@ def _in_words(callback: Any, found: Findings) -> list[tuple[str, str]]:
 
 
 def _split(callback: Any, found: Findings) -> list[tuple[str, str]]:
-    if callback.options.sample_losses is not None:
-        return [("split", "by sample_losses=")]
+    for name in ("sample_losses", "weighted_loss"):
+        if getattr(callback.options, name) is not None:
+            return [("split", f"by {name}=")]
     if found.early.split is None:
         return []
     words = []

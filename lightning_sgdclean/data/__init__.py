@@ -38,6 +38,7 @@ __all__ = [
     "fingerprints",
     "has_own_collate",
     "has_row_each",
+    "is_by_row",
     "is_dense",
     "is_entry_each",
     "label_of",

@@ -149,6 +149,7 @@ def counterfactual(
     epochs: int | Literal["all"] = THE_RUNS,
     at: Literal["last", "best"] = THE_RUNS,
     sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
+    weighted_loss: Callable[[Any, Any, Tensor], Tensor] | None = THE_RUNS,
     batched: bool | Literal["auto"] = "auto",
     on_mismatch: Literal["raise", "warn"] = THE_RUNS,
     tolerance: float | None = THE_RUNS,
@@ -176,6 +177,7 @@ def counterfactual(
         epochs: How many of the last epochs to run again, or ``"all"``; no more than were kept.
         at: End point, ``"last"`` or ``"best"``; the latter needs a run that was recorded with it.
         sample_losses: Callable to the samples' losses, where these cannot be found.
+        weighted_loss: Callable to the loss with weights on its samples, where it is no mean over them.
         batched: Whether to make the runs at once, by ``torch.func.vmap``. ``"auto"`` does it where the module allows it
             (whether it does is checked against single runs), and where it is faster: where networks are small.
         on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.

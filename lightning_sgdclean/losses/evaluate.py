@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
-from lightning_sgdclean.base.options import SampleLosses
+from lightning_sgdclean.base.options import SampleLosses, WeightedLoss
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.contents import write_changed
@@ -57,6 +57,7 @@ class RecordedBatch:
         surroundings: What stands for the Trainer.
         restore: Puts the module's plain attributes back.
         sample_losses: The user's own ``(module, batch) -> (B,)``, whose mean stands for the loss where it is weighted.
+        weighted_loss: The user's own ``(module, batch, weights) -> scalar``, which stands for it likewise.
         split: Whose the parts of the loss are, where the user does not say it.
         divisor: By how much the loss is divided, since so many micro-batches are accumulated.
         is_relabelled: Whether every evaluation with other labels found where to put them.
@@ -70,6 +71,7 @@ class RecordedBatch:
     surroundings: Surroundings
     restore: Callable[[], None]
     sample_losses: SampleLosses | None = None
+    weighted_loss: WeightedLoss | None = None
     split: Split | None = None
     divisor: int = 1
     is_relabelled: bool = field(default=True, init=False)
@@ -143,11 +145,11 @@ class RecordedBatch:
             weighing = LabelledWeights(own, plan, references, others)
         watched = WatchedCalls(self.module)
         watchers = [norms, watched]
-        if self.sample_losses is None:
+        if self.own_loss is None:
             loss = self.call([*watchers, weighing], surroundings)
         else:
-            loss = self._mean(self.call(watchers, surroundings, self.sample_losses), own)
-        self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
+            loss = self._own(own, watchers, surroundings)
+        self.is_relabelled &= others is None or (others.is_whole and self.own_loss is None)
         if loss.grad_fn is not None and not independent:
             self.manner = watched.manner(loss)
         return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
@@ -198,8 +200,8 @@ class RecordedBatch:
         """
         if weights is None:
             return self.call(restores=False)
-        if self.sample_losses is not None:
-            return self._mean(self.call([], function=self.sample_losses, restores=False), weights)
+        if self.own_loss is not None:
+            return self._own(weights, [], restores=False)
         weighing = SampleWeights(weights, self._plan)
         loss = self.call([weighing], restores=False)
         if self._plan is not None and not is_planned(weighing.calls, self._plan):
@@ -257,6 +259,27 @@ class RecordedBatch:
             self.restore()
         return loss
 
+    @property
+    def own_loss(self) -> str | None:
+        """What of the user's own stands for the loss where it is weighted, in words; None if nothing does."""
+        if self.weighted_loss is not None:
+            return "weighted_loss= at weights of 1"
+        return None if self.sample_losses is None else "the mean of sample_losses="
+
+    def _own(
+        self, weights: Tensor, watchers: Watchers, surroundings: Surroundings | None = None, *, restores: bool = True
+    ) -> Tensor:
+        """The loss with weights ``(B,)`` on its samples, as the user's own callable gives it."""
+        weighted = self.weighted_loss
+        if weighted is None:
+            return self._mean(self.call(watchers, surroundings, self.sample_losses, restores=restores), weights)
+        given = weights.to(self.params[0].dtype)  # so that weights of 1 round nothing that training did not round
+
+        def function(module: Any, batch: Any) -> Tensor:
+            return weighted(module, batch, given)  # type: ignore[no-any-return]
+
+        return _scalar(self.call(watchers, surroundings, function, restores=restores))
+
     def _mean(self, losses: Tensor, weights: Tensor) -> Tensor:
         if losses.shape != weights.shape:
             raise LossSplitError(
@@ -292,6 +315,17 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
     """Whether ``training_step`` or ``validation_step`` wants a ``batch_idx``, as Lightning decides it."""
     parameters = inspect.signature(step).parameters
     return "batch_idx" in parameters or len(parameters) >= 2
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What ``weighted_loss=`` gave, if it may be a loss."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    found = f"a tensor of shape {tuple(loss.shape)} ({loss.dtype})" if isinstance(loss, Tensor) else type(loss).__name__
+    raise LossSplitError(
+        f"weighted_loss= gave {found}; expected a scalar: the training loss with the weights on its samples. A "
+        "callable to one loss a sample, whose mean is the training loss, is sample_losses=."
+    )
 
 
 def _loss_in(output: Any) -> Tensor:

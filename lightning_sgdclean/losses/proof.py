@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError
+from lightning_sgdclean.base.errors import WEIGH_THEM, LossSplitError, ReplayMismatchError
 from lightning_sgdclean.data.batches import Variant
 from lightning_sgdclean.losses.kernels import gradient, length_of
 from lightning_sgdclean.losses.loss_functions import (
@@ -203,8 +203,8 @@ def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
         tied = [sample for sample in range(num) if int(codes[sample]) & ~code == 0]
         raise LossSplitError(
             f"A row of the loss depends on several samples of the batch (among them, by position, {tied[:3]}): "
-            f"{term}, and rows mix samples, as mixup or in-batch negatives do. A row can only count as the loss of one "
-            f"sample. If you mean it to, say which:"
+            f"{term}, and rows mix samples, as mixup or in-batch negatives do. {WEIGH_THEM} If a row is to count as "
+            "the loss of one sample, say which:"
         )
     rules = consistent_rules(seen, codes)
     if not rules:
@@ -286,7 +286,8 @@ def _with_linearity(base: Evaluated, plan: SplitPlan) -> SplitPlan:
             if own is not None and bool((reach[~part] != 0).any()):
                 raise LossSplitError(
                     f"{term}, and they are reduced together other than by a sum, so that how much one sample's "
-                    f"loss counts depends on the others' (a root, a logarithm or a softmax over the batch)."
+                    "loss counts depends on the others' (a root, a logarithm or a softmax over the batch). "
+                    f"{WEIGH_THEM} If they are to count one by one:"
                 )
     return tuple(
         RowOwners(call.call, call.rules, call.is_linear and not is_bent)

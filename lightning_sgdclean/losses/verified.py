@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.base.errors import LossSplitError
+from lightning_sgdclean.base.errors import WEIGH_THEM, LossSplitError
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
@@ -20,12 +20,14 @@ from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split
 from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
+_MIXED = "Where the loss is no mean over samples (batch Dice, Cox, in-batch negatives): "
 
 
-def advice_for(batch: RecordedBatch) -> str:
+def advice_for(batch: RecordedBatch, names_weights: bool = False) -> str:
     """What to do about a loss that cannot be split: a line whose mean is the loss of this batch, or the contract alone.
 
-    Parameters are moved a little, so that no line fits only because a network starts at zero.
+    Where ``weighted_loss=`` was named before, it is not named again. Parameters are moved a little, so that no line
+    fits only because a network starts at zero.
     """
     module, around, num = batch.module, batch.surroundings, len(batch)
     with (
@@ -41,7 +43,8 @@ def advice_for(batch: RecordedBatch) -> str:
     ends = f"; training_step ends with `{last}`" if last else ""
     if fitting is not None:
         return f"Give {_CONTRACT}{ends}. Here this line has that mean: sample_losses={fitting}"
-    return f"Give {_CONTRACT}{ends and f'{ends}: give what stood before the mean over the batch'}."
+    mixed = "" if names_weights else f" {_MIXED}{WEIGH_THEM}"
+    return f"Give {_CONTRACT}{ends and f'{ends}: give what stood before the mean over the batch'}.{mixed}"
 
 
 def _fits_loss(batch: RecordedBatch, line: str) -> bool:
@@ -291,7 +294,7 @@ def _advised(batch: RecordedBatch) -> Iterator[None]:
     try:
         yield
     except LossSplitError as error:
-        text = f"{error} {advice_for(batch)}"
+        text = f"{error} {advice_for(batch, names_weights=WEIGH_THEM in str(error))}"
         raise LossSplitError(text) from error
 
 

@@ -35,7 +35,7 @@ class TrainLoaders:
         self._may_keep = options.keep_batches is not False
         self._sample_ids = content_ids if options.sample_ids == "content" else options.sample_ids
         self._ids = _IdCheck()
-        self._rows = _RowCheck() if options.sample_losses is None else None
+        self._rows = _RowCheck() if options.finds_split else None
         self._noting: NotingSampler | None = None
         self._dataset: Any = None  # of the latest loader, when it was last prepared
         self._noted: list[tuple[weakref.ref[Any], Any]] = []  # loaders, with the datasets that they had then

@@ -92,7 +92,7 @@ class Fidelity:
             step: The step.
             losses: Of each micro-batch.
             counts: Whether it counts in the summary.
-            batches: The micro-batches, where the losses may be means of the user's sample losses.
+            batches: The micro-batches, where the losses may be those of a callable of the user's.
         """
         for number, (loss, micro) in enumerate(zip(losses, step.micro, strict=True)):
             assert micro.loss is not None
@@ -104,11 +104,12 @@ class Fidelity:
             if not off <= self.tolerance:
                 undo = step.divisor / micro.scale
                 text = f"loss {now * undo!r} instead of {recorded * undo!r}. "
-                if number < len(batches) and batches[number].sample_losses is not None:
+                own = batches[number].own_loss if number < len(batches) else None
+                if own is not None:
                     trained = float(batches[number].as_trained())
                     if abs(trained - recorded) <= self.tolerance * max(abs(recorded), 1e-12):
-                        text += "The former is the mean of sample_losses=, the latter what training_step gives again. "
-                        self.mismatch(step, f"{text}The mean of sample_losses= has to be the training loss.")
+                        text += f"The former is {own}, the latter what training_step gives again. "
+                        self.mismatch(step, f"{text}{own[0].upper()}{own[1:]} has to be the training loss.")
                         continue
                 self.mismatch(step, text + _causes(self.module, [*self.hooks.edit, *self.hooks.between]))
 

@@ -29,7 +29,7 @@ SAMPLE_COLUMNS = ("label", "prediction", "loss", "source")
 Visit = tuple[Step, int, int]  # step, number of the micro-batch in it, row
 _WHY_EMPTY = (
     "labels and predictions are read where a loss of torch has one class or value a sample, losses where the training "
-    "loss is linear in what torch's losses give."
+    "loss is linear in what torch's losses give. With weighted_loss= no row of the loss is one sample's."
 )
 
 
@@ -204,6 +204,8 @@ def _fetched(this: OpenedRun, loader: Any, positions: list[SampleId]) -> Any:
 def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     """Label, prediction and loss of a batch's rows of interest."""
     replay, last = this.replay, this.steps[-1]
+    if replay.weighted_loss is not None:  # no row of the loss is one sample's
+        return {}
     random = replay.random_of(batch.step, batch.number)
     set_random_state(random, replay.surroundings.device)
     at_end = replace(batch.micro, random=random, epoch=last.epoch, global_step=last.index)
@@ -256,7 +258,7 @@ def _problem(this: OpenedRun, seen: dict[SampleId, Seen]) -> str | None:
     """Change the labels of a batch in its loss calls, and in the batch itself: do they come to the same losses?"""
     replay = this.replay
     if replay.split is None:
-        return "with sample_losses= it is not seen how a label enters a loss."
+        return "with sample_losses= it is not seen how a label enters a loss, nor with weighted_loss=."
     step, labels = _telling(this.steps, seen)
     batch = replay.batch(step, 0)
     weights = batch.weights()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.base.lightning import Hooks
-from lightning_sgdclean.base.options import Options, SampleLosses
+from lightning_sgdclean.base.options import Options, SampleLosses, WeightedLoss
 from lightning_sgdclean.base.randomness import RandomState
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.data.fingerprints import batch_digest
@@ -40,6 +40,7 @@ class Replay:
         restore: Puts the module's modes and plain attributes back.
         fidelity: What the replay is held against.
         sample_losses: The user's own split of the loss.
+        weighted_loss: The user's own loss with weights on its samples.
         split: The split that was found, where the user gives none.
     """
 
@@ -51,6 +52,7 @@ class Replay:
     restore: Callable[[], None]
     fidelity: Fidelity
     sample_losses: SampleLosses | None = None
+    weighted_loss: WeightedLoss | None = None
     split: VerifiedSplit | None = None
 
     def batch(self, step: Step, number: int) -> RecordedBatch:
@@ -77,6 +79,7 @@ class Replay:
             self.surroundings,
             self.restore,
             sample_losses=self.sample_losses,
+            weighted_loss=self.weighted_loss,
             split=self.split,
             divisor=divisor,
         )
@@ -123,7 +126,8 @@ def replay_of(
         restore=restore,
         fidelity=Fidelity(tolerance, options.on_mismatch, hooks, module),
         sample_losses=options.sample_losses,
-        split=None if options.sample_losses else split or VerifiedSplit(),
+        weighted_loss=options.weighted_loss,
+        split=split or VerifiedSplit() if options.finds_split else None,
     )
 
 

@@ -25,6 +25,7 @@ from lightning_sgdclean.data.fetching import (
     has_own_collate,
 )
 from lightning_sgdclean.data.fingerprints import Fingerprint, batch_digest, fingerprint
+from lightning_sgdclean.losses.own_loss import check_own_loss
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
@@ -58,6 +59,7 @@ def prove_ids(
     """
     split = replay.split
     if split is None:  # the user says which loss is whose
+        check_own_loss(replay.batch(steps[0], 0), replay.fidelity.on_mismatch)
         return []
     if not split.is_proved:
         several = ((step, i) for step in steps for i, micro in enumerate(step.micro) if len(micro.ids) > 1)

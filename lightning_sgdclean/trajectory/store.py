@@ -123,7 +123,11 @@ def forget_ending(folder: Path) -> None:
 
 _OPTIONS = "options.json"
 _PLACES = {"dirpath", "overwrite", "class_names"}  # of the directory and the page, not of the run
-_CODE = {"objective": "or monitor= to rank by a logged value", "sample_losses": "or None if the loss splits by itself"}
+_CODE = {
+    "objective": "or monitor= to rank by a logged value",
+    "sample_losses": "or None if the loss splits by itself",
+    "weighted_loss": "or None if the loss splits by itself",
+}
 
 
 class _WrittenOptions(TypedDict):

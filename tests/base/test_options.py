@@ -27,6 +27,7 @@ WRONG = {
     "sample_ids": [3, "ids", [len]],
     "keep_batches": [None, 0, 1, "Auto", "always"],
     "sample_losses": [3, "losses", [len]],
+    "weighted_loss": [3, "loss", [len]],
     "snapshots": [0, -1, 2.0, True, "Auto", "all", None],
     "max_bytes": [0, -1, float("nan"), "1 GB", True],
     "on_mismatch": [*NO_CHOICE, "error", "Raise", "WARN"],
@@ -120,6 +121,15 @@ def test_options_are_read_as_attributes_of_the_callback_and_not_set():
     assert callback.epochs == callback.options.epochs == 3
     with pytest.raises(AttributeError, match="no setter"):
         callback.epochs = 0
+
+
+def test_only_one_of_them_says_what_a_weight_does_to_the_loss():
+    def loss(*given):
+        return 0.0
+
+    with pytest.raises(ValueError, match="sample_losses= and weighted_loss= both say"):
+        Options(sample_losses=loss, weighted_loss=loss)
+    assert not Options(weighted_loss=loss).finds_split
 
 
 def test_what_is_right_passes():

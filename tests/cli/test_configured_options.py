@@ -26,6 +26,10 @@ def typed_losses(module, batch) -> torch.Tensor:
     return module.loss(batch, "none")
 
 
+def weighted(module, batch, weights):
+    return (weights * module.loss(batch, "none")).mean()
+
+
 def objective(module, batch):
     return module.loss(batch)
 
@@ -59,6 +63,7 @@ OPTIONS = {
     "sample_ids": [("mine.ids", "ids"), ("content", "content")],
     "keep_batches": [(True, True), (False, False), ("auto", "auto")],
     "sample_losses": [("mine.losses", "losses"), ("mine.typed_losses", "typed_losses")],
+    "weighted_loss": [("mine.weighted", "weighted")],
     "snapshots": [(3, 3), ("sqrt", "sqrt")],
     "max_bytes": [(1000, 1000)],
     "on_mismatch": [("warn", "warn")],
