@@ -47,4 +47,5 @@ __all__ = [
     "unit_weights",
     "untouched_module",
     "untouched_options",
+    "watched_under",
 ]

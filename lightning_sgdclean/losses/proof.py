@@ -28,6 +28,10 @@ from lightning_sgdclean.losses.loss_functions import (
 from lightning_sgdclean.losses.weighting import Evaluated, LossCall, RowOwners, SplitPlan
 
 
+class UnsplitRestError(LossSplitError):
+    """What torch's own losses do not account for depends on the samples, too."""
+
+
 class Probe:
     """A training loss at parameters where samples do differ.
 
@@ -132,13 +136,13 @@ class Probe:
         if unlike is not None:
             what = (
                 f"{unlike[0]}, and {tuple(unlike[1].rows.shape)} with some of them replaced by others. Rows picked "
-                "by a mask cannot be followed; ignore_index, or a weight of zero, can."
+                "by a mask or by positions are followed where indexing picks them; ignore_index always is."
             )
         return f"Which losses are computed depends on the samples: {what}"
 
 
 def _shapes(evaluated: Evaluated) -> list[tuple[Any, ...]]:
-    return [(term.call, term.rows.shape) for term in evaluated.calls]
+    return [term.likeness for term in evaluated.calls]
 
 
 def without_graph(evaluated: Evaluated) -> Evaluated:
@@ -154,7 +158,7 @@ def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:
     return (~same).cpu()
 
 
-def prove_split(probe: Probe) -> SplitPlan:
+def prove_calls(probe: Probe) -> SplitPlan:
     """Find the owner of every row of every loss call, and prove that nothing else depends on the samples.
 
     Raises:
@@ -166,12 +170,12 @@ def prove_split(probe: Probe) -> SplitPlan:
     if probe.num == 1:  # there is no other sample to tell a penalty by
         rules = [frozenset([OwnerRule(0, outer=1)])] * len(base.calls)
     else:
-        rules = [_rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
+        rules = [rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
     plan = tuple(RowOwners(term.call, found) for term, found in zip(base.calls, rules, strict=True))
     plan = _with_linearity(probe.ask(), plan)
-    _prove_rest(probe, plan)
+    prove_rest(probe, plan)
     if not any(call.rules for call in plan):
-        raise LossSplitError(
+        raise UnsplitRestError(
             "No part of the training loss was found to depend on a sample: nothing moved when samples were replaced "
             "by others of the batch, in tensors whose first or second dimension it is and in lists of as many entries. "
         )
@@ -192,7 +196,8 @@ def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
     return found
 
 
-def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
+def rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[OwnerRule]:
+    """The rules that agree with the groups of samples, as bits, that moved each row; none if nothing did."""
     if not bool(seen.any()):
         return frozenset()
     masks = replacement_masks(num)
@@ -201,9 +206,10 @@ def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
     if bool(foreign.any()):
         code = int(seen[foreign][0])
         tied = [sample for sample in range(num) if int(codes[sample]) & ~code == 0]
+        among = f" (among them, by position, {tied[:3]})" if tied else ""
         raise LossSplitError(
-            f"A row of the loss depends on several samples of the batch (among them, by position, {tied[:3]}): "
-            f"{term}, and rows mix samples, as mixup or in-batch negatives do. A row can only count as the loss of one "
+            f"A row of the loss depends on several samples of the batch{among}: {term}, and rows mix samples, as mixup "
+            f"or in-batch negatives do. A row can only count as the loss of one "
             f"sample. If you mean it to, say which:"
         )
     rules = consistent_rules(seen, codes)
@@ -308,7 +314,7 @@ def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[
     return [next(found) if rows.requires_grad else torch.zeros_like(rows) for rows in entering]
 
 
-def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
+def prove_rest(probe: Probe, plan: SplitPlan) -> None:
     """What is left of the gradient without the samples' rows must not depend on the samples."""
     some = torch.arange(probe.num) % 2 == 0
     base = probe.ask(plan=plan)
@@ -316,14 +322,13 @@ def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
     if not rest_depends_on_samples(probe, plan, masks):
         return
     if probe.num == 1:
-        raise LossSplitError(
+        raise UnsplitRestError(
             "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
             "sample cannot be told from one. Train on batches of two or more."
         )
     calls = ", ".join(call.call[0] for call in plan if call.rules) or "none"
-    raise LossSplitError(
-        f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
-        "Terms written by hand, or compiled by torch.jit, are not seen."
+    raise UnsplitRestError(
+        f"A part of the training loss depends on the samples but was not split by sample (split: {calls})."
     )
 
 
