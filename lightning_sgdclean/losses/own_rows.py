@@ -105,20 +105,19 @@ class OwnRows(SampleWeights):
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}  # samples of sorted tensors, by address
         self._picks: list[dict[OwnerRule, Tensor]] = []
         self._of_samples: dict[int, Tensor] = {}  # what was made of the batch, by address
+        self._is_of_samples = False  # what is being made
         self.rows_of_torch: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Remember the tensors that are made, which of them are made of the samples, and what picks rows."""
         given, name = tree_leaves((args, kwargs)), getattr(func, "__name__", "")
         self._remember(given)  # one that was written to is not what it was when it was made
+        self._is_of_samples = any(id(value) in self._of_samples for value in given)
         if func in SIGNATURES:
             output = super().__torch_function__(func, types, args, kwargs)
         else:
             output = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
-        self._remember(made)
-        if any(id(value) in self._of_samples for value in given):
-            self._of_samples |= {id(value): value for value in [*made, *(args[:1] if name == "__setitem__" else ())]}
+        self._remember([*tree_leaves(output), *(args[:1] if name == "__setitem__" else ())], self._is_of_samples)
         with torch._C.DisableTorchFunction():
             self._look_at_pick(name, args, kwargs or {}, output)
         return output
@@ -132,11 +131,13 @@ class OwnRows(SampleWeights):
             if isinstance(sequences, PackedSequence):
                 self._note_packed(sequences.batch_sizes, sequences.sorted_indices)
 
-    def _remember(self, values: list[Any]) -> None:
+    def _remember(self, values: list[Any], of_samples: bool = False) -> None:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        self._of_samples |= {id(tensor): tensor for tensor in tensors} if of_samples else {}
         with torch._C.DisableTorchFunction():
-            for value in values:
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    self._made[value.grad_fn, value.output_nr] = value, value._version
+            for tensor in tensors:
+                if tensor.grad_fn is not None:
+                    self._made[tensor.grad_fn, tensor.output_nr] = tensor, tensor._version
 
     def _note_packed(self, batch_sizes: Tensor, order: Tensor | None) -> None:
         samples, sizes = torch.arange(self._num) if order is None else order.cpu(), batch_sizes.tolist()
@@ -145,13 +146,13 @@ class OwnRows(SampleWeights):
 
     def _weighted(self, func: Any, options: dict[str, Any]) -> Tensor:
         rows, value, divisor = rows_of(func, options)
-        self._remember([rows])
+        self._remember([rows], self._is_of_samples)
         self.rows_of_torch.append(rows.detach())
         if value is None:
             return rows
         if isinstance(divisor, Tensor) and divisor.ndim:
             rows, divisor = rows / divisor, 1
-            self._remember([rows])
+            self._remember([rows], self._is_of_samples)
         total = rows.sum() / divisor
         return total + (value - total).detach()
 

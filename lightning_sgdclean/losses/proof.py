@@ -29,7 +29,7 @@ from lightning_sgdclean.losses.weighting import Evaluated, LossCall, RowOwners, 
 
 
 class UnsplitRestError(LossSplitError):
-    """What torch's own losses do not account for depends on the samples, too."""
+    """What torch's own losses leave of a loss depends on the samples, too."""
 
 
 class Probe:
@@ -162,9 +162,8 @@ def prove_calls(probe: Probe) -> SplitPlan:
     """Find the owner of every row of every loss call, and prove that nothing else depends on the samples.
 
     Raises:
-        LossSplitError: If a row moves with several samples, if no rule gives the rows' owners, if rows of
-            different samples are reduced together other than by a sum, or if what is left of the
-            gradient besides the rows depends on the samples.
+        LossSplitError: If a row moves with several samples, if no rule gives the rows' owners, if rows of different
+            samples are reduced together other than by a sum, or if the rest of the gradient depends on the samples.
     """
     base = without_graph(probe.ask())
     if probe.num == 1:  # there is no other sample to tell a penalty by
@@ -209,8 +208,7 @@ def rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[OwnerRule]:
         among = f" (among them, by position, {tied[:3]})" if tied else ""
         raise LossSplitError(
             f"A row of the loss depends on several samples of the batch{among}: {term}, and rows mix samples, as mixup "
-            f"or in-batch negatives do. A row can only count as the loss of one "
-            f"sample. If you mean it to, say which:"
+            "or in-batch negatives do. A row can only count as the loss of one sample. If you mean it to, say which:"
         )
     rules = consistent_rules(seen, codes)
     if not rules:
@@ -254,7 +252,7 @@ def check_ids(probe: Probe, plan: SplitPlan) -> None:
                     "collating swapped samples (sorted by length?), or put one's data into another's row. Give "
                     f"sample_ids=, a callable from a batch to the ids of its rows."
                 )
-            if probe.num == 1 and not bool(moving.any()):
+            if probe.num == 1 and term.owners is not None and not bool(moving.any()):
                 raise LossSplitError(
                     f"{term}, which did not move with it: a penalty, it seems, which batches of one sample cannot tell "
                     f"apart from the sample's loss. Train on batches of two or more."
@@ -326,10 +324,8 @@ def prove_rest(probe: Probe, plan: SplitPlan) -> None:
             "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
             "sample cannot be told from one. Train on batches of two or more."
         )
-    calls = ", ".join(call.call[0] for call in plan if call.rules) or "none"
-    raise UnsplitRestError(
-        f"A part of the training loss depends on the samples but was not split by sample (split: {calls})."
-    )
+    calls = ", ".join(call.name for call in plan if call.rules) or "none"
+    raise UnsplitRestError(f"A part of the loss depends on the samples but was not split by sample (split: {calls}).")
 
 
 def rest_depends_on_samples(probe: Probe, plan: SplitPlan, masks: list[Tensor]) -> bool:

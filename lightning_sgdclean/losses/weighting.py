@@ -38,6 +38,16 @@ class RowOwners:
     is_linear: bool = True
     opened: frozenset[str] | None = None
 
+    @property
+    def name(self) -> str:
+        """Loss function, or operation that gave the rows."""
+        return operation_in(self.call[0])
+
+
+def operation_in(path: str) -> str:
+    """The operation at the end of a way through a graph."""
+    return path.rpartition("/")[2].partition("|")[0]
+
 
 SplitPlan = tuple[RowOwners, ...]
 
@@ -111,7 +121,7 @@ class Part(LossCall):
 
 def name_of(call: tuple[str, str, int]) -> str:
     """What a part is, in words."""
-    name = call[0].rpartition("/")[2].partition("|")[0]
+    name = operation_in(call[0])
     return "what was compiled by torch.jit" if name.startswith("torch::jit") else f"what {name!r} gives"
 
 

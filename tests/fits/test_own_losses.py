@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.distributions import NegativeBinomial, Normal
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
-from cases import TRAIN
+from cases import TRAIN, data
 from left_out import again, without
 from reference import assert_influence_is_the_derivative, influences, ranked
 from split_losses import case, nll_rows, smoothed, target
@@ -144,6 +145,21 @@ def ragged_rows(m, b):
     return [((m.net(b[0]) - target(b[0])) ** 2 * mask_of(b), len(b[0]))]
 
 
+def written_to_a_tensor(m, b):
+    losses = torch.zeros(len(b[0]), dtype=torch.float64)
+    for i, (out, aim) in enumerate(zip(m.net(b[0]), target(b[0]), strict=True)):
+        losses[i] = (out - aim).pow(2).sum()
+    loss = losses.sum()
+    loss *= 0.5
+    loss /= len(losses)
+    loss += 0.1 * m.extra.norm()
+    return loss
+
+
+def written_to_a_tensor_rows(m, b):
+    return [(0.5 * (m.net(b[0]) - target(b[0])) ** 2, len(b[0])), 0.1 * m.extra.norm()]
+
+
 def chunked(m, b):
     pairs = zip(b[0].chunk(2), b[1].chunk(2), strict=True)
     return sum(F.cross_entropy(m.net(x), y, reduction="sum") for x, y in pairs) / len(b[0])
@@ -215,6 +231,7 @@ LOSSES = {
     "packed sequences": (packed, packed_rows),
     "one call a sample": (sample_by_sample, lambda m, b: [((m.net(b[0]) - target(b[0])) ** 2, 3 * len(b[0]))]),
     "a loop over ragged samples": (ragged_loop, ragged_rows),
+    "written to a tensor, one by one": (written_to_a_tensor, written_to_a_tensor_rows),
     "chunks": (chunked, lambda m, b: [(nll_rows(m.net(b[0]), b[1]), len(b[0]))]),
     "hinges over those that hold": (hinge, hinge_rows),
     "cross-entropy, a part of one's own, a penalty": (two_parts, two_parts_rows),
@@ -256,3 +273,18 @@ def test_columns_show_what_torchs_losses_among_the_parts_were_called_with():
     columns = callback.ranking.columns
     assert columns["label"].tolist() == [int(TRAIN[i][1]) for i in callback.ranking.sample_id]
     assert all(loss > 0 for loss in columns["loss"])
+
+
+class Twins(TensorDataset):
+    """Every sample stands there twice, one beside the other."""
+
+    def __init__(self, num, seed):
+        x, y, numbers = (tensor[: num // 2].repeat_interleave(2, 0) for tensor in data(num, seed).tensors)
+        super().__init__(x, y, torch.arange(len(numbers)))
+
+
+@pytest.mark.parametrize("name", ["one call a sample", "a loop over ragged samples", "rows picked by a mask"])
+def test_samples_that_are_alike_have_each_a_part_of_their_own(name):
+    following = case(name, *LOSSES[name], train=Twins(20, 1), loader={"shuffle": False, "batch_size": 4})
+    found = influences(assert_influence_is_the_derivative(following), 20)
+    assert (found != 0).all()
