@@ -10,6 +10,7 @@ logarithm of a learned scale) belongs to each sample's loss once it has been add
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -302,7 +303,7 @@ class OwnRows(SampleWeights):
         if edge.is_leaf or tensor._backward_hooks:
             return ()
         if len(edge.below) == 2 and edge.operation in _SCALING:
-            return () if edge.shape else (f"{edge.name}|0",)
+            return (f"{edge.name}|0",) if prod(edge.shape) == 1 else ()
         return (edge.name,) if edge.shape and _can_be_opened(edge) else ()
 
     def _children(self, edge: _Edge) -> list[_Edge]:
@@ -314,7 +315,7 @@ class OwnRows(SampleWeights):
         path = edge.name
         if operation in _SUMMING:  # one sum, however many steps it was made in
             path = edge.path if edge.path.endswith("/+") else f"{edge.path}/+"
-        needs = edge.needs_owners or (bool(edge.shape) and operation in _SUMMING)
+        needs = edge.needs_owners or (prod(edge.shape) > 1 and operation in _SUMMING)
         return [
             _Edge(below, number, pull, path, needs, is_product and side != chosen)
             for side, ((below, number), pull) in enumerate(zip(node.next_functions, pulls, strict=True))
@@ -330,7 +331,7 @@ def _can_be_opened(edge: _Edge) -> bool:
     operation = edge.operation
     if operation in _SUMMING:
         shapes = {_Edge(node, number, edge.pull).shape for node, number in edge.below}
-        return shapes == {edge.shape}
+        return shapes == {edge.shape} or prod(edge.shape) == 1
     if operation in _SCALING:
         side = [node is None for node, _ in edge.node.next_functions].index(True) if len(edge.below) == 1 else None
         if side is None or _Edge(*edge.below[0], edge.pull).shape != edge.shape:
