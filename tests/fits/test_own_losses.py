@@ -262,7 +262,9 @@ def test_finite_agrees_with_exact(name):
 @pytest.mark.parametrize("name", ["rows picked by a mask", "one call a sample", "learned weights of terms"])
 def test_samples_left_out_have_weight_zero_in_place(name):
     following = case(name, *LOSSES[name])
-    found = again(ranked(following, snapshots=3), following, without=[0, 22])
+    found = again(
+        ranked(following, snapshots=3), following, without=[0, 7, 12, 22]
+    )  # so many are tried at once, and then made one by one
     assert found.is_bitwise
     assert found.values == pytest.approx([without(following, group) for group in found.without], rel=1e-11)
 
