@@ -193,10 +193,9 @@ def _split(callback: Any, found: Findings) -> list[tuple[str, str]]:
         return []
     words = []
     for call in found.early.split:
-        name, reduction, _ = call.call
         whose = "one part a sample" if call.rules else "no sample's, a penalty"
         bent = "" if call.is_linear else ", not linear in it"
-        words.append(f"{name} ({reduction}): {whose}{bent}")
+        words.append(f"{call.name} ({call.call[1]}): {whose}{bent}")
     return [("split", "; ".join(words))]
 
 
@@ -228,7 +227,7 @@ def _as_json(callback: Any, found: Findings) -> dict[str, Any]:
         "notes": found.notes,
         "split": None
         if found.early.split is None
-        else [[*call.call[:2], bool(call.rules)] for call in found.early.split],
+        else [[call.name, call.call[1], bool(call.rules)] for call in found.early.split],
         "first_ids": found.early.first_ids,
         "dataset_size": found.dataset_size,
         "trajectory_bytes": None if budget is None else budget.nbytes,

@@ -49,4 +49,5 @@ __all__ = [
     "unit_weights",
     "untouched_module",
     "untouched_options",
+    "watched_under",
 ]

@@ -16,6 +16,7 @@ from lightning_sgdclean.base.options import SampleLosses, WeightedLoss
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.contents import write_changed
+from lightning_sgdclean.losses.own_rows import weights_under
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
@@ -139,14 +140,14 @@ class RecordedBatch:
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})
         norms = IndependentSamples() if independent else RunningStatistics(self.module)
-        weighing = SampleWeights(own, plan, {} if independent else references)
+        weighing = weights_under(plan, own, {} if independent else references)
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others)
         watched = WatchedCalls(self.module)
         watchers = [norms, watched]
         if self.own_loss is None:
-            loss = self.call([*watchers, weighing], surroundings)
+            loss = weighing.weighted(self.call([*watchers, weighing], surroundings))
         else:
             loss = self._own(own, watchers, surroundings)
         self.is_relabelled &= others is None or (others.is_whole and self.own_loss is None)
@@ -167,7 +168,7 @@ class RecordedBatch:
 
     def watched(self, weighing: SampleWeights) -> Evaluated:
         """The loss with its graph and the loss calls that it is made of, to be differentiated once; any kernel."""
-        return Evaluated(self.call([weighing]), [], weighing.calls)
+        return Evaluated(weighing.weighted(self.call([weighing])), [], weighing.calls)
 
     def find_plan(self) -> Tensor:
         """Prove at the present parameters which part of the loss is whose; the loss, as the parts give it.
@@ -178,7 +179,7 @@ class RecordedBatch:
         contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
 
         def evaluate(plan: SplitPlan | None) -> Evaluated:
-            evaluated = self.watched(SampleWeights(self.weights(), plan))
+            evaluated = self.watched(weights_under(plan, self.weights()))
             self._put_back(contents)
             return evaluated
 
@@ -202,8 +203,8 @@ class RecordedBatch:
             return self.call(restores=False)
         if self.own_loss is not None:
             return self._own(weights, [], restores=False)
-        weighing = SampleWeights(weights, self._plan)
-        loss = self.call([weighing], restores=False)
+        weighing = weights_under(self._plan, weights)
+        loss = weighing.weighted(self.call([weighing], restores=False))
         if self._plan is not None and not is_planned(weighing.calls, self._plan):
             raise LossSplitError(
                 f"The loss of batch {self.micro.batch_idx} of epoch {self.micro.epoch} is made by other loss calls "
@@ -249,6 +250,8 @@ class RecordedBatch:
             stack.enter_context(logging_to(self.module, ignore))
             stack.enter_context(own.train_context())
             for watcher in watchers or ():
+                if isinstance(watcher, SampleWeights):
+                    watcher.begin(batch)
                 stack.enter_context(watcher)
             if function is not None:
                 loss: Tensor = function(self.module, batch)

@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
@@ -239,3 +239,40 @@ def consistent_rules(seen: Tensor, codes: Tensor) -> frozenset[OwnerRule]:
         if owners is not None and bool(((seen == 0) | (seen == codes[owners])).all()):
             found.add(rule)
     return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Picked(OwnerRule):
+    """The owners that a pick gave: ``rows[mask]`` of a dimension whose owners a rule gives, or packed sequences.
+
+    Attributes:
+        number: The how manieth pick of the step it was.
+    """
+
+    number: int = 0
+
+    def owners(self, shape: Any, num: int) -> Tensor | None:
+        """None: no shape tells them; what was picked does (:mod:`~lightning_sgdclean.losses.own_rows`)."""
+        return None
+
+
+def owners_picked(shape: Any, picks: Any, num: int) -> Iterator[tuple[OwnerRule, Tensor]]:
+    """Owners ``(n,)`` of the rows that indices or a mask pick out of a shape, by the rule of the dimension's owners."""
+    given = picks if isinstance(picks, tuple) else (picks,)
+    if not all(isinstance(pick, Tensor) and pick.ndim for pick in given):
+        return
+    reach = sum(pick.ndim if pick.dtype is torch.bool else 1 for pick in given)
+    index = tuple(pick.detach().cpu() for pick in given)
+    is_mask = all(pick.dtype is torch.bool for pick in given)
+    if reach > len(shape):
+        return
+    for dim, length in enumerate(shape[:reach]):
+        for rule in (OwnerRule(dim, outer=1), OwnerRule(dim, inner=1)):
+            if length == 0 or length % num:
+                continue
+            owners = owners_by(frozenset([rule]), shape, num)
+            assert owners is not None
+            owners = owners.view([-1 if d == dim else 1 for d in range(reach)]).expand(*shape[:reach])[index]
+            # Indices may sort: rows in another order than the batch's are swapped, not picked.
+            if owners.ndim == 1 and (is_mask or bool((owners.diff() >= 0).all())):
+                yield rule, owners

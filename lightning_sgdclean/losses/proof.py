@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove on a batch which part of the loss belongs to which sample.
 
-Sums cannot tell swapped rows apart, so samples are replaced by others, group by group: a row that moves with exactly
-the groups of one sample is that sample's. Then all rows are cut off from the gradient; what is left of it must not
-depend on the samples.
+Sums cannot tell swapped rows apart, so samples are replaced, group by group: a row that moves with just the groups of
+one sample is that sample's. What is left of the gradient without all rows must not depend on the samples.
 """
 
 import math
@@ -26,6 +25,10 @@ from lightning_sgdclean.losses.loss_functions import (
     replacement_masks,
 )
 from lightning_sgdclean.losses.weighting import Evaluated, LossCall, RowOwners, SplitPlan
+
+
+class UnsplitRestError(LossSplitError):
+    """What torch's own losses leave of a loss depends on the samples, too."""
 
 
 class Probe:
@@ -132,13 +135,13 @@ class Probe:
         if unlike is not None:
             what = (
                 f"{unlike[0]}, and {tuple(unlike[1].rows.shape)} with some of them replaced by others. Rows picked "
-                "by a mask cannot be followed; ignore_index, or a weight of zero, can."
+                "by a mask or by positions are followed where indexing picks them; ignore_index always is."
             )
         return f"Which losses are computed depends on the samples: {what}"
 
 
 def _shapes(evaluated: Evaluated) -> list[tuple[Any, ...]]:
-    return [(term.call, term.rows.shape) for term in evaluated.calls]
+    return [term.likeness for term in evaluated.calls]
 
 
 def without_graph(evaluated: Evaluated) -> Evaluated:
@@ -154,24 +157,23 @@ def moved(rows: Tensor, before: Tensor, tolerance: float) -> Tensor:
     return (~same).cpu()
 
 
-def prove_split(probe: Probe) -> SplitPlan:
+def prove_calls(probe: Probe) -> SplitPlan:
     """Find the owner of every row of every loss call, and prove that nothing else depends on the samples.
 
     Raises:
-        LossSplitError: If a row moves with several samples, if no rule gives the rows' owners, if rows of
-            different samples are reduced together other than by a sum, or if what is left of the
-            gradient besides the rows depends on the samples.
+        LossSplitError: If a row moves with several samples, if no rule gives the rows' owners, if rows of different
+            samples are reduced together other than by a sum, or if the rest of the gradient depends on the samples.
     """
     base = without_graph(probe.ask())
     if probe.num == 1:  # there is no other sample to tell a penalty by
         rules = [frozenset([OwnerRule(0, outer=1)])] * len(base.calls)
     else:
-        rules = [_rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
+        rules = [rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
     plan = tuple(RowOwners(term.call, found) for term, found in zip(base.calls, rules, strict=True))
     plan = _with_linearity(probe.ask(), plan)
-    _prove_rest(probe, plan)
+    prove_rest(probe, plan)
     if not any(call.rules for call in plan):
-        raise LossSplitError(
+        raise UnsplitRestError(
             "No part of the training loss was found to depend on a sample: nothing moved when samples were replaced "
             "by others of the batch, in tensors whose first or second dimension it is and in lists of as many entries. "
         )
@@ -192,7 +194,8 @@ def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
     return found
 
 
-def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
+def rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[OwnerRule]:
+    """The rules that agree with the groups of samples, as bits, that moved each row; none if nothing did."""
     if not bool(seen.any()):
         return frozenset()
     masks = replacement_masks(num)
@@ -201,10 +204,10 @@ def _rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[Any]:
     if bool(foreign.any()):
         code = int(seen[foreign][0])
         tied = [sample for sample in range(num) if int(codes[sample]) & ~code == 0]
+        among = f" (among them, by position, {tied[:3]})" if tied else ""
         raise LossSplitError(
-            f"A row of the loss depends on several samples of the batch (among them, by position, {tied[:3]}): "
-            f"{term}, and rows mix samples, as mixup or in-batch negatives do. {WEIGH_THEM} If a row is to count as "
-            "the loss of one sample, say which:"
+            f"A row of the loss depends on several samples of the batch{among}: {term}, and rows mix samples, as mixup "
+            f"or in-batch negatives do. {WEIGH_THEM} If a row is to count as the loss of one sample, say which:"
         )
     rules = consistent_rules(seen, codes)
     if not rules:
@@ -248,7 +251,7 @@ def check_ids(probe: Probe, plan: SplitPlan) -> None:
                     "collating swapped samples (sorted by length?), or put one's data into another's row. Give "
                     f"sample_ids=, a callable from a batch to the ids of its rows."
                 )
-            if probe.num == 1 and not bool(moving.any()):
+            if probe.num == 1 and term.owners is not None and not bool(moving.any()):
                 raise LossSplitError(
                     f"{term}, which did not move with it: a penalty, it seems, which batches of one sample cannot tell "
                     f"apart from the sample's loss. Train on batches of two or more."
@@ -309,7 +312,7 @@ def _interactions(pulls: list[Tensor], entering: list[Tensor], directions: list[
     return [next(found) if rows.requires_grad else torch.zeros_like(rows) for rows in entering]
 
 
-def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
+def prove_rest(probe: Probe, plan: SplitPlan) -> None:
     """What is left of the gradient without the samples' rows must not depend on the samples."""
     some = torch.arange(probe.num) % 2 == 0
     base = probe.ask(plan=plan)
@@ -317,15 +320,12 @@ def _prove_rest(probe: Probe, plan: SplitPlan) -> None:
     if not rest_depends_on_samples(probe, plan, masks):
         return
     if probe.num == 1:
-        raise LossSplitError(
+        raise UnsplitRestError(
             "The loss of a batch of one sample has a part that was not split, and whether it depends on the "
             "sample cannot be told from one. Train on batches of two or more."
         )
-    calls = ", ".join(call.call[0] for call in plan if call.rules) or "none"
-    raise LossSplitError(
-        f"A part of the training loss depends on the samples but was not split by sample (split: {calls}). "
-        "Terms written by hand, or compiled by torch.jit, are not seen."
-    )
+    calls = ", ".join(call.name for call in plan if call.rules) or "none"
+    raise UnsplitRestError(f"A part of the loss depends on the samples but was not split by sample (split: {calls}).")
 
 
 def rest_depends_on_samples(probe: Probe, plan: SplitPlan, masks: list[Tensor]) -> bool:

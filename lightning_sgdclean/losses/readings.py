@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.loss_functions import shares_of
+from lightning_sgdclean.losses.own_rows import OwnRows, is_own
 from lightning_sgdclean.losses.weighting import LossCall, SampleWeights, SplitPlan
 
 Number = int | float
@@ -166,11 +167,15 @@ class WatchedLosses(SampleWeights):
             same = rows.shape == losses.shape and torch.equal(rows, losses.to(rows))
             term.owners = torch.arange(self._num).view(term.rows.shape) if same else None
 
+    def _calls_of_torch(self) -> Sequence[LossCall | None]:
+        """What is known of the rows of each of torch's losses."""
+        return self.calls
+
     def labels_and_predictions(self) -> tuple[list[Number | None], list[Number | None]]:
         """For each sample, what all calls with one row a sample say alike; classes count before values."""
         found: list[tuple[Reading, list[int]]] = []
-        for term, (func, options) in zip(self.calls, self._arguments, strict=True):
-            if term.owners is None or term.owners.numel() != self._num:
+        for term, (func, options) in zip(self._calls_of_torch(), self._arguments, strict=True):
+            if term is None or term.owners is None or term.owners.numel() != self._num:
                 continue
             reading = read_call(func, options, self._num)
             if reading is not None:
@@ -208,6 +213,30 @@ class WatchedLosses(SampleWeights):
             shares = shares.expand(term.rows.shape).double()
             return shares.sum() / term.sums(shares)
         return 1 if bool((pull == 1).all()) else self._num
+
+
+class WatchedOwnRows(WatchedLosses, OwnRows):
+    """The same, where the rows were found in the loss's graph: some may be those of torch's losses."""
+
+    def _calls_of_torch(self) -> Sequence[LossCall | None]:
+        places = {(term.rows.data_ptr(), term.rows.shape): term for term in self.calls}
+        return [places.get((rows.data_ptr(), rows.shape)) for rows in self.rows_of_torch]
+
+    def own_losses(self, loss: Tensor) -> list[float | None]:
+        """For each sample its share of the batch's loss, times the batch's size; without penalties.
+
+        Args:
+            loss: The batch's training loss, with its graph.
+        """
+        terms = [term for term in self.calls if term.owners is not None and term.entering.requires_grad]
+        pulls = gradient([loss], [term.entering for term in terms], retain_graph=True)
+        shares = [term.sums(pull * term.entering.detach()) for term, pull in zip(terms, pulls, strict=True)]
+        return plain_numbers(self._num * sum(shares, torch.zeros(self._num)).to(loss.dtype))
+
+
+def watched_under(plan: SplitPlan | None, weights: Tensor) -> WatchedLosses:
+    """What notes the losses of a step under a plan, for weights ``(B,)`` of ones."""
+    return WatchedOwnRows(weights, plan) if is_own(plan) else WatchedLosses(weights, plan)
 
 
 def _in_order(values: Sequence[Number | None], order: list[int]) -> list[Number | None]:

@@ -15,8 +15,9 @@ from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.module_state import untouched_module
+from lightning_sgdclean.losses.own_proof import moves_foreign, prove_split
 from lightning_sgdclean.losses.precision import widened
-from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split, rest_depends_on_samples, rest_of
+from lightning_sgdclean.losses.proof import Probe, check_ids, rest_depends_on_samples, rest_of
 from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
@@ -195,7 +196,7 @@ class VerifiedSplit:
             Whose the rows of its loss calls are.
 
         Raises:
-            LossSplitError: As :func:`lightning_sgdclean.losses.proof.prove_split`.
+            LossSplitError: As :func:`lightning_sgdclean.losses.own_proof.prove_split`.
         """
         with _advised(batch):
             return self._prove(batch)
@@ -238,10 +239,9 @@ class VerifiedSplit:
             if num == 1:
                 return True
             mask, other = probe.ask_alike(mask, base, plan)
-            for term, then in zip(other.calls, base.calls, strict=True):
-                inside = torch.zeros(()) if then.owners is None else mask[then.owners.cpu()]
-                if bool((moved(term.rows, then.rows, probe.tolerance) & ~inside.bool()).any()):
-                    return False
+            pairs = zip(other.calls, base.calls, strict=True)
+            if any(moves_foreign(term, then, mask, probe.tolerance) for term, then in pairs):
+                return False
             if not all(call.is_linear for call in plan):
                 return not rest_depends_on_samples(probe, plan, [mask])
             (rest, slack), (rest_then, _) = rest_of(base), rest_of(other)
@@ -322,6 +322,8 @@ def _probing(batch: RecordedBatch, variant: Variant) -> Iterator[Probe]:
 
 def _joined(now: RowOwners, then: RowOwners) -> RowOwners:
     rules = now.rules & then.rules
+    if now.opened is not None and not (now.rules and then.rules):
+        rules = now.rules | then.rules  # a hinge may be zero in a whole batch; a penalty moves in none
     if (now.rules or then.rules) and not rules:
         raise LossSplitError(
             f"Which rows of {now.call[0]} belong to which sample changes from batch to batch by no rule that was seen."

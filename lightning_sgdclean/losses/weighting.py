@@ -11,7 +11,7 @@ from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.data.batches import cloned, leaves_of
-from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, lost_weight, owners_by, rows_of
+from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, Picked, lost_weight, owners_by, rows_of
 from lightning_sgdclean.losses.running_statistics import BatchStatistic
 
 
@@ -29,11 +29,24 @@ class RowOwners:
         call: Function, reduction and number of dimensions of its rows.
         rules: Rules of who owns which row; none if the rows are no sample's, as those of a penalty.
         is_linear: Whether the training loss is linear in the rows.
+        opened: Where the rows are found in the loss's graph
+            (:class:`~lightning_sgdclean.losses.own_rows.OwnRows`), below what to look for them; the same for all.
     """
 
     call: tuple[str, str, int]
     rules: frozenset[OwnerRule]
     is_linear: bool = True
+    opened: frozenset[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Loss function, or operation that gave the rows."""
+        return operation_in(self.call[0])
+
+
+def operation_in(path: str) -> str:
+    """The operation at the end of a way through a graph."""
+    return path.rpartition("/")[2].partition("|")[0]
 
 
 SplitPlan = tuple[RowOwners, ...]
@@ -65,9 +78,51 @@ class LossCall:
         owners = self.owners.to(values.device).expand(values.shape)
         return total.index_add_(0, owners.reshape(-1), values.reshape(-1).double())
 
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """What must not change as samples are replaced."""
+        return self.call, self.rows.shape
+
     def __str__(self) -> str:
         """For messages."""
         return f"{self.call[0]} made {tuple(self.rows.shape)} losses of a batch of {self.num} samples"
+
+
+@dataclass
+class Part(LossCall):
+    """A part of the loss, as if a loss function had made it.
+
+    Attributes:
+        openings: What to add to :attr:`RowOwners.opened` to look for rows below this part, the best first.
+        needs_owners: Whether it was added to rows of samples, entry by entry, and so is theirs, too.
+        is_factor: Whether it is what another part is multiplied with or divided by, and must not follow the samples.
+        picked: Owners of its rows ``(n,)``, by the picks that gave as many.
+        members: Of parts that are alike and so stand together, how many rows each has, and whether it was made of the
+            batch.
+        joins: Whether the module has put it together of several tensors.
+    """
+
+    openings: tuple[str, ...] = ()
+    needs_owners: bool = False
+    is_factor: bool = False
+    picked: dict[Picked, Tensor] = field(default_factory=dict)
+    members: list[tuple[int, bool]] = field(default_factory=list)
+    joins: bool = False
+
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """What must not change as samples are replaced; how many rows are picked may."""
+        return self.call, None if self.picked else self.rows.shape
+
+    def __str__(self) -> str:
+        """For messages."""
+        return f"the loss is made of {name_of(self.call)}, of shape {tuple(self.rows.shape)}, in a batch of {self.num}"
+
+
+def name_of(call: tuple[str, str, int]) -> str:
+    """What a part is, in words."""
+    name = operation_in(call[0])
+    return "what was compiled by torch.jit" if name.startswith("torch::jit") else f"what {name!r} gives"
 
 
 class SampleWeights(TorchFunctionMode):
@@ -111,6 +166,13 @@ class SampleWeights(TorchFunctionMode):
         if averaged is not None or reduced is not None:
             options["reduction"] = _reduction.legacy_get_string(averaged, reduced, emit_warning=False)
         return self._weighted(func, options)
+
+    def begin(self, batch: Any) -> None:
+        """Told of the batch that ``training_step`` is about to get."""
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """The loss that was computed within this mode, as a function of the weights: here, itself."""
+        return loss
 
     def _weighted(self, func: Callable[..., Any], options: dict[str, Any]) -> Tensor:
         rows, value, divisor = rows_of(func, options)

@@ -13,7 +13,7 @@ from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.datasets import source_of
 from lightning_sgdclean.data.fetching import fetch_batch
-from lightning_sgdclean.losses.readings import Number, WatchedLosses, plain_numbers
+from lightning_sgdclean.losses.readings import Number, WatchedLosses, plain_numbers, watched_under
 from lightning_sgdclean.losses.weighting import (
     Evaluated,
     LabelledWeights,
@@ -215,7 +215,7 @@ def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     def begin(plan: SplitPlan | None) -> WatchedLosses:
         replay.load(this.end)
         replay.module.eval()
-        watched[:] = [WatchedLosses(recorded.weights(), plan)]
+        watched[:] = [watched_under(plan, recorded.weights())]
         return watched[0]
 
     with replay.surroundings.as_stage("train"), torch.enable_grad():
