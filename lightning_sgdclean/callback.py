@@ -271,7 +271,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss, as it is differentiated."""
         if self._active and self._recording is not None:
-            self._recording.note_loss(trainer, loss)
+            self._recording.note_loss(loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Rehearse a step of the retrace, once."""

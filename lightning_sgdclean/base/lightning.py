@@ -241,14 +241,9 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
 
     Raises:
-        UnsupportedTrainingError: Manual optimization, ``dataloader_iter`` or several processes.
+        UnsupportedTrainingError: ``dataloader_iter`` or several processes.
         ObjectiveError: Nothing to validate by.
     """
-    if not module.automatic_optimization:
-        raise UnsupportedTrainingError(
-            "The module optimizes manually (automatic_optimization=False), so what a step is made of cannot be seen. "
-            "Return the loss from training_step and let Lightning optimize."
-        )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise UnsupportedTrainingError(
             "training_step takes dataloader_iter, so batches cannot be told apart. Take (batch, batch_idx) instead."

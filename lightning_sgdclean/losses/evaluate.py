@@ -248,11 +248,16 @@ class RecordedBatch:
             stack.enter_context(own.train_context())
             for watcher in watchers or ():
                 stack.enter_context(watcher)
+            step = self.module.training_step
+            arguments = (batch, self.micro.batch_idx) if takes_batch_idx(step) else (batch,)
             if function is not None:
                 loss: Tensor = function(self.module, batch)
+            elif own.manual_steps is not None:
+                with own.manual_steps() as manual:
+                    step(*arguments)
+                loss = manual.loss
             else:
-                step = self.module.training_step
-                loss = _loss_in(step(batch, self.micro.batch_idx) if takes_batch_idx(step) else step(batch))
+                loss = _loss_in(step(*arguments))
         if restores:
             self.restore()
         return loss
