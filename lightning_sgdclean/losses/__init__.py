@@ -39,6 +39,7 @@ __all__ = [
     "plain_numbers",
     "pull_back_updates",
     "refuse_cut_graphs",
+    "refused_loop",
     "relabelled",
     "resting_hooks",
     "surroundings_of",

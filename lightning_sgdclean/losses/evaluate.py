@@ -107,7 +107,7 @@ class RecordedBatch:
                 self._plan, evaluated = self.split.plan_for(evaluate, self)
         evaluated.loss = evaluated.loss / self.divisor
         is_own = surroundings is None or surroundings is self.surroundings
-        if is_own and self.micro.scale != 1.0:
+        if self.micro.scale != 1.0 and (is_own or not self.micro.scale):
             evaluated.loss = evaluated.loss * self.micro.scale
         return evaluated
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.lightning import clipping_of, is_at_end_of_epoch
-from lightning_sgdclean.losses.manual_steps import refused
+from lightning_sgdclean.losses.manual_steps import refused_loop
 from lightning_sgdclean.record.recorder import Recorder
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 
@@ -164,9 +164,11 @@ class ManualLoop(AutomaticLoop):
         if not clipped & self._ids:  # of another network
             return
         if clipped != {id(param) for param in self._params if param.grad is not None}:
-            raise refused("gradients of some parameters are clipped by themselves, or with those of others")
+            raise refused_loop("gradients of some parameters are clipped by themselves, or with those of others")
         if kind == "norm" and float(how.arguments["norm_type"]) != 2.0:
-            raise refused(f"gradients are clipped by norm_type={how.arguments['norm_type']}, not by the length (2)")
+            raise refused_loop(
+                f"gradients are clipped by norm_type={how.arguments['norm_type']}, not by the length (2)"
+            )
         value = float(how.arguments["max_norm" if kind == "norm" else "clip_value"])
         if value < math.inf:  # else only the length was asked for
             self._clips.append((kind, value))
@@ -204,9 +206,9 @@ class ManualLoop(AutomaticLoop):
 
     def _check_backward(self, is_early: bool) -> None:
         if not self._is_open:
-            raise refused("manual_backward is called outside of training_step")
+            raise refused_loop("manual_backward is called outside of training_step")
         if self._has_stepped:
-            raise refused("manual_backward is called after opt.step()")
+            raise refused_loop("manual_backward is called after opt.step()")
         is_first, self._has_backward = not self._has_backward, True
         has_earlier = self._recorder.has_earlier_losses
         if is_first and (has_earlier or is_early):
@@ -214,9 +216,11 @@ class ManualLoop(AutomaticLoop):
                 self._clips.clear()
                 self._recorder.forget_earlier_losses()
             elif not has_earlier:
-                raise refused("the gradients of a step that was made are left when the next loss is backpropagated")
+                raise refused_loop(
+                    "the gradients of a step that was made are left when the next loss is backpropagated"
+                )
         if self._clips:
-            raise refused("gradients are clipped before another loss is backpropagated for the same step")
+            raise refused_loop("gradients are clipped before another loss is backpropagated for the same step")
 
     def _are_gone(self) -> bool:
         """Whether no gradient is left that the coming ones would be added to."""
@@ -235,18 +239,18 @@ class ManualLoop(AutomaticLoop):
 
     def _check_step(self, clips: list[tuple[str, float]]) -> None:
         if not self._is_open:
-            raise refused("opt.step() is called outside of training_step")
+            raise refused_loop("opt.step() is called outside of training_step")
         if self._progress.ready <= self._progress.completed:
-            raise refused("an optimizer is stepped that Lightning does not count (use_pl_optimizer=False, say)")
+            raise refused_loop("an optimizer is stepped that Lightning does not count (use_pl_optimizer=False, say)")
         if self._has_stepped:
-            raise refused("training_step calls opt.step() more than once")
+            raise refused_loop("training_step calls opt.step() more than once")
         if not self._has_backward:
-            raise refused("opt.step() comes without self.manual_backward(loss) before it (loss.backward(), say)")
+            raise refused_loop("opt.step() comes without self.manual_backward(loss) before it (loss.backward(), say)")
         self._has_stepped = True
         if len(clips) > 1:
-            raise refused(f"the gradients of one step are clipped {len(clips)} times")
+            raise refused_loop(f"the gradients of one step are clipped {len(clips)} times")
         if clips and self._scale != 1.0:
-            raise refused("gradients are clipped while a GradScaler's factor is on them")
+            raise refused_loop("gradients are clipped while a GradScaler's factor is on them")
 
 
 def loop_of(trainer: Any, module: Any, recorder: Recorder, guard: Refusing) -> AutomaticLoop:

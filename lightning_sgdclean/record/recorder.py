@@ -90,12 +90,12 @@ class Recorder:
     @property
     def has_earlier_losses(self) -> bool:
         """Whether losses of batches before the latest one wait for the optimizer's step."""
-        return any(micro.loss is not None for micro in self._pending[:-1])
+        return any(micro.loss is not None and micro.scale for micro in self._pending[:-1])
 
     def forget_earlier_losses(self) -> None:
-        """The gradients of the batches before the latest one were thrown away."""
+        """The gradients of the batches before the latest one were thrown away; what else they moved stays."""
         for micro in self._pending[:-1]:
-            micro.loss = None
+            micro.scale, micro.loss = 0.0, None if micro.loss is None else 0.0 * micro.loss
 
     def waits_for_less_than(self, global_step: int) -> bool:
         """Whether batches wait for a step before this one."""

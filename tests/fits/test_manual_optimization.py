@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings that optimize by themselves: one optimizer, one step a ``training_step``, against differences of fits."""
 
-from torch.nn.utils import clip_grad_norm_
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
-from cases import Case, Plain, Scaling, adam, fit, objective
-from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from reference import assert_influence_is_the_derivative
+from cases import Case, Overflowing, Plain, Scaling, adam, fit, loaders, quiet_trainer
+from left_out import again, without
+from lightning_sgdclean import SGDInfluence, retrace
+from lightning_sgdclean.base.errors import ReplayMismatchError, SGDInfluenceWarning, UnsupportedTrainingError
+from reference import assert_influence_is_the_derivative, ranked
 
 
 class Manual(Plain):
@@ -109,7 +112,9 @@ class TwoLosses(Manual):
         out = self.net(batch[0])
         if self.sample_weights is None:
             return F.mse_loss(out, torch.zeros_like(out))
-        return (F.mse_loss(out, torch.zeros_like(out), reduction="none").mean(1) * self.sample_weights[batch[-1]]).mean()
+        return (
+            F.mse_loss(out, torch.zeros_like(out), reduction="none").mean(1) * self.sample_weights[batch[-1]]
+        ).mean()
 
 
 class WithClosure(Manual):
@@ -131,6 +136,10 @@ def decaying(optimizer):
 MOMENTUM = {"options": {"momentum": 0.9}}
 
 
+SELDOM = {"check_val_every_n_epoch": 3}  # a validation throws away the gradients that wait
+
+
+@pytest.mark.filterwarnings("ignore:Gradients were clipped at 3 different values")
 @pytest.mark.parametrize(
     "case",
     [
@@ -140,12 +149,187 @@ MOMENTUM = {"options": {"momentum": 0.9}}
         Case("clip values", MOMENTUM, make=ClipsValues),
         Case("clip on schedule", MOMENTUM, make=ClipsOnSchedule),
         Case("accumulate", {**MOMENTUM, "norm": True}, make=Accumulates),
-        Case("accumulate and clip", MOMENTUM, make=AccumulatesAndClips),
-        Case("accumulate anew", MOMENTUM, make=AccumulatesAnew),
+        Case("accumulate across epochs", {**MOMENTUM, "norm": True}, SELDOM, make=Accumulates),
+        Case("accumulate and clip", MOMENTUM, SELDOM, make=AccumulatesAndClips),
+        Case("accumulate anew", MOMENTUM, SELDOM, make=AccumulatesAnew),
         Case("two losses", MOMENTUM, make=TwoLosses),
         Case("closure", MOMENTUM, make=WithClosure),
     ],
     ids=str,
 )
 def test_every_form_of_one_step_is_exact(case):
+    assert_influence_is_the_derivative(case)
+
+
+def test_snapshots_samples_left_out_and_another_process_see_the_same_steps(tmp_path):
+    """Steps repeated forward, to the bit, and runs without samples, at once and one by one."""
+    case = Case("", {**MOMENTUM, "norm": True}, make=AccumulatesAndClips)
+    callback = ranked(case, snapshots=3, verify=3, dirpath=tmp_path / "run")
+    replayed = callback.summary["replay"]
+    assert replayed["segments_bit_for_bit"] == replayed["segments"] > 0
+    model, (train, val) = AccumulatesAndClips(**case.module).double(), loaders()
+    whole = retrace(callback.run_dir, model, train_dataloaders=train, val_dataloaders=val, epochs="all", verify=0)
+    assert whole.influence.tolist() == callback.ranking.influence.tolist()
+    alone, found = (again(callback, case, without=[0, 3, 11], batched=batched) for batched in (False, True))
+    assert alone.is_bitwise
+    assert found.is_bitwise
+    assert found.values == pytest.approx(alone.values, rel=1e-10)
+    assert found.values[1] == pytest.approx(without(case, [3]), rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients were clipped at 3 different values")
+@pytest.mark.parametrize("make", [ClipsOnSchedule, Accumulates, Toggles], ids=lambda make: make.__name__)
+def test_training_is_untouched_to_the_last_bit(make):
+    case = Case("", {**MOMENTUM, "dropout": 0.2, "norm": True}, make=make)
+    before = clip_grad_norm_, nn.utils.clip_grad_norm_, torch.Tensor.backward
+    bare, watched = fit(case), fit(case, SGDInfluence("val_loss", verify=0, on_mismatch="warn"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(bare.state_dict().values(), watched.state_dict().values(), strict=True)
+    )
+    assert (clip_grad_norm_, nn.utils.clip_grad_norm_, torch.Tensor.backward) == before
+
+
+class Gan(Manual):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        super().training_step(batch, batch_idx)
+
+
+class StepsTwice(Manual):
+    def clip(self, optimizer):
+        optimizer.step()
+
+
+class BackwardItself(Manual):
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.loss(batch).backward()
+        self.optimizers().step()
+
+
+class RawStep(Manual):
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(Plain.training_step(self, batch, batch_idx))
+        optimizer.step()
+
+
+class Delayed(Manual):
+    """Backward behind the step, for the next one."""
+
+    def training_step(self, batch, batch_idx):
+        loss, optimizer = Plain.training_step(self, batch, batch_idx), self.optimizers()
+        if batch_idx:
+            optimizer.step()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+
+
+class Outside(Manual):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(Plain.training_step(self, batch, batch_idx))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+class NeverZeroed(Manual):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(Plain.training_step(self, batch, batch_idx))
+        self.optimizers().step()
+
+
+class ClipsAPart(Manual):
+    def clip(self, optimizer):
+        clip_grad_norm_(self.net[0].parameters(), 0.1)
+
+
+class ClipsByTheLargest(Manual):
+    def clip(self, optimizer):
+        clip_grad_norm_(self.parameters(), 0.1, norm_type=float("inf"))
+
+
+class ClipsTwice(Manual):
+    def clip(self, optimizer):
+        clip_grad_norm_(self.parameters(), 0.3)
+        nn.utils.clip_grad_value_(self.parameters(), 0.05)
+
+
+class ClipsEachBatch(Accumulates):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        clip_grad_norm_(self.parameters(), 0.1)
+
+
+class WithGradient(Manual):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(Plain.training_step(self, batch, batch_idx), gradient=torch.tensor(2.0))
+        self.optimizers().step()
+
+
+class EditsGradients(Manual):
+    def clip(self, optimizer):
+        for param in self.parameters():
+            param.grad *= 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (Gan, "manual_backward is called after opt.step()"),
+        (StepsTwice, "calls opt.step() more than once"),
+        (BackwardItself, "self.manual_backward(loss)"),
+        (RawStep, "that Lightning does not count"),
+        (Delayed, "opt.step() comes without self.manual_backward(loss) before it"),
+        (Outside, "outside of training_step"),
+        (NeverZeroed, "the gradients of a step that was made are left"),
+        (ClipsAPart, "of some parameters are clipped by themselves"),
+        (ClipsByTheLargest, "norm_type=inf"),
+        (ClipsTwice, "clipped 2 times"),
+        (ClipsEachBatch, "clipped before another loss is backpropagated"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+@pytest.mark.parametrize("options", [{}, {"sample_losses": lambda m, batch: m.loss(batch, "none")}], ids=["", "own"])
+def test_other_forms_are_refused_by_name_within_the_first_steps(make, found, options):
+    module = make().double()
+    with pytest.raises(UnsupportedTrainingError, match=re.escape(found)):
+        quiet_trainer([SGDInfluence("val_loss", verify=0, **options)], max_epochs=1).fit(module, *loaders())
+    assert module.global_step <= 2
+
+
+def test_a_gradient_that_is_given_to_backward_is_refused():
+    with pytest.raises(UnsupportedTrainingError, match="gets gradient="):
+        quiet_trainer([SGDInfluence("val_loss")], max_epochs=1).fit(WithGradient().double(), *loaders())
+
+
+def test_gradients_that_are_edited_by_hand_are_found_at_the_first_steps():
+    with pytest.raises(ReplayMismatchError, match=r"gradients edited in a hook .* or by hand in training_step"):
+        quiet_trainer([SGDInfluence("val_loss")], max_epochs=1).fit(EditsGradients().double(), *loaders())
+
+
+class LateStep(Manual):
+    """Clips twice from the second epoch on."""
+
+    def clip(self, optimizer):
+        clip_grad_norm_(self.parameters(), 0.3)
+        if self.current_epoch:
+            clip_grad_norm_(self.parameters(), 0.3)
+
+
+def test_what_shows_late_never_ends_the_training():
+    module = LateStep().double()
+    callback = SGDInfluence("val_loss")
+    with pytest.warns(SGDInfluenceWarning, match="Recording stopped"), pytest.raises(UnsupportedTrainingError):
+        quiet_trainer([callback]).fit(module, *loaders())
+    assert module.trainer.global_step == 15
+
+
+def test_a_grad_scaler_that_skips_a_step_is_followed():
+    class ByHand(Manual, Overflowing):
+        pass
+
+    case = Case("", MOMENTUM, {"precision": None, "plugins": [Scaling()]}, make=ByHand)
     assert_influence_is_the_derivative(case)
