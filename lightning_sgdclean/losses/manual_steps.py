@@ -15,7 +15,7 @@ _GRAPH_OPTIONS = frozenset({"retain_graph", "create_graph"})  # arguments of bac
 _ABSENT = object()
 
 
-def refused_loop(found: str) -> UnsupportedTrainingError:
+def unfollowed(found: str) -> UnsupportedTrainingError:
     """What is said of a manual optimization that is not followed."""
     return UnsupportedTrainingError(
         f"In manual optimization {found}. Followed is one opt = self.optimizers() and at most one opt.step() a "
@@ -49,9 +49,9 @@ class _ManualStep:
         """Stands for ``self.manual_backward``."""
         given = [*args, *(value for name, value in options.items() if name not in _GRAPH_OPTIONS)]
         if any(value is not None for value in given):
-            raise refused_loop("manual_backward gets gradient= or inputs= (or another argument by its place)")
+            raise unfollowed("manual_backward gets gradient= or inputs= (or another argument by its place)")
         if self._has_stepped:
-            raise refused_loop("manual_backward is called after opt.step()")
+            raise unfollowed("manual_backward is called after opt.step()")
         self._losses.append(loss)
         for param in params_of(self._optimizer):  # for code that reads or clips gradients; they were recorded
             if param.requires_grad and param.grad is None:
@@ -61,25 +61,23 @@ class _ManualStep:
         """Stands for the ``step`` of ``self.optimizers()``."""
         if closure is not None:
             if not type(self._optimizer).__module__.startswith("torch.optim."):
-                raise refused_loop(
+                raise unfollowed(
                     f"the step of {type(self._optimizer).__name__} gets a closure, which it may call twice"
                 )
             closure()
         if self._has_stepped:
-            raise refused_loop("training_step calls opt.step() more than once")
+            raise unfollowed("training_step calls opt.step() more than once")
         if not self._losses:
-            raise refused_loop("training_step calls opt.step() before any manual_backward")
+            raise unfollowed("training_step calls opt.step() before any manual_backward")
         self._has_stepped = True
 
     def raw_step(self, *_: Any, **__: Any) -> NoReturn:
         """Stands for the ``step`` of the optimizer within, which Lightning does not count."""
-        raise refused_loop(
-            "training_step steps an optimizer that Lightning does not count (use_pl_optimizer=False, say)"
-        )
+        raise unfollowed("training_step steps an optimizer that Lightning does not count (use_pl_optimizer=False, say)")
 
     def raw_backward(self, *_: Any, **__: Any) -> NoReturn:
         """Stands for ``loss.backward()``."""
-        raise refused_loop("training_step calls loss.backward() itself; call self.manual_backward(loss)")
+        raise unfollowed("training_step calls loss.backward() itself; call self.manual_backward(loss)")
 
 
 def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -121,7 +119,7 @@ def collecting(
             param.grad = None
         for owner, own in stand_ins:
             vars(owner).update(own)
-        Tensor.backward = torch.autograd.backward = step.raw_backward  # type: ignore[method-assign, assignment]
+        Tensor.backward = torch.autograd.backward = step.raw_backward  # type: ignore[method-assign]
         yield step
     finally:
         Tensor.backward, torch.autograd.backward = backward  # type: ignore[method-assign]

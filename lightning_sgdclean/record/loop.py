@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.lightning import clipping_of, is_at_end_of_epoch
-from lightning_sgdclean.losses.manual_steps import refused_loop
+from lightning_sgdclean.losses.manual_steps import unfollowed
 from lightning_sgdclean.record.recorder import Recorder
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 
@@ -164,11 +164,9 @@ class ManualLoop(AutomaticLoop):
         if not clipped & self._ids:  # of another network
             return
         if clipped != {id(param) for param in self._params if param.grad is not None}:
-            raise refused_loop("gradients of some parameters are clipped by themselves, or with those of others")
+            raise unfollowed("gradients of some parameters are clipped by themselves, or with those of others")
         if kind == "norm" and float(how.arguments["norm_type"]) != 2.0:
-            raise refused_loop(
-                f"gradients are clipped by norm_type={how.arguments['norm_type']}, not by the length (2)"
-            )
+            raise unfollowed(f"gradients are clipped by norm_type={how.arguments['norm_type']}, not by the length (2)")
         value = float(how.arguments["max_norm" if kind == "norm" else "clip_value"])
         if value < math.inf:  # else only the length was asked for
             self._clips.append((kind, value))
@@ -206,9 +204,9 @@ class ManualLoop(AutomaticLoop):
 
     def _check_backward(self, is_early: bool) -> None:
         if not self._is_open:
-            raise refused_loop("manual_backward is called outside of training_step")
+            raise unfollowed("manual_backward is called outside of training_step")
         if self._has_stepped:
-            raise refused_loop("manual_backward is called after opt.step()")
+            raise unfollowed("manual_backward is called after opt.step()")
         is_first, self._has_backward = not self._has_backward, True
         has_earlier = self._recorder.has_earlier_losses
         if is_first and (has_earlier or is_early):
@@ -216,11 +214,9 @@ class ManualLoop(AutomaticLoop):
                 self._clips.clear()
                 self._recorder.forget_earlier_losses()
             elif not has_earlier:
-                raise refused_loop(
-                    "the gradients of a step that was made are left when the next loss is backpropagated"
-                )
+                raise unfollowed("the gradients of a step that was made are left when the next loss is backpropagated")
         if self._clips:
-            raise refused_loop("gradients are clipped before another loss is backpropagated for the same step")
+            raise unfollowed("gradients are clipped before another loss is backpropagated for the same step")
 
     def _are_gone(self) -> bool:
         """Whether no gradient is left that the coming ones would be added to."""
@@ -239,18 +235,18 @@ class ManualLoop(AutomaticLoop):
 
     def _check_step(self, clips: list[tuple[str, float]]) -> None:
         if not self._is_open:
-            raise refused_loop("opt.step() is called outside of training_step")
+            raise unfollowed("opt.step() is called outside of training_step")
         if self._progress.ready <= self._progress.completed:
-            raise refused_loop("an optimizer is stepped that Lightning does not count (use_pl_optimizer=False, say)")
+            raise unfollowed("an optimizer is stepped that Lightning does not count (use_pl_optimizer=False, say)")
         if self._has_stepped:
-            raise refused_loop("training_step calls opt.step() more than once")
+            raise unfollowed("training_step calls opt.step() more than once")
         if not self._has_backward:
-            raise refused_loop("opt.step() comes without self.manual_backward(loss) before it (loss.backward(), say)")
+            raise unfollowed("opt.step() comes without self.manual_backward(loss) before it (loss.backward(), say)")
         self._has_stepped = True
         if len(clips) > 1:
-            raise refused_loop(f"the gradients of one step are clipped {len(clips)} times")
+            raise unfollowed(f"the gradients of one step are clipped {len(clips)} times")
         if clips and self._scale != 1.0:
-            raise refused_loop("gradients are clipped while a GradScaler's factor is on them")
+            raise unfollowed("gradients are clipped while a GradScaler's factor is on them")
 
 
 def loop_of(trainer: Any, module: Any, recorder: Recorder, guard: Refusing) -> AutomaticLoop:
