@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
-from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.batches import Variant, cloned
+from lightning_sgdclean.data.parts import neighbour_variant
 from lightning_sgdclean.losses.contents import write_changed
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
@@ -81,6 +82,10 @@ class RecordedBatch:
     def __len__(self) -> int:
         return len(self.micro.ids)
 
+    def variant(self) -> Variant:
+        """The batch with samples replaced by others that came from the same loader."""
+        return neighbour_variant(self.content, self.micro.sizes)
+
     def weights(self) -> Tensor:
         """A weight of 1 for each sample, ``(B,)``, to differentiate by."""
         return unit_weights(len(self), self.params)
@@ -137,10 +142,10 @@ class RecordedBatch:
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})
         norms = IndependentSamples() if independent else RunningStatistics(self.module)
-        weighing = SampleWeights(own, plan, {} if independent else references)
+        weighing = SampleWeights(own, plan, {} if independent else references, self.micro.sizes)
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
-            weighing = LabelledWeights(own, plan, references, others)
+            weighing = LabelledWeights(own, plan, references, others, self.micro.sizes)
         watched = WatchedCalls(self.module)
         watchers = [norms, watched]
         if self.sample_losses is None:
@@ -176,7 +181,7 @@ class RecordedBatch:
         contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
 
         def evaluate(plan: SplitPlan | None) -> Evaluated:
-            evaluated = self.watched(SampleWeights(self.weights(), plan))
+            evaluated = self.watched(SampleWeights(self.weights(), plan, sizes=self.micro.sizes))
             self._put_back(contents)
             return evaluated
 
@@ -200,7 +205,7 @@ class RecordedBatch:
             return self.call(restores=False)
         if self.sample_losses is not None:
             return self._mean(self.call([], function=self.sample_losses, restores=False), weights)
-        weighing = SampleWeights(weights, self._plan)
+        weighing = SampleWeights(weights, self._plan, sizes=self.micro.sizes)
         loss = self.call([weighing], restores=False)
         if self._plan is not None and not is_planned(weighing.calls, self._plan):
             raise LossSplitError(

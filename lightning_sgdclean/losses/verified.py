@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
+from lightning_sgdclean.data.batches import Variant, tensor_shapes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.precision import widened
@@ -224,7 +224,7 @@ class VerifiedSplit:
         if plan is None:
             return False
         mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
-        with _probing(batch, neighbour_variant(batch.content)) as probe:
+        with _probing(batch, batch.variant()) as probe:
             base = probe.ask(plan=plan)
             plan = self._known(base, num)
             if plan is None:
@@ -258,7 +258,12 @@ class VerifiedSplit:
         return abs(rest) <= slack
 
     def _prove(self, batch: RecordedBatch) -> SplitPlan:
-        with _probing(batch, neighbour_variant(batch.content)) as probe:
+        if 1 in batch.micro.sizes:
+            raise LossSplitError(
+                f"The loaders gave {batch.micro.sizes} samples. A loader's only one has no other to be replaced by, so "
+                "what depends on it cannot be told. Let each loader give two or more."
+            )
+        with _probing(batch, batch.variant()) as probe:
             probe.check_repeatable()
             plan = self._keep(prove_split(probe), len(batch))
             rest, slack = rest_of(probe.ask(plan=plan))
@@ -314,7 +319,7 @@ def _probing(batch: RecordedBatch, variant: Variant) -> Iterator[Probe]:
             return probed.evaluate_under(plan, weights, surroundings=wide, independent=True)
 
         tolerance = 1e-11 if batch.params[0].dtype is torch.float64 else 1e-5
-        yield Probe(evaluate, variant, len(batch), batch.params, tolerance)
+        yield Probe(evaluate, variant, len(batch), batch.params, tolerance, batch.micro.sizes)
 
 
 def _joined(now: RowOwners, then: RowOwners) -> RowOwners:

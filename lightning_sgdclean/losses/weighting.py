@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample weights, and other labels, inside the loss of an unmodified `training_step`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,16 +82,21 @@ class SampleWeights(TorchFunctionMode):
         weights: ``(B,)``, all one, requiring a gradient.
         plan: What is known of the step's loss calls; without one, a call with ``B`` rows has one a sample.
         references: Values ``r0`` by number of the call, kept over the evaluations of one batch; filled as needed.
+        sizes: How many samples are of each of several loaders, in order; empty where there is one.
 
     Attributes:
         calls: The loss calls, in order.
     """
 
     def __init__(
-        self, weights: Tensor, plan: SplitPlan | None = None, references: dict[int, Tensor] | None = None
+        self,
+        weights: Tensor,
+        plan: SplitPlan | None = None,
+        references: dict[int, Tensor] | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self._weights, self._plan = weights, plan
+        self._weights, self._plan, self._sizes = weights, plan, sizes
         self._references = {} if references is None else references
         self.calls: list[LossCall] = []
 
@@ -133,7 +138,7 @@ class SampleWeights(TorchFunctionMode):
     def _owners(self, known: RowOwners | None, rows: Tensor) -> Tensor | None:
         num = len(self._weights)
         if known is not None:
-            owners = owners_by(known.rules, rows.shape, num) if known.rules else None
+            owners = owners_by(known.rules, rows.shape, num, self._sizes) if known.rules else None
         elif self._plan is None and (num == 1 or (rows.ndim and rows.shape[0] == num)):
             owners = owners_by(frozenset([OwnerRule(0, outer=1)]), rows.shape, num)
         else:
@@ -186,12 +191,18 @@ class LabelledWeights(SampleWeights):
         plan: See there.
         references: See there.
         others: The labels; what becomes of them is noted there.
+        sizes: As for the class that this one extends.
     """
 
     def __init__(
-        self, weights: Tensor, plan: SplitPlan | None, references: dict[int, Tensor] | None, others: OtherLabels
+        self,
+        weights: Tensor,
+        plan: SplitPlan | None,
+        references: dict[int, Tensor] | None,
+        others: OtherLabels,
+        sizes: Sequence[int] = (),
     ) -> None:
-        super().__init__(weights, plan, references)
+        super().__init__(weights, plan, references, sizes)
         self._others = others
         self._call: tuple[Callable[..., Any], dict[str, Any]] | None = None
         others.targets.clear()

@@ -144,7 +144,7 @@ class Recording:
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
         try:
-            positions = self._loaders.next_positions(trainer)
+            positions = self._loaders.next_positions(trainer, batch)
             micro = MicroBatch(
                 ids=self._loaders.names(batch, positions),
                 positions=positions,
@@ -153,6 +153,7 @@ class Recording:
                 random=self._random.now(),
                 loader=self._loaders.number(trainer.current_epoch),
                 global_step=trainer.global_step,
+                sizes=self._loaders.sizes,
             )
             taken = Taken(micro, batch, self.keeper.watch.batch_begins(micro.random))
             self._waiting.take(taken, may_wait=self._early is None)
@@ -182,7 +183,7 @@ class Recording:
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""
         if self.failure is None:
-            self._loaders.next_positions(trainer)
+            self._loaders.next_positions(trainer, None)
             self.recorder.skip_batch()
 
     def note_loss(self, loss: Tensor) -> None:

@@ -213,7 +213,7 @@ def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     def begin(plan: SplitPlan | None) -> WatchedLosses:
         replay.load(this.end)
         replay.module.eval()
-        watched[:] = [WatchedLosses(recorded.weights(), plan)]
+        watched[:] = [WatchedLosses(recorded.weights(), plan, recorded.micro.sizes)]
         return watched[0]
 
     with replay.surroundings.as_stage("train"), torch.enable_grad():

@@ -30,6 +30,7 @@ class MicroBatch:
             training that optimizes manually may do.
         loader: Which of the run's training loaders it came from, where they were made anew on the way.
         batch: The batch itself, packed, where it was kept; read back without its tensors.
+        sizes: How many of the samples are of each of several loaders, in order; empty where there is one.
     """
 
     ids: list[SampleId]
@@ -43,6 +44,7 @@ class MicroBatch:
     scale: float = 1.0
     loader: int = 0
     batch: PackedBatch | None = None
+    sizes: list[int] = field(default_factory=list)
 
 
 @dataclass
