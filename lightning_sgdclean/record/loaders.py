@@ -13,6 +13,7 @@ from lightning_sgdclean.base.lightning import combined_loader, training_loader
 from lightning_sgdclean.base.options import Options, Positions, SampleId
 from lightning_sgdclean.base.resources import itself
 from lightning_sgdclean.data.packing import content_ids
+from lightning_sgdclean.data.parts import loader_parts
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
 from lightning_sgdclean.record.passes import (
     LEAVE_AT_AUTO,
@@ -81,8 +82,9 @@ class TrainLoaders:
             return
         self.as_delivered = as_delivered
         if loader is combined_loader(trainer):
-            named = self._sample_ids is not None
-            self._several = SeveralLoaders(trainer, self._dataset_of, named, self._may_keep, self._several)
+            named, before = self._sample_ids is not None, self._several
+            checks = self._rows is not None and not named
+            self._several = SeveralLoaders(trainer, self._dataset_of, named, self._may_keep, checks, before)
             self.loaders.append(loader)
             return
         check_train_loader(loader, self._sample_ids is not None, self._may_keep)
@@ -169,9 +171,13 @@ class TrainLoaders:
             if isinstance(positions, list) and self._rows is not None:
                 self._rows.check(batch, len(positions))
             return self._ids.checked(drawn)
-        given = self._sample_ids(batch)
+        if self.sizes and self._sample_ids is content_ids:
+            given = [name for part in loader_parts(batch) if part is not None for name in content_ids(part)]
+        else:
+            given = self._sample_ids(batch)
         names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
-        if drawn is not None and len(names) not in (len(drawn), num_rows(batch)):
+        rows = None if self.sizes else num_rows(batch)
+        if drawn is not None and len(names) not in (len(drawn), rows):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(drawn)} samples.")
         return self._ids.checked(names)
 

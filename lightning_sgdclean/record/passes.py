@@ -144,6 +144,7 @@ class SeveralLoaders:
         noted: A loader to the dataset that it had when it was prepared; None where it was not seen.
         named: Whether ``sample_ids=`` names the samples.
         may_keep: Whether batches may be kept.
+        checks_rows: Whether to look if batches can hold the samples that were drawn for them.
         before: Those that these replace, where loaders were made anew.
 
     Raises:
@@ -157,10 +158,11 @@ class SeveralLoaders:
         noted: Callable[[Any], Any],
         named: bool,
         may_keep: bool,
+        checks_rows: bool,
         before: "SeveralLoaders | None" = None,
     ) -> None:
         self.combined = combined_loader(trainer)
-        self._rows = [RowCheck() for _ in self.combined.flattened]
+        self._rows = [RowCheck() if checks_rows else None for _ in self.combined.flattened]
         self._names, self._noting = _names_of(self.combined), list[NotingSampler]()
         if not may_keep:
             raise SampleIdError(
@@ -226,7 +228,7 @@ class SeveralLoaders:
         """
         lists = [[] if one is None else one if isinstance(one, list) else [one] for one in drawn]
         for rows, part, positions in zip(self._rows, loader_parts(batch), drawn, strict=True):
-            if isinstance(positions, list):
+            if rows is not None and isinstance(positions, list):
                 rows.check(part, len(positions))
         names = [f"{name}:{position}" for name, one in zip(self._names, lists, strict=True) for position in one]
         return names, [len(one) for one in lists]

@@ -4,6 +4,7 @@
 import re
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -187,6 +188,23 @@ def test_training_is_untouched_to_the_last_bit(make):
         torch.equal(a, b) for a, b in zip(bare.state_dict().values(), watched.state_dict().values(), strict=True)
     )
     assert (clip_grad_norm_, nn.utils.clip_grad_norm_, torch.Tensor.backward) == before
+
+
+def test_a_resumed_fit_goes_on_with_the_trajectory(tmp_path):
+    def run(name, max_epochs, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss", epochs="all", verify=0, dirpath=tmp_path / name)
+        saving = pl.callbacks.ModelCheckpoint(tmp_path / f"{name}-saved", filename="{epoch}")
+        settings = {"max_epochs": max_epochs, "precision": "32-true", "enable_checkpointing": True}
+        train, val = loaders(shuffle=False)
+        quiet_trainer([callback, saving], **settings).fit(Manual(**MOMENTUM), train, val, ckpt_path=ckpt_path)
+        return callback
+
+    whole = run("whole", 2)
+    run("first", 1)
+    resumed = run("second", 2, tmp_path / "first-saved" / "epoch=0.ckpt")
+    assert resumed.ranking.sample_id.tolist() == whole.ranking.sample_id.tolist()
+    assert resumed.ranking.influence.tolist() == whole.ranking.influence.tolist()
 
 
 class Gan(Manual):

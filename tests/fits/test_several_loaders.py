@@ -24,7 +24,7 @@ MOMENTUM = {"options": {"momentum": 0.9}}
 def given(sizes=(4, 5), **options):
     """The two loaders: labelled samples, and others."""
     pairs = zip((LABELLED, UNLABELLED), sizes, strict=True)
-    return [DataLoader(of, batch_size=size, shuffle=True, **options) for of, size in pairs]
+    return [DataLoader(of, batch_size=size, **{"shuffle": True, **options}) for of, size in pairs]
 
 
 class SemiSupervised(Plain):
@@ -121,7 +121,7 @@ def test_influences_of_all_loaders_samples_are_derivatives(form):
 def test_workers_draw_ahead_and_the_names_stay_right():
     alone, ahead = (SGDInfluence("val_loss", verify=0) for _ in range(2))
     for callback, num_workers in ((alone, 0), (ahead, 1)):
-        train = CombinedLoader(named(given(num_workers=num_workers)), "max_size_cycle")
+        train = CombinedLoader(named(given(num_workers=num_workers, shuffle=False)), "max_size_cycle")
         trained(SemiSupervised, lambda train=train: train, callback=callback)
     assert found_by(ahead.ranking).tolist() == found_by(alone.ranking).tolist()
 
@@ -207,6 +207,23 @@ def test_with_names_of_the_users_any_order_is_followed():
     for sample, influence in zip(callback.ranking.sample_id, callback.ranking.influence, strict=True):
         found[int(sample[1:]) + NUM_LABELLED * (sample[0] == "u")] = influence
     assert_derivative(found, lambda weights: objective(trained(SemiSupervised, loaders, weights)))
+
+
+def test_names_by_content_are_of_each_loaders_samples():
+    by_position = SGDInfluence("val_loss", verify=0)
+    by_content = SGDInfluence("val_loss", verify=0, sample_ids="content")
+    for callback in (by_position, by_content):
+        trained(SemiSupervised, lambda: named(given((4, 4))), callback=callback)  # as many rows of each
+    assert sorted(by_content.ranking.influence) == sorted(by_position.ranking.influence)
+
+
+def test_another_number_of_names_than_samples_is_refused():
+    with pytest.raises(SampleIdError, match="4 ids for a batch of 8 samples"):
+        trained(
+            SemiSupervised,
+            lambda: named(given((4, 4))),
+            callback=SGDInfluence("val_loss", sample_ids=lambda batch: batch["labelled"][2]),
+        )
 
 
 class Mixes(SemiSupervised):
