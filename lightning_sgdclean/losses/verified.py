@@ -17,7 +17,15 @@ from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.precision import widened
 from lightning_sgdclean.losses.proof import Probe, check_ids, moved, prove_split, rest_depends_on_samples, rest_of
-from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
+from lightning_sgdclean.losses.weighting import (
+    Evaluated,
+    RowOwners,
+    SplitPlan,
+    calls_of,
+    check_parts,
+    is_planned,
+    plan_key,
+)
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
 
@@ -258,15 +266,12 @@ class VerifiedSplit:
         return abs(rest) <= slack
 
     def _prove(self, batch: RecordedBatch) -> SplitPlan:
-        if 1 in batch.micro.sizes:
-            raise LossSplitError(
-                f"The loaders gave {batch.micro.sizes} samples. A loader's only one has no other to be replaced by, so "
-                "what depends on it cannot be told. Let each loader give two or more."
-            )
         with _probing(batch, batch.variant()) as probe:
             probe.check_repeatable()
             plan = self._keep(prove_split(probe), len(batch))
-            rest, slack = rest_of(probe.ask(plan=plan))
+            evaluated = probe.ask(plan=plan)
+            check_parts(evaluated, batch.micro.sizes)
+            rest, slack = rest_of(evaluated)
             # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
             if abs(rest) > slack or not all(call.is_linear for call in plan):
                 self._with_rest.add(plan_key(plan))

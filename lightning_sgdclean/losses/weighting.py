@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.data.batches import cloned, leaves_of
 from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, lost_weight, owners_by, rows_of
 from lightning_sgdclean.losses.running_statistics import BatchStatistic
@@ -279,3 +280,20 @@ class Evaluated:
     updates: list[BatchStatistic]
     calls: list[LossCall]
     leaves: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_parts(evaluated: Evaluated, sizes: Sequence[int]) -> None:
+    """Does the loss depend on samples of each of several loaders?
+
+    Raises:
+        LossSplitError: If not: a part that cannot be replaced looks like one that does not count.
+    """
+    owned = {owner for call in evaluated.calls if call.owners is not None for owner in call.owners.flatten().tolist()}
+    firsts = [sum(sizes[:part]) for part in range(len(sizes))]
+    for part, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+        if size and owned.isdisjoint(range(first, first + size)):
+            raise LossSplitError(
+                f"Nothing of the training loss was found to depend on the samples of loader {part} (counted from 0): "
+                "either it is not used, then leave it out, or it gave one sample alone, which no other can replace, or "
+                "its batches hold no row for each sample."
+            )

@@ -266,13 +266,16 @@ def _problem(this: OpenedRun, seen: dict[SampleId, Seen]) -> str | None:
         replay.load(this.states.state(step.index))
         return batch.watched(weighing)
 
-    plan, as_is = replay.split.plan_for(lambda plan: evaluate(LabelledWeights(weights, plan, None, others)), batch)
+    def with_labels(plan: SplitPlan | None) -> Evaluated:
+        return evaluate(LabelledWeights(weights, plan, None, others, batch.micro.sizes))
+
+    plan, as_is = replay.split.plan_for(with_labels, batch)
     changed = relabelled(batch.content, others)
     if not others.is_whole or changed is None:
         return "the loss is not made of one class a sample alone, as it stands in the batch."
     expected = [others.rows.get(number, call.rows) for number, call in enumerate(as_is.calls)]
     batch.content = changed
-    found = [call.rows for call in evaluate(SampleWeights(weights, plan)).calls]
+    found = [call.rows for call in evaluate(SampleWeights(weights, plan, sizes=batch.micro.sizes)).calls]
     if len(found) != len(expected) or not all(map(_is_close, found, expected)):
         return "the label does more in training_step than to be the target of its losses."
     return None

@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cases import VAL, Plain, data, objective, quiet_trainer
 from lightning_sgdclean import SGDInfluence, retrace
-from lightning_sgdclean.base.errors import SampleIdError, SGDInfluenceError, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import (
+    SampleIdError,
+    SGDInfluenceError,
+    SGDInfluenceWarning,
+    UnsupportedTrainingError,
+)
 from reference import assert_derivative
 
 NUM_LABELLED, NUM_UNLABELLED = 12, 23
@@ -188,7 +193,7 @@ def naming(batch):
         ),
         (SemiSupervised, lambda: {"a:b": given()[0], "c": given()[1]}, {}, UnsupportedTrainingError, "without a colon"),
         (SemiSupervised, lambda: {"a": given(), "b": given()[0]}, {}, UnsupportedTrainingError, "are nested"),
-        (SemiSupervised, lambda: named(given((1, 5))), {}, SGDInfluenceError, "A loader's only one has no other"),
+        (SemiSupervised, lambda: named(given((1, 5))), {}, SGDInfluenceError, "the samples of loader 0"),
     ],
     ids=["no room", "collate", "hook", "stream", "colon", "nested", "one sample"],
 )
@@ -232,6 +237,24 @@ class Mixes(SemiSupervised):
     def training_step(self, batch, batch_idx):
         (x, y, _), (u, _, _) = batch["labelled"], batch["others"]
         return F.cross_entropy(self.net(0.8 * x + 0.2 * u[: len(x)]), y)
+
+
+class Unused(SemiSupervised):
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch["labelled"]
+        return F.cross_entropy(self.net(x), y)
+
+
+def test_a_loader_on_whose_samples_no_loss_depends_is_refused():
+    with pytest.raises(SGDInfluenceError, match="depend on the samples of loader 1"):
+        trained(Unused, lambda: named(given()), callback=SGDInfluence("val_loss"))
+
+
+def test_the_column_relabel_stays_empty_and_says_so():
+    callback = SGDInfluence("val_loss", verify=0, columns=("relabel",))
+    with pytest.warns(SGDInfluenceWarning, match="'relabel', which stays empty"):
+        trained(SemiSupervised, lambda: named(given()), callback=callback)
+    assert all(value is None or np.isnan(value) for value in callback.ranking.columns["relabel"])
 
 
 def test_rows_that_mix_loaders_are_refused():
