@@ -191,9 +191,9 @@ def test_training_is_untouched_to_the_last_bit(make):
 
 
 def test_a_resumed_fit_goes_on_with_the_trajectory(tmp_path):
-    def run(name, max_epochs, ckpt_path=None):
+    def run(name, max_epochs, ckpt_path=None, **options):
         pl.seed_everything(1, verbose=False)
-        callback = SGDInfluence("val_loss", epochs="all", verify=0, dirpath=tmp_path / name)
+        callback = SGDInfluence("val_loss", epochs="all", verify=0, dirpath=tmp_path / name, **options)
         saving = pl.callbacks.ModelCheckpoint(tmp_path / f"{name}-saved", filename="{epoch}")
         settings = {"max_epochs": max_epochs, "precision": "32-true", "enable_checkpointing": True}
         train, val = loaders(shuffle=False)
@@ -202,7 +202,7 @@ def test_a_resumed_fit_goes_on_with_the_trajectory(tmp_path):
 
     whole = run("whole", 2)
     run("first", 1)
-    resumed = run("second", 2, tmp_path / "first-saved" / "epoch=0.ckpt")
+    resumed = run("first", 2, tmp_path / "first-saved" / "epoch=0.ckpt", overwrite=True)
     assert resumed.ranking.sample_id.tolist() == whole.ranking.sample_id.tolist()
     assert resumed.ranking.influence.tolist() == whole.ranking.influence.tolist()
 
