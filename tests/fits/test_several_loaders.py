@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from cases import VAL, Plain, data, objective, quiet_trainer
-from lightning_sgdclean import SGDInfluence, retrace
+from lightning_sgdclean import SGDInfluence, Training, cleanse, retrace
 from lightning_sgdclean.base.errors import (
     SampleIdError,
     SGDInfluenceError,
@@ -160,6 +160,24 @@ def test_everything_else_knows_the_names(tmp_path):
         ranking.keep(LABELLED, 3)
 
 
+def test_cleansing_says_that_the_names_are_no_positions(tmp_path):
+    class Tested(SemiSupervised):
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", self.loss(batch))
+
+    def build(seed):
+        return Training(
+            quiet_trainer(max_epochs=1),
+            Tested(),
+            train_dataloaders=named(given()),
+            val_dataloaders=DataLoader(VAL, batch_size=4),
+            test_dataloaders=DataLoader(VAL, batch_size=4),
+        )
+
+    with pytest.raises(ValueError, match=r"of several training loaders are names.*build\(seed, without\)"):
+        cleanse(build, metric="test_loss", drop=(2,), seeds=2, random_draws=1, dirpath=tmp_path / "c", verbose=False)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([LABELLED[i] for i in range(NUM_LABELLED)])
@@ -254,7 +272,7 @@ def test_the_column_relabel_stays_empty_and_says_so():
     callback = SGDInfluence("val_loss", verify=0, columns=("relabel",))
     with pytest.warns(SGDInfluenceWarning, match="'relabel', which stays empty"):
         trained(SemiSupervised, lambda: named(given()), callback=callback)
-    assert all(value is None or np.isnan(value) for value in callback.ranking.columns["relabel"])
+    assert not any(callback.ranking.columns["relabel"])
 
 
 def test_rows_that_mix_loaders_are_refused():
