@@ -89,7 +89,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         dirpath: Run directory; by default ``sgd_influence`` in the logger's directory, the next free name.
         overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
         sample_ids: Callable from a batch to its samples' ids (int or str), or ``"content"``: 16 hexadecimal digits
-            of what a sample holds. By default their positions in the training loader's dataset.
+            of what a sample holds. By default their positions in the loader's dataset, of several ``loader:position``.
         keep_batches: Whether to store the batches as they were trained on: ``"auto"`` does it where samples hold other
             data each time, by random augmentation say, ``True`` from the first batch, ``False`` never.
         sample_losses: Callable ``(pl_module, batch)`` to losses ``(B,)`` whose mean is the training loss, if not found.
@@ -272,7 +272,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss, as it is differentiated."""
         if self._active and self._recording is not None:
-            self._recording.note_loss(trainer, loss)
+            self._recording.note_loss(loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Rehearse a step of the retrace, once."""

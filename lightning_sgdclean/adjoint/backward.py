@@ -134,7 +134,7 @@ def retrace_step(
     fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
     fidelity.compare_buffers(step, replay.module, after.buffers)
     check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
-    scale = step.micro[0].scale
+    scale = step.scale
     cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
     shrink = 1.0 if walk.widens else scale
     scores = []
@@ -152,7 +152,8 @@ def retrace_step(
             scores.append((problem.batch.micro, found))
     if walk.checks is not None:
         begin = step.index % len(problems)  # not the first of each step, always
-        for problem in problems[begin:] + problems[:begin]:
+        kept = [problem for problem in problems[begin:] + problems[:begin] if problem.batch.micro.scale]
+        for problem in kept:
             if walk.checks.is_due(step, problem.batch):
                 check_derivative(step, before, problem.batch, walk.engine, replay, walk.checks)
                 if (

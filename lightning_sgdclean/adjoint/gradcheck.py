@@ -66,7 +66,8 @@ class DerivativeChecks:
         self._planned = {ends[round(i * (len(ends) - 1) / (self._num - 1))] for i in range(self._num)} if ends else None
         self._manners: set[Any] = set()
         self._num_new = 0
-        losses = [abs(float(m.loss) / m.scale) for step in self.steps for m in step.micro if m.loss is not None]
+        batches = [micro for step in self.steps for micro in step.micro if micro.scale]
+        losses = [abs(float(micro.loss) / micro.scale) for micro in batches if micro.loss is not None]
         self.largest_loss = max(filter(math.isfinite, losses), default=0.0)
 
     def is_due(self, step: Step, batch: RecordedBatch) -> bool:

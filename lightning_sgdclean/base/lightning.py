@@ -191,6 +191,13 @@ def gradient_hooks(trainer: Any, module: Any) -> list[str]:
     return [name for owner, hooks in owners for name in _own(owner, hooks)]
 
 
+def transfer_hooks(trainer: Any) -> list[str]:
+    """Hooks of the user's own that get a batch before ``training_step`` does."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]
+    return [name for owner in owners for name in _own(owner, hooks)]
+
+
 def _own(owner: Any, hooks: Sequence[str]) -> list[str]:
     """Those that were written by the user."""
     others = (*LIGHTNING_MODULES, "lightning_sgdclean.")
@@ -206,24 +213,18 @@ def combined_loader(trainer: Any) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-def one_loader(trainer: Any) -> Callable[[Any], Any]:
+def training_loader(trainer: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Once the training loaders exist.
 
     Returns:
-        What makes the loader's batch what ``training_step`` gets: ``{"a": batch}`` for a loader given in a dict.
-
-    Raises:
-        UnsupportedTrainingError: There are several.
+        The loader, or of several the CombinedLoader that the Trainer makes of them; and what makes the loader's batch
+        what ``training_step`` gets: ``{"a": batch}`` for a loader given in a dict.
     """
     combined = combined_loader(trainer)
-    num = len(combined.flattened)
-    if num != 1:
-        raise UnsupportedTrainingError(
-            f"There are {num} training loaders; exactly one can be followed, since in a batch of several a row has "
-            "several samples. Give one loader over one dataset whose items are pairs, or over a ConcatDataset."
-        )
+    if len(combined.flattened) != 1:
+        return combined, lambda batch: batch
     _, shape = tree_flatten(combined.iterables)
-    return lambda batch: tree_unflatten([batch], shape)
+    return combined.flattened[0], lambda batch: tree_unflatten([batch], shape)
 
 
 def shown_bar(trainer: Any) -> Any:
@@ -241,14 +242,9 @@ def check_module(trainer: Any, module: Any, has_objective: bool) -> None:
     """Before anything is set up: the module's own ways.
 
     Raises:
-        UnsupportedTrainingError: Manual optimization, ``dataloader_iter`` or several processes.
+        UnsupportedTrainingError: ``dataloader_iter`` or several processes.
         ObjectiveError: Nothing to validate by.
     """
-    if not module.automatic_optimization:
-        raise UnsupportedTrainingError(
-            "The module optimizes manually (automatic_optimization=False), so what a step is made of cannot be seen. "
-            "Return the loss from training_step and let Lightning optimize."
-        )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise UnsupportedTrainingError(
             "training_step takes dataloader_iter, so batches cannot be told apart. Take (batch, batch_idx) instead."

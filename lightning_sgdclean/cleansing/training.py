@@ -203,12 +203,14 @@ def _facts(influence: SGDInfluence, training: Training, settings: Settings, name
     ranking = influence.ranking
     if ranking is None:
         raise ValueError("The training was not ranked. Do not use fast_dev_run.")
-    named = influence.options.sample_ids is not None and influence.summary["dataset_size"] is None
+    has_names, several = influence.options.sample_ids is not None, len(combined_loader(training.trainer).flattened) > 1
+    named = influence.summary["dataset_size"] is None and (has_names or several)
     if named and not names_will_do:
+        whose, other = "that sample_ids= gives", "without sample_ids="
+        whose, other = (whose, other) if has_names else ("of several training loaders", "with one loader")
         raise ValueError(
-            "The ids that sample_ids= gives are names, not positions in the training loader's dataset, so the samples "
-            "cannot be found there. Give build(seed, without), which leaves out the samples with those ids, or rank "
-            "without sample_ids=."
+            f"The ids {whose} are names, not positions in the training loader's dataset, so the samples are not found "
+            f"there. Give build(seed, without), which leaves out the samples with those ids, or rank {other}."
         )
     dataset: Any = None if named else getattr(_train_loader(training), "dataset", None)
     can_change = changeable(ranking, settings.action)

@@ -195,11 +195,6 @@ def tensor_shapes(batch: Any) -> list[tuple[int, ...]]:
     return [(tensor.size(0),) if tensor.is_nested else tuple(tensor.shape) for tensor in tensors]
 
 
-def neighbour_variant(batch: Any) -> Variant:
-    """:func:`with_neighbours` of a batch that ``training_step`` may write to."""
-    return lambda replaced: with_neighbours(cloned(batch), replaced)
-
-
 def of_one_shape(variant: Variant, num: int) -> Variant:
     """A variant that never replaces a sample without which the batch has other shapes, as the longest of a padded one.
 

@@ -143,7 +143,7 @@ class VmappedRuns:
         if not is_elementwise(optimizer):
             return f"a step of {type(optimizer).__name__} may mix the numbers of a tensor"
         if is_low(this.replay.surroundings, module) or any(
-            micro.scale != 1.0 for step in this.steps for micro in step.micro
+            micro.scale not in (0.0, 1.0) for step in this.steps for micro in step.micro
         ):
             return "the run computes in 16 bits"
         if not type(module).backward.__module__.startswith(("lightning.", "pytorch_lightning.")):
@@ -211,7 +211,7 @@ class VmappedRuns:
                 ones = torch.ones_like(some)
                 losses = self._everywhere(batch.loss, torch.stack([ones, *(ones if w is None else w for w in given)]))
             self._replay.restore()
-            if not step.is_update:
+            if not step.is_update or not batch.micro.scale:
                 continue
             found = torch.autograd.grad((losses / step.divisor).sum(), [*params.values()], allow_unused=True)
             for name, gradient in zip(params, found, strict=True):

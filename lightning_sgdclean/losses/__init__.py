@@ -46,6 +46,7 @@ __all__ = [
     "surroundings_of",
     "takes_batch_idx",
     "twice_differentiable_kernels",
+    "unfollowed",
     "unit_weights",
     "untouched_module",
     "untouched_options",

@@ -14,21 +14,15 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.base.options import SampleLosses, WeightedLoss
 from lightning_sgdclean.base.randomness import set_random_state
-from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.data.batches import Variant, cloned
+from lightning_sgdclean.data.parts import neighbour_variant
 from lightning_sgdclean.losses.contents import write_changed
+from lightning_sgdclean.losses.other_labels import LabelledWeights, OtherLabels
 from lightning_sgdclean.losses.own_rows import weights_under
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
-from lightning_sgdclean.losses.weighting import (
-    Evaluated,
-    LabelledWeights,
-    OtherLabels,
-    SampleWeights,
-    SplitPlan,
-    is_planned,
-    unit_weights,
-)
+from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights, SplitPlan, is_planned, unit_weights
 from lightning_sgdclean.trajectory.records import MicroBatch
 
 Watchers = Sequence[AbstractContextManager[Any]]
@@ -84,6 +78,10 @@ class RecordedBatch:
     def __len__(self) -> int:
         return len(self.micro.ids)
 
+    def variant(self) -> Variant:
+        """The batch with samples replaced by others that came from the same loader."""
+        return neighbour_variant(self.content, self.micro.sizes)
+
     def weights(self) -> Tensor:
         """A weight of 1 for each sample, ``(B,)``, to differentiate by."""
         return unit_weights(len(self), self.params)
@@ -110,7 +108,7 @@ class RecordedBatch:
                 self._plan, evaluated = self.split.plan_for(evaluate, self)
         evaluated.loss = evaluated.loss / self.divisor
         is_own = surroundings is None or surroundings is self.surroundings
-        if is_own and self.micro.scale != 1.0:
+        if self.micro.scale != 1.0 and (is_own or not self.micro.scale):
             evaluated.loss = evaluated.loss * self.micro.scale
         return evaluated
 
@@ -140,10 +138,10 @@ class RecordedBatch:
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})
         norms = IndependentSamples() if independent else RunningStatistics(self.module)
-        weighing = weights_under(plan, own, {} if independent else references)
+        weighing = weights_under(plan, own, {} if independent else references, self.micro.sizes)
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
-            weighing = LabelledWeights(own, plan, references, others)
+            weighing = LabelledWeights(own, plan, references, others, self.micro.sizes)
         watched = WatchedCalls(self.module)
         watchers = [norms, watched]
         if self.own_loss is None:
@@ -179,7 +177,7 @@ class RecordedBatch:
         contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
 
         def evaluate(plan: SplitPlan | None) -> Evaluated:
-            evaluated = self.watched(weights_under(plan, self.weights()))
+            evaluated = self.watched(weights_under(plan, self.weights(), sizes=self.micro.sizes))
             self._put_back(contents)
             return evaluated
 
@@ -203,7 +201,7 @@ class RecordedBatch:
             return self.call(restores=False)
         if self.own_loss is not None:
             return self._own(weights, [], restores=False)
-        weighing = weights_under(self._plan, weights)
+        weighing = weights_under(self._plan, weights, sizes=self.micro.sizes)
         loss = weighing.weighted(self.call([weighing], restores=False))
         if self._plan is not None and not is_planned(weighing.calls, self._plan):
             raise LossSplitError(
@@ -253,11 +251,16 @@ class RecordedBatch:
                 if isinstance(watcher, SampleWeights):
                     watcher.begin(batch)
                 stack.enter_context(watcher)
+            step = self.module.training_step
+            arguments = (batch, self.micro.batch_idx) if takes_batch_idx(step) else (batch,)
             if function is not None:
                 loss: Tensor = function(self.module, batch)
+            elif own.manual_steps is not None:
+                with own.manual_steps() as manual:
+                    step(*arguments)
+                loss = manual.loss
             else:
-                step = self.module.training_step
-                loss = _loss_in(step(batch, self.micro.batch_idx) if takes_batch_idx(step) else step(batch))
+                loss = _loss_in(step(*arguments))
         if restores:
             self.restore()
         return loss

@@ -159,42 +159,49 @@ class OwnerRule:
         dim: The dimension.
         inner: How many consecutive entries a sample has, whatever the length.
         outer: How often the samples' order repeats, whatever the length.
+        part: Of which loader the samples are, by number, where a batch is made of those of several; ``B`` is then the
+            number of its samples. None: of the whole batch.
     """
 
     dim: int
     inner: int | None = None
     outer: int | None = None
+    part: int | None = None
 
-    def owners(self, shape: Sequence[int], num: int) -> Tensor | None:
+    def owners(self, shape: Sequence[int], num: int, sizes: Sequence[int] = ()) -> Tensor | None:
         """Owner of each index along ``dim``, or None where the rule does not fit the shape."""
-        if self.dim >= len(shape) or shape[self.dim] == 0 or shape[self.dim] % num:
+        first = 0
+        if self.part is not None:
+            first, num = (sum(sizes[: self.part]), sizes[self.part]) if self.part < len(sizes) else (0, 0)
+        if self.dim >= len(shape) or num == 0 or shape[self.dim] == 0 or shape[self.dim] % num:
             return None
         each = shape[self.dim] // num
         if each % (self.inner or self.outer or 1):
             return None
         inner = self.inner or each // (self.outer or 1)
-        return (torch.arange(shape[self.dim]) // inner) % num
+        return first + (torch.arange(shape[self.dim]) // inner) % num
 
 
-def candidate_rules(shape: Sequence[int], num: int) -> list[OwnerRule]:
-    """All rules that fit a shape."""
+def candidate_rules(shape: Sequence[int], num: int, sizes: Sequence[int] = ()) -> list[OwnerRule]:
+    """All rules that fit a shape, in a batch of ``num`` samples, ``sizes`` of them from each of several loaders."""
     found = []
-    for dim, length in enumerate(shape):
-        if length == 0 or length % num:
-            continue
-        each = length // num
-        for inner in (k for k in range(1, each + 1) if each % k == 0):
-            found += [OwnerRule(dim, outer=each // inner), OwnerRule(dim, inner=inner)]
+    for part, size in [(None, num), *enumerate(sizes)]:
+        for dim, length in enumerate(shape):
+            if size == 0 or length == 0 or length % size:
+                continue
+            each = length // size
+            for inner in (k for k in range(1, each + 1) if each % k == 0):
+                found += [OwnerRule(dim, outer=each // inner, part=part), OwnerRule(dim, inner=inner, part=part)]
     return found
 
 
-def owners_by(rules: frozenset[OwnerRule], shape: Sequence[int], num: int) -> Tensor | None:
+def owners_by(rules: frozenset[OwnerRule], shape: Sequence[int], num: int, sizes: Sequence[int] = ()) -> Tensor | None:
     """Owner of each entry, ready to be broadcast to ``shape``; None where the rules do not fit or disagree."""
     if num == 1:
         return torch.zeros([1] * len(shape), dtype=torch.long)
     found: tuple[int, Tensor] | None = None
     for rule in rules:
-        owners = rule.owners(shape, num)
+        owners = rule.owners(shape, num, sizes)
         if owners is None or (found is not None and (found[0] != rule.dim or not torch.equal(found[1], owners))):
             return None
         found = rule.dim, owners
@@ -226,16 +233,17 @@ def codes_of(masks: Tensor) -> Tensor:
     return (masks.long() << torch.arange(len(masks))[:, None]).sum(0)
 
 
-def consistent_rules(seen: Tensor, codes: Tensor) -> frozenset[OwnerRule]:
+def consistent_rules(seen: Tensor, codes: Tensor, sizes: Sequence[int] = ()) -> frozenset[OwnerRule]:
     """The rules that agree with every entry that moved.
 
     Args:
         seen: For each entry the groups, as bits, whose replacement moved it; 0 where nothing did.
         codes: :func:`codes_of`.
+        sizes: How many samples are of each of several loaders.
     """
     found = set()
-    for rule in candidate_rules(seen.shape, len(codes)):
-        owners = owners_by(frozenset([rule]), seen.shape, len(codes))
+    for rule in candidate_rules(seen.shape, len(codes), sizes):
+        owners = owners_by(frozenset([rule]), seen.shape, len(codes), sizes)
         if owners is not None and bool(((seen == 0) | (seen == codes[owners])).all()):
             found.add(rule)
     return frozenset(found)
@@ -251,7 +259,7 @@ class Picked(OwnerRule):
 
     number: int = 0
 
-    def owners(self, shape: Any, num: int) -> Tensor | None:
+    def owners(self, shape: Any, num: int, sizes: Sequence[int] = ()) -> Tensor | None:
         """None: no shape tells them; what was picked does (:mod:`~lightning_sgdclean.losses.own_rows`)."""
         return None
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_sgdclean.base.errors import LossSplitError, SGDInfluenceError
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.batches import Variant, is_by_row, leaves_of, neighbour_variant
+from lightning_sgdclean.data.batches import Variant, is_by_row, leaves_of
+from lightning_sgdclean.data.parts import neighbour_variant
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import gradient, length_of
 from lightning_sgdclean.losses.loss_functions import replacement_masks
@@ -110,7 +111,7 @@ class _Asked:
 
     def __init__(self, batch: RecordedBatch, wide: Surroundings) -> None:
         self._batch, self._wide, self._num = batch, wide, len(batch)
-        self._variant: Variant = neighbour_variant(batch.content)
+        self._variant: Variant = neighbour_variant(batch.content, batch.micro.sizes)
         is_double = batch.params[0].dtype is torch.float64
         self._tolerance = 1e-9 if is_double else 1e-4
         self._nobody = torch.zeros(self._num, dtype=torch.bool)

@@ -85,7 +85,7 @@ def _looked_into(probe: Probe, plan: SplitPlan) -> tuple[list[Part], list[frozen
     rules, refused = list[frozenset[OwnerRule]](), _Refused()
     for part, seen in zip(parts, _seen(probe, base, plan), strict=True):
         try:
-            rules.append(seen.rules(part))
+            rules.append(seen.rules(part, probe))
         except LossSplitError as error:
             refused.append((part.openings[0] if part.openings else None, error))
     return parts, rules, refused
@@ -125,7 +125,7 @@ class _Seen:
             elif bool(moving.any()):
                 self.moved.add(pick)
 
-    def rules(self, part: Part) -> frozenset[OwnerRule]:
+    def rules(self, part: Part, probe: Probe) -> frozenset[OwnerRule]:
         """Whose the part's rows are; none if they are no sample's."""
         picks = frozenset(self.picks & self.moved)
         if self.bits is None:
@@ -138,7 +138,7 @@ class _Seen:
         if part.is_factor and bool(self.bits.any()):
             raise LossSplitError(f"Losses are multiplied with, or divided by, what depends on the samples: {part}.")
         try:
-            found = rules_of(part, self.bits, part.num)
+            found = rules_of(part, self.bits, probe)
         except LossSplitError:
             if not picks:
                 raise

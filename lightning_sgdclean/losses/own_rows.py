@@ -8,7 +8,7 @@ logarithm of a learned scale) belongs to each sample's loss once it has been add
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -38,12 +38,15 @@ def is_own(plan: SplitPlan | None) -> bool:
 
 
 def weights_under(
-    plan: SplitPlan | None, weights: Tensor, references: dict[int, Tensor] | None = None
+    plan: SplitPlan | None,
+    weights: Tensor,
+    references: dict[int, Tensor] | None = None,
+    sizes: Sequence[int] = (),
 ) -> SampleWeights:
     """What gives the rows of a step their samples' weights under a plan."""
     if plan is not None and is_own(plan):
-        return OwnRows(weights, plan)
-    return SampleWeights(weights, plan, references)
+        return OwnRows(weights, plan, sizes)
+    return SampleWeights(weights, plan, references, sizes)
 
 
 @dataclass
@@ -93,13 +96,14 @@ class OwnRows(SampleWeights):
     Args:
         weights: ``(B,)``.
         plan: Whose the parts are; it also says below which of them to look for rows.
+        sizes: As for the class that this one extends.
 
     Attributes:
         rows_of_torch: The rows of torch's losses, in the order of the calls, without graph.
     """
 
-    def __init__(self, weights: Tensor, plan: SplitPlan | None) -> None:
-        super().__init__(weights, plan)
+    def __init__(self, weights: Tensor, plan: SplitPlan | None, sizes: Sequence[int] = ()) -> None:
+        super().__init__(weights, plan, sizes=sizes)
         self._opened = (plan[0].opened if plan else None) or frozenset()
         self._num = len(weights)
         self._made: dict[tuple[Any, int], tuple[Tensor, int]] = {}  # with how often they had been written to
@@ -206,7 +210,7 @@ class OwnRows(SampleWeights):
             return None
         picks = [part.picked.get(rule) for rule in known.rules if isinstance(rule, Picked)]
         if not picks or self._num == 1:
-            owners = owners_by(known.rules, part.rows.shape, self._num)
+            owners = owners_by(known.rules, part.rows.shape, self._num, self._sizes)
         else:
             owners = picks[0]
             if owners is None or any(other is None or not torch.equal(owners, other) for other in picks):
@@ -251,7 +255,7 @@ class OwnRows(SampleWeights):
 
     def _part(self, edge: _Edge, name: str, rows: Tensor, openings: tuple[str, ...]) -> Part:
         picked = {
-            Picked(rule.dim, rule.inner, rule.outer, number): owners
+            Picked(rule.dim, rule.inner, rule.outer, number=number): owners
             for number, found in enumerate(self._picks)
             for rule, owners in found.items()
             if rows.ndim and rows.shape[0] == len(owners)

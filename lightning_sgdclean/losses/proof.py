@@ -6,7 +6,7 @@ one sample is that sample's. What is left of the gradient without all rows must 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Probe:
         num: ``B``.
         params: The trained parameters.
         tolerance: Relative difference that counts as none.
+        sizes: See :class:`~lightning_sgdclean.losses.weighting.SampleWeights`.
 
     Attributes:
         fixed: Samples that are never replaced, ``(B,)``: those without which the losses have other shapes, as
@@ -53,8 +54,9 @@ class Probe:
         num: int,
         params: list[Any],
         tolerance: float,
+        sizes: Sequence[int] = (),
     ) -> None:
-        self._evaluate, self._variant = evaluate, variant
+        self._evaluate, self._variant, self.sizes = evaluate, variant, sizes
         self.num, self.params, self.tolerance = num, params, tolerance
         self.fixed = torch.zeros(num, dtype=torch.bool)
 
@@ -168,9 +170,9 @@ def prove_calls(probe: Probe) -> SplitPlan:
     if probe.num == 1:  # there is no other sample to tell a penalty by
         rules = [frozenset([OwnerRule(0, outer=1)])] * len(base.calls)
     else:
-        rules = [rules_of(term, seen, probe.num) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
+        rules = [rules_of(term, seen, probe) for term, seen in zip(base.calls, _seen(probe, base), strict=True)]
     plan = tuple(RowOwners(term.call, found) for term, found in zip(base.calls, rules, strict=True))
-    plan = _with_linearity(probe.ask(), plan)
+    plan = _with_linearity(probe.ask(), plan, probe.sizes)
     prove_rest(probe, plan)
     if not any(call.rules for call in plan):
         raise UnsplitRestError(
@@ -194,30 +196,28 @@ def _seen(probe: Probe, base: Evaluated) -> list[Tensor]:
     return found
 
 
-def rules_of(term: LossCall, seen: Tensor, num: int) -> frozenset[OwnerRule]:
+def rules_of(term: LossCall, seen: Tensor, probe: Probe) -> frozenset[OwnerRule]:
     """The rules that agree with the groups of samples, as bits, that moved each row; none if nothing did."""
     if not bool(seen.any()):
         return frozenset()
-    masks = replacement_masks(num)
-    codes = codes_of(masks)
+    codes = codes_of(replacement_masks(probe.num))
     foreign = (seen != 0) & ~torch.isin(seen, codes)
     if bool(foreign.any()):
-        code = int(seen[foreign][0])
-        tied = [sample for sample in range(num) if int(codes[sample]) & ~code == 0]
+        tied = (codes & ~seen[foreign][0] == 0).nonzero().flatten().tolist()
         among = f" (among them, by position, {tied[:3]})" if tied else ""
         raise LossSplitError(
             f"A row of the loss depends on several samples of the batch{among}: {term}, and rows mix samples, as mixup "
             f"or in-batch negatives do. {WEIGH_THEM} If a row is to count as the loss of one sample, say which:"
         )
-    rules = consistent_rules(seen, codes)
+    rules = consistent_rules(seen, codes, probe.sizes)
     if not rules:
-        raise LossSplitError(_no_rule(term, seen, codes, num))
+        raise LossSplitError(_no_rule(term, seen, codes, probe))
     return rules
 
 
-def _no_rule(term: LossCall, seen: Tensor, codes: Tensor, num: int) -> str:
-    if not candidate_rules(seen.shape, num):
-        return f"{term}, which is no multiple of {num}: the rows' owners cannot be told on other batches."
+def _no_rule(term: LossCall, seen: Tensor, codes: Tensor, probe: Probe) -> str:
+    if not candidate_rules(seen.shape, probe.num, probe.sizes):
+        return f"{term}, which is no multiple of {probe.num}: the rows' owners cannot be told on other batches."
     index = tuple(int(i) for i in (seen != 0).nonzero()[0])
     owner = int((codes == seen[index]).nonzero()[0])
     return (
@@ -269,7 +269,7 @@ def rest_of(evaluated: Evaluated) -> tuple[float, float]:
     return loss - sum(float(product.sum()) for product in products), 1e3 * torch.finfo(dtype).eps * size
 
 
-def _with_linearity(base: Evaluated, plan: SplitPlan) -> SplitPlan:
+def _with_linearity(base: Evaluated, plan: SplitPlan, sizes: Sequence[int]) -> SplitPlan:
     """Note which calls the loss is not linear in; their rows must not meet those of other samples."""
     entering = [term.entering for term in base.calls]
     pulls = _pulls(base.loss, entering)
@@ -278,7 +278,7 @@ def _with_linearity(base: Evaluated, plan: SplitPlan) -> SplitPlan:
     bent = [bool((found != 0).any()) for found in _interactions(pulls, entering, anywhere)]
     if not any(bent):
         return plan
-    owners = [owners_by(call.rules, term.rows.shape, term.num) for call, term in zip(plan, base.calls, strict=True)]
+    owners = [owners_by(c.rules, t.rows.shape, t.num, sizes) for c, t in zip(plan, base.calls, strict=True)]
     for mask in replacement_masks(base.calls[0].num):
         inside = [
             torch.zeros_like(rows, dtype=torch.bool) if own is None else mask[own].to(rows.device).expand(rows.shape)

@@ -144,10 +144,11 @@ class WatchedLosses(SampleWeights):
     Args:
         weights: ``(B,)`` of ones.
         plan: As for the class that this one extends.
+        sizes: See there.
     """
 
-    def __init__(self, weights: Tensor, plan: SplitPlan | None) -> None:
-        super().__init__(weights, plan)
+    def __init__(self, weights: Tensor, plan: SplitPlan | None, sizes: Sequence[int] = ()) -> None:
+        super().__init__(weights, plan, sizes=sizes)
         self._plan_given, self._num = plan or (), len(weights)
         self._arguments: list[tuple[Callable[..., Any], dict[str, Any]]] = []
 
@@ -175,15 +176,15 @@ class WatchedLosses(SampleWeights):
         """For each sample, what all calls with one row a sample say alike; classes count before values."""
         found: list[tuple[Reading, list[int]]] = []
         for term, (func, options) in zip(self._calls_of_torch(), self._arguments, strict=True):
-            if term is None or term.owners is None or term.owners.numel() != self._num:
+            if term is None or term.owners is None or term.owners.numel() != _num_owners(term):
                 continue
-            reading = read_call(func, options, self._num)
+            reading = read_call(func, options, term.owners.numel())
             if reading is not None:
-                found.append((reading, term.owners.reshape(-1).argsort().tolist()))
+                found.append((reading, term.owners.reshape(-1).tolist()))
         if any(reading.is_class for reading, _ in found):
             found = [pair for pair in found if pair[0].is_class]
-        labels = [_in_order(reading.numbers(reading.label), order) for reading, order in found]
-        predictions = [_in_order(reading.numbers(reading.prediction), order) for reading, order in found]
+        labels = [(owners, reading.numbers(reading.label)) for reading, owners in found]
+        predictions = [(owners, reading.numbers(reading.prediction)) for reading, owners in found]
         return _agreed(labels, self._num), _agreed(predictions, self._num)
 
     def own_losses(self, loss: Tensor) -> list[float | None]:
@@ -212,7 +213,7 @@ class WatchedLosses(SampleWeights):
         if shares is not None:
             shares = shares.expand(term.rows.shape).double()
             return shares.sum() / term.sums(shares)
-        return 1 if bool((pull == 1).all()) else self._num
+        return 1 if bool((pull == 1).all()) else _num_owners(term)
 
 
 class WatchedOwnRows(WatchedLosses, OwnRows):
@@ -234,17 +235,20 @@ class WatchedOwnRows(WatchedLosses, OwnRows):
         return plain_numbers(self._num * sum(shares, torch.zeros(self._num)).to(loss.dtype))
 
 
-def watched_under(plan: SplitPlan | None, weights: Tensor) -> WatchedLosses:
+def watched_under(plan: SplitPlan | None, weights: Tensor, sizes: Sequence[int] = ()) -> WatchedLosses:
     """What notes the losses of a step under a plan, for weights ``(B,)`` of ones."""
-    return WatchedOwnRows(weights, plan) if is_own(plan) else WatchedLosses(weights, plan)
+    return (WatchedOwnRows if is_own(plan) else WatchedLosses)(weights, plan, sizes)
 
 
-def _in_order(values: Sequence[Number | None], order: list[int]) -> list[Number | None]:
-    return [values[row] for row in order]
+def _num_owners(term: LossCall) -> int:
+    """How many samples have rows: all of the batch, or those of one of its loaders."""
+    return 0 if term.owners is None else len({*term.owners.reshape(-1).tolist()})
 
 
-def _agreed(said: list[list[Number | None]], num: int) -> list[Number | None]:
-    """What several calls say of each sample, where they all say the same."""
-    if not said:
-        return [None] * num
-    return [values[0] if len(set(values)) == 1 else None for values in zip(*said, strict=True)]
+def _agreed(said: list[tuple[list[int], list[Number | None]]], num: int) -> list[Number | None]:
+    """What several calls say of each sample, where all that speak of it say the same."""
+    found: list[set[Number | None]] = [set() for _ in range(num)]
+    for owners, values in said:
+        for owner, value in zip(owners, values, strict=True):
+            found[owner].add(value)
+    return [next(iter(values)) if len(values) == 1 else None for values in found]

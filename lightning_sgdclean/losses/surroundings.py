@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_sgdclean.base.lightning import silent_logger
 from lightning_sgdclean.losses.contents import write_changed
+from lightning_sgdclean.losses.manual_steps import collecting
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Surroundings:
         precision: The Trainer's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         as_stage: Context in which the Trainer claims to be ``"train"`` or ``"validate"`` and logs nowhere.
         widen: Brings a prepared batch to the precision to compute in.
+        manual_steps: Context in which a ``training_step`` that optimizes by itself hands its losses over instead; None
+            where Lightning optimizes.
     """
 
     device: torch.device
@@ -37,12 +41,18 @@ class Surroundings:
     precision: str
     as_stage: Callable[[str], AbstractContextManager[Any]]
     widen: Callable[[Any], Any] = lambda batch: batch
+    manual_steps: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 def surroundings_of(trainer: Any, module: Any) -> Surroundings:
     """What ``module`` saw around its steps under this Trainer."""
-    epochs = trainer.fit_loop.epoch_progress.current
-    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    epochs, loop, manual = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop, None
+    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+    if not module.automatic_optimization:
+        steps = loop.manual_optimization.optim_step_progress.total
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        (optimizer,), wrappers = trainer.optimizers, trainer.strategy._lightning_optimizers
+        manual = partial(collecting, module, optimizer, wrappers, schedulers)
 
     def prepare(batch: Any, dataloader_idx: int) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -73,6 +83,7 @@ def surroundings_of(trainer: Any, module: Any) -> Surroundings:
         set_clock=set_clock,
         precision=str(trainer.precision),
         as_stage=as_stage,
+        manual_steps=manual,
     )
 
 

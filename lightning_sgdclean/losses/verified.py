@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import WEIGH_THEM, LossSplitError
 from lightning_sgdclean.base.randomness import untouched_randomness
-from lightning_sgdclean.data.batches import Variant, neighbour_variant, tensor_shapes
+from lightning_sgdclean.data.batches import Variant, tensor_shapes
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.own_proof import moves_foreign, prove_split
 from lightning_sgdclean.losses.precision import widened
 from lightning_sgdclean.losses.proof import Probe, check_ids, rest_depends_on_samples, rest_of
-from lightning_sgdclean.losses.weighting import Evaluated, RowOwners, SplitPlan, calls_of, is_planned, plan_key
+from lightning_sgdclean.losses.weighting import (
+    Evaluated,
+    RowOwners,
+    SplitPlan,
+    calls_of,
+    check_parts,
+    is_planned,
+    plan_key,
+)
 
 _CONTRACT = "sample_losses=, a callable (pl_module, batch) -> tensor of shape (B,) whose mean is the training loss"
 _MIXED = "Where the loss is no mean over samples (batch Dice, Cox, in-batch negatives): "
@@ -228,7 +236,7 @@ class VerifiedSplit:
         if plan is None:
             return False
         mask = torch.randperm(num, generator=torch.Generator().manual_seed(self._num_batches)) < (num + 1) // 2
-        with _probing(batch, neighbour_variant(batch.content)) as probe:
+        with _probing(batch, batch.variant()) as probe:
             base = probe.ask(plan=plan)
             plan = self._known(base, num)
             if plan is None:
@@ -261,10 +269,12 @@ class VerifiedSplit:
         return abs(rest) <= slack
 
     def _prove(self, batch: RecordedBatch) -> SplitPlan:
-        with _probing(batch, neighbour_variant(batch.content)) as probe:
+        with _probing(batch, batch.variant()) as probe:
             probe.check_repeatable()
             plan = self._keep(prove_split(probe), len(batch))
-            rest, slack = rest_of(probe.ask(plan=plan))
+            evaluated = probe.ask(plan=plan)
+            check_parts(evaluated, batch.micro.sizes)
+            rest, slack = rest_of(evaluated)
             # Of functions that are not linear in the rows the value says nothing: these are always looked into, too.
             if abs(rest) > slack or not all(call.is_linear for call in plan):
                 self._with_rest.add(plan_key(plan))
@@ -317,7 +327,7 @@ def _probing(batch: RecordedBatch, variant: Variant) -> Iterator[Probe]:
             return probed.evaluate_under(plan, weights, surroundings=wide, independent=True)
 
         tolerance = 1e-11 if batch.params[0].dtype is torch.float64 else 1e-5
-        yield Probe(evaluate, variant, len(batch), batch.params, tolerance)
+        yield Probe(evaluate, variant, len(batch), batch.params, tolerance, batch.micro.sizes)
 
 
 def _joined(now: RowOwners, then: RowOwners) -> RowOwners:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample weights, and other labels, inside the loss of an unmodified `training_step`."""
+"""Sample weights inside the loss of an unmodified `training_step`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import _reduction, functional
+from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
-from lightning_sgdclean.data.batches import cloned, leaves_of
+from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, Picked, lost_weight, owners_by, rows_of
 from lightning_sgdclean.losses.running_statistics import BatchStatistic
 
@@ -137,16 +137,21 @@ class SampleWeights(TorchFunctionMode):
         weights: ``(B,)``, all one, requiring a gradient.
         plan: What is known of the step's loss calls; without one, a call with ``B`` rows has one a sample.
         references: Values ``r0`` by number of the call, kept over the evaluations of one batch; filled as needed.
+        sizes: How many samples are of each of several loaders, in order; empty where there is one.
 
     Attributes:
         calls: The loss calls, in order.
     """
 
     def __init__(
-        self, weights: Tensor, plan: SplitPlan | None = None, references: dict[int, Tensor] | None = None
+        self,
+        weights: Tensor,
+        plan: SplitPlan | None = None,
+        references: dict[int, Tensor] | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self._weights, self._plan = weights, plan
+        self._weights, self._plan, self._sizes = weights, plan, sizes
         self._references = {} if references is None else references
         self.calls: list[LossCall] = []
 
@@ -195,7 +200,7 @@ class SampleWeights(TorchFunctionMode):
     def _owners(self, known: RowOwners | None, rows: Tensor) -> Tensor | None:
         num = len(self._weights)
         if known is not None:
-            owners = owners_by(known.rules, rows.shape, num) if known.rules else None
+            owners = owners_by(known.rules, rows.shape, num, self._sizes) if known.rules else None
         elif self._plan is None and (num == 1 or (rows.ndim and rows.shape[0] == num)):
             owners = owners_by(frozenset([OwnerRule(0, outer=1)]), rows.shape, num)
         else:
@@ -212,96 +217,6 @@ class SampleWeights(TorchFunctionMode):
 
 def _reduced(rows: Tensor, divisor: Tensor | int) -> Tensor:
     return rows.sum() / divisor if isinstance(divisor, int) or not divisor.ndim else (rows / divisor).sum()
-
-
-_CLASSES = (functional.cross_entropy, functional.nll_loss)
-_SIDES = (functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits)
-
-
-@dataclass
-class OtherLabels:
-    """Labels that the samples of a batch could have had.
-
-    Attributes:
-        labels: Numbers of classes ``(B,)``, -1 where there is none.
-        amounts: ``(B,)``, all zero: how much of each label is changed.
-        targets: What the losses were called with, by number of the call, and what with the labels changed.
-        rows: Their losses with the labels changed, without graph, by number of the call.
-        is_whole: Whether all rows that samples own were made of a label that could be changed.
-    """
-
-    labels: Tensor
-    amounts: Tensor
-    targets: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    is_whole: bool = True
-
-
-class LabelledWeights(SampleWeights):
-    """Besides a weight ``w``, a sample's rows get an amount ``a`` of those that another label would give.
-
-    ``r`` becomes ``w r + a (r' - r)``, which at ``a = 0`` is ``w r`` to the last bit. The derivative by ``a`` is that
-    of a label which is changed by and by, divisors fixed; the module is evaluated no more often for it.
-
-    Args:
-        weights: As for the class that this one extends.
-        plan: See there.
-        references: See there.
-        others: The labels; what becomes of them is noted there.
-    """
-
-    def __init__(
-        self, weights: Tensor, plan: SplitPlan | None, references: dict[int, Tensor] | None, others: OtherLabels
-    ) -> None:
-        super().__init__(weights, plan, references)
-        self._others = others
-        self._call: tuple[Callable[..., Any], dict[str, Any]] | None = None
-        others.targets.clear()
-        others.rows.clear()
-        others.is_whole = True
-
-    def _weighted(self, func: Callable[..., Any], options: dict[str, Any]) -> Tensor:
-        self._call = func, dict(options)
-        return super()._weighted(func, options)
-
-    def _enter(self, rows: Tensor, owners: Tensor, known: RowOwners | None) -> Tensor:
-        entering = super()._enter(rows, owners, known)
-        changed = self._changed(rows, owners)
-        if changed is None or (known is not None and not known.is_linear):
-            self._others.is_whole = False
-            return entering
-        self._others.rows[len(self.calls)] = changed.detach()
-        return entering + self._others.amounts.to(rows.dtype)[owners] * (changed - rows)
-
-    def _changed(self, rows: Tensor, owners: Tensor) -> Tensor | None:
-        """The rows with the labels changed; None where the call has no such label for each sample."""
-        assert self._call is not None
-        func, options = self._call
-        target = options.get("target")
-        is_class = func in _CLASSES and target is not None and not target.is_floating_point()
-        if (
-            not (is_class or func in _SIDES)
-            or target is None
-            or not target.numel() == owners.numel() == len(self._weights)
-        ):
-            return None
-        labels = self._others.labels.to(target.device)[owners.reshape(-1)].reshape(target.shape)
-        keeps = labels < 0
-        keeps |= target == options["ignore_index"] if is_class else (target != 0) & (target != 1)
-        changed = torch.where(keeps, target, labels.to(target.dtype))
-        self._others.targets[len(self.calls)] = target, changed
-        return rows_of(func, {**options, "target": changed})[0].expand(rows.shape)
-
-
-def relabelled(batch: Any, others: OtherLabels) -> Any | None:
-    """A copy of a batch with the labels changed where the loss's targets stand in it; None if they do not."""
-    copy, found = cloned(batch), False
-    for target, changed in others.targets.values():
-        for leaf in leaves_of(copy):
-            if isinstance(leaf, Tensor) and leaf.shape == target.shape and torch.equal(leaf.double(), target.double()):
-                leaf.copy_(changed.to(leaf.dtype))
-                found = True
-    return copy if found else None
 
 
 def plan_key(plan: SplitPlan) -> tuple[Any, ...]:
@@ -330,3 +245,20 @@ class Evaluated:
     updates: list[BatchStatistic]
     calls: list[LossCall]
     leaves: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_parts(evaluated: Evaluated, sizes: Sequence[int]) -> None:
+    """Does the loss depend on samples of each of several loaders?
+
+    Raises:
+        LossSplitError: If not: a part that cannot be replaced looks like one that does not count.
+    """
+    owned = {owner for call in evaluated.calls if call.owners is not None for owner in call.owners.flatten().tolist()}
+    firsts = [sum(sizes[:part]) for part in range(len(sizes))]
+    for part, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+        if size and owned.isdisjoint(range(first, first + size)):
+            raise LossSplitError(
+                f"Nothing of the training loss was found to depend on the samples of loader {part} (counted from 0): "
+                "either it is not used, then leave it out, or it gave one sample alone, which no other can replace, or "
+                "its batches hold no row for each sample."
+            )

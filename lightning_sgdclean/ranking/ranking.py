@@ -179,15 +179,13 @@ class Ranking:
         if effect == "harmful":
             return list(range(min(checked_count(n, "n"), int((self.influence < 0).sum()))))
         count = min(checked_count(n, "n"), int((self.influence > 0).sum()))
-        best_first = np.argsort(-self.influence, kind="stable")  # stable: ties stay in the order of their ids
-        return cast(list[int], best_first[:count].tolist())
+        return cast(list[int], np.argsort(-self.influence, kind="stable")[:count].tolist())  # ties by their ids
 
     def keep(self, dataset: Dataset[T_co], drop: int) -> Subset[T_co]:
         """The dataset without the ``drop`` samples that stand first in the ranking.
 
         Args:
-            dataset: The dataset in which the sample ids are positions. Its samples that are not in the
-                ranking are kept.
+            dataset: The dataset in which the sample ids are positions. Samples that are not in the ranking are kept.
             drop: How many to leave out, by rank alone: beyond the harmful ones, helpful ones go too.
 
         Returns:
@@ -199,7 +197,10 @@ class Ranking:
             ValueError: If ``drop`` is negative or more than the ranking holds.
         """
         if self.sample_id.dtype == object:
-            raise TypeError("keep() needs sample ids that are positions in the dataset, found str ids.")
+            raise TypeError(
+                "keep() needs sample ids that are positions in the dataset, found str ids. Of one of several loaders: "
+                'drop = [int(i.split(":")[1]) for i in ranking.harmful(20) if i.startswith("name:")].'
+            )
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(f"keep() needs a dataset with a length and positions, found {type(dataset).__name__}.")
         size = len(dataset)
@@ -211,8 +212,7 @@ class Ranking:
             )
         if checked_count(drop, "drop") > len(self):
             raise ValueError(f"Cannot drop {drop} samples: the ranking holds {len(self)}.")
-        kept = np.delete(np.arange(size), self.sample_id[:drop])
-        return Subset(dataset, kept.tolist())
+        return Subset(dataset, np.delete(np.arange(size), self.sample_id[:drop]).tolist())
 
     def by(self, groups: Groups) -> dict[Any, float]:
         """Influence summed over groups of samples (label, source, annotator), most harmful group first.

@@ -2,19 +2,27 @@
 """The training loaders as Lightning prepares them: may they be followed, and the names of their samples."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError, UnsupportedTrainingError
-from lightning_sgdclean.base.lightning import combined_loader, one_loader
+from lightning_sgdclean.base.errors import NAME_THEM, SampleIdError
+from lightning_sgdclean.base.lightning import combined_loader, training_loader
 from lightning_sgdclean.base.options import Options, Positions, SampleId
 from lightning_sgdclean.base.resources import itself
-from lightning_sgdclean.data.batches import attributes_of, tensor_shapes
 from lightning_sgdclean.data.packing import content_ids
+from lightning_sgdclean.data.parts import loader_parts
 from lightning_sgdclean.data.samplers import NotingSampler, note_samples, stop_noting
+from lightning_sgdclean.record.passes import (
+    LEAVE_AT_AUTO,
+    RowCheck,
+    SeveralLoaders,
+    check_pass,
+    check_train_loader,
+    num_rows,
+)
 
 
 class TrainLoaders:
@@ -29,19 +37,23 @@ class TrainLoaders:
     Attributes:
         loaders: All of the fit; several if they were made anew on the way.
         as_delivered: What makes a loader's batch what ``training_step`` gets.
+        sizes: How many samples of the latest batch each of several loaders gave; empty where there is one.
     """
 
     def __init__(self, options: Options) -> None:
         self._may_keep = options.keep_batches is not False
         self._sample_ids = content_ids if options.sample_ids == "content" else options.sample_ids
         self._ids = _IdCheck()
-        self._rows = _RowCheck() if options.finds_split else None
+        self._rows = RowCheck() if options.finds_split else None
         self._noting: NotingSampler | None = None
         self._dataset: Any = None  # of the latest loader, when it was last prepared
         self._noted: list[tuple[weakref.ref[Any], Any]] = []  # loaders, with the datasets that they had then
         self.loaders: list[Any] = []
         self._first_used: dict[int, int] = {}  # epoch -> number of the loader that it began with
         self.as_delivered: Callable[[Any], Any] = lambda batch: batch
+        self._several: SeveralLoaders | None = None
+        self._drawn: list[Positions | None] = []  # of several loaders, for the latest batch
+        self.sizes: list[int] = []
 
     def watch(self, trainer: Any) -> None:
         """See every loader from now on: no callback hook lies between its making and its first use."""
@@ -59,27 +71,37 @@ class TrainLoaders:
 
         Raises:
             SampleIdError: If it was not, or its samples have no positions; see :func:`check_train_loader`.
-            UnsupportedTrainingError: If there are several loaders.
+            UnsupportedTrainingError: If several loaders are nested.
         """
         self._take_up(trainer)
 
     def _take_up(self, trainer: Any) -> None:
         """Go over to the loader that the fit loop draws from by now, if it is another one."""
-        loader = combined_loader(trainer).flattened[0]
+        loader, as_delivered = training_loader(trainer)
         if self.loaders and loader is self.loaders[-1]:
             return
-        self.as_delivered = one_loader(trainer)
+        self.as_delivered = as_delivered
+        if loader is combined_loader(trainer):
+            named, before = self._sample_ids is not None, self._several
+            checks = self._rows is not None and not named
+            self._several = SeveralLoaders(trainer, self._dataset_of, named, self._may_keep, checks, before)
+            self.loaders.append(loader)
+            return
         check_train_loader(loader, self._sample_ids is not None, self._may_keep)
         self._noting = None
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            found = [dataset for noted, dataset in self._noted if noted() is loader]
-            if not found:
+            found = self._dataset_of(loader)
+            if found is None:
                 raise SampleIdError(
                     "The training loader was made before this callback was set up, so its samples were not seen. "
                     "Do not ask for trainer.estimated_stepping_batches in DataModule.setup."
                 )
-            self._noting, self._dataset = note_samples(loader), found[0]
+            self._noting, self._dataset = note_samples(loader), found
         self.loaders.append(loader)
+
+    def _dataset_of(self, loader: Any) -> Any:
+        """What a loader went over when it was prepared; None where it was not seen."""
+        return next((dataset for noted, dataset in self._noted if noted() is loader), None)
 
     def number(self, epoch: int) -> int:
         """Which of the loaders delivers now."""
@@ -103,19 +125,26 @@ class TrainLoaders:
             if (loader := noted()) is not None:
                 stop_noting(loader)
 
-    def next_positions(self, trainer: Any) -> Positions | None:
+    def next_positions(self, trainer: Any, batch: Any) -> Positions | None:
         """Dataset positions of the batch that the Trainer goes on with; None where samples have none.
+
+        Args:
+            trainer: The Trainer.
+            batch: The batch, as ``training_step`` gets it.
 
         Raises:
             SampleIdError: If a batch need not be the one that was drawn, and the user does not name its samples, or
                 does not let it be kept. Or its loader was made anew and cannot be followed.
         """
         self._take_up(trainer)
+        if self._several is not None:
+            self._drawn = self._several.drawn(trainer, batch)
+            return None
         if self._noting is None:
             return None
         iterator, num_ahead = _pass_of(trainer)
         try:
-            _check_pass(iterator, self._dataset)
+            check_pass(iterator, self._dataset)
             num_waiting = num_ahead + len(getattr(iterator, "_task_info", ()))  # those that workers have at hand
             return self._noting.next_positions(iterator._sampler_iter, num_waiting)
         except SampleIdError as error:
@@ -124,7 +153,7 @@ class TrainLoaders:
             if not self._may_keep:
                 found = str(error).removesuffix(NAME_THEM)
                 raise SampleIdError(
-                    f"{found}Its batches can only be kept, but keep_batches=False. {_LEAVE_AT_AUTO}"
+                    f"{found}Its batches can only be kept, but keep_batches=False. {LEAVE_AT_AUTO}"
                 ) from error
             return None
 
@@ -134,15 +163,21 @@ class TrainLoaders:
         Raises:
             SampleIdError: If the user's are no ids, or the batch has another number of samples.
         """
-        drawn = positions if isinstance(positions, list | None) else [positions]
+        drawn: Sequence[SampleId] | None = positions if isinstance(positions, list | None) else [positions]
+        if self._several is not None:
+            drawn, self.sizes = self._several.names_and_sizes(batch, self._drawn)
         if self._sample_ids is None:
             assert drawn is not None  # else the loader would have been refused
             if isinstance(positions, list) and self._rows is not None:
                 self._rows.check(batch, len(positions))
             return self._ids.checked(drawn)
-        given = self._sample_ids(batch)
+        if self.sizes and self._sample_ids is content_ids:
+            given = [name for part in loader_parts(batch) if part is not None for name in content_ids(part)]
+        else:
+            given = self._sample_ids(batch)
         names = [_plain_id(name) for name in (given.tolist() if isinstance(given, Tensor) else given)]
-        if drawn is not None and len(names) not in (len(drawn), _num_rows(batch)):
+        rows = None if self.sizes else num_rows(batch)
+        if drawn is not None and len(names) not in (len(drawn), rows):
             raise SampleIdError(f"sample_ids= gave {len(names)} ids for a batch of {len(drawn)} samples.")
         return self._ids.checked(names)
 
@@ -218,127 +253,8 @@ def _pass_of(trainer: Any) -> tuple[Any, int]:
     return next(iter(getattr(passes, "iterators", [])), None), len(ahead)
 
 
-# What an iterator of torch's delivers by: each draw once, in the order of the draws.
-_DELIVERING = ("__next__", "_next_data", "_next_index", "_process_data", "_try_put_index", "_get_data", "_try_get_data")
-
-
-def _check_pass(iterator: Any, dataset: Any) -> None:
-    """Does each batch of the pass come straight from torch's DataLoader, as the sampler drew it?
-
-    Raises:
-        SampleIdError: If code of somebody else's stands between.
-    """
-    methods = {name: getattr(iterator, name) for name in _DELIVERING if hasattr(iterator, name)}
-    foreign = [name for name, method in methods.items() if not _is_torchs(method)]
-    if foreign or not methods:
-        # A generator has the name of the function that made it, say MyLoader.__iter__.
-        name = getattr(iterator, "__qualname__", type(iterator).__qualname__)
-        name = f"{name}, with another {foreign[0]}" if "_next_data" in methods else name
-        raise SampleIdError(
-            f"The training batches come out of {name}, not straight from torch's DataLoader: it may pass over, repeat, "
-            f"buffer or shuffle batches, so which samples a batch holds is not known. {NAME_THEM}"
-        )
-    if iterator._dataset is not dataset:
-        raise SampleIdError(
-            "The loader goes over another dataset than it had when training began, so positions are no names. "
-            f"{NAME_THEM}"
-        )
-
-
-def _is_torchs(method: Any) -> bool:
-    home = getattr(getattr(method, "__func__", method), "__globals__", {}).get("__name__", "")
-    return str(home).startswith(("torch.", "torchdata."))
-
-
-class _RowCheck:
-    """Can a batch hold the samples that were drawn for it?"""
-
-    def __init__(self) -> None:
-        self._led = False  # whether all tensors of a batch were once as long as its draw
-
-    def check(self, batch: Any, num: int) -> None:
-        """Refuse a batch that surely does not.
-
-        All its tensors have another length than ``num``, and it is none of several views of each sample. Either no
-        other dimension is as long as the draw, or earlier batches had a row a sample.
-
-        Raises:
-            SampleIdError: With both numbers.
-        """
-        shapes = _shapes(batch)
-        rows = _num_rows(batch)
-        if rows == num:
-            self._led = True
-        elif rows is not None and rows % num:
-            # Time may come first, then samples; not so in a tensor of one dimension.
-            seems_time_first = any(num in shape for shape in shapes)
-            shows = not seems_time_first or (self._led and any(len(shape) == 1 for shape in shapes))
-            if shows and not _may_list_samples(batch, num):
-                raise SampleIdError(
-                    f"A training batch has {rows} rows, but {num} samples were drawn for it: the collate function (or "
-                    f"a transfer hook) drops or adds samples, so which row is whose is not known. {NAME_THEM}"
-                )
-
-
-def _may_list_samples(value: Any, num: int, above: tuple[int, ...] = ()) -> bool:
-    """Whether there is a sequence in a batch that may have one entry a sample."""
-    if isinstance(value, Tensor | str) or id(value) in above:
-        return False
-    if isinstance(value, list | tuple):
-        if len(value) == num or not any(isinstance(item, Tensor) for item in value):
-            return True
-        parts = list(value)
-    else:
-        parts = list((value if isinstance(value, Mapping) else attributes_of(value)).values())
-    return any(_may_list_samples(part, num, (*above, id(value))) for part in parts)
-
-
-def _shapes(batch: Any) -> list[tuple[int, ...]]:
-    return [shape for shape in tensor_shapes(batch) if shape]
-
-
-def _num_rows(batch: Any) -> int | None:
-    """The length of all the batch's tensors; None where they differ."""
-    lengths = {shape[0] for shape in _shapes(batch)}
-    return lengths.pop() if len(lengths) == 1 else None
-
-
 def _plain_id(name: Any) -> SampleId:
     value = name.item() if hasattr(name, "item") else name
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     raise SampleIdError(f"sample_ids= gave {value!r} of type {type(value).__name__}; expected int or str.")
-
-
-_LEAVE_AT_AUTO = 'Leave it at "auto".'
-
-
-def check_train_loader(loader: Any, has_sample_ids: bool, may_keep: bool) -> None:
-    """Once the training loader exists.
-
-    Raises:
-        SampleIdError: Its samples have no positions, and no ``sample_ids`` names them or they may not be kept.
-        UnsupportedTrainingError: Batches arrive in another order than they are drawn, or it is no DataLoader.
-    """
-    is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
-    if is_stream and has_sample_ids and not may_keep:
-        raise SampleIdError(
-            f"The training data are a stream ({type(getattr(loader, 'dataset', loader)).__name__}), whose batches can "
-            f"only be kept, but keep_batches=False. {_LEAVE_AT_AUTO}"
-        )
-    if not isinstance(loader, DataLoader):
-        if has_sample_ids:
-            return
-        raise SampleIdError(
-            f"The training data come from a {type(loader).__name__}, not a torch DataLoader, so samples have no "
-            f"positions. {NAME_THEM}"
-        )
-    if isinstance(loader.dataset, IterableDataset) and not has_sample_ids:
-        raise SampleIdError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no positions. {NAME_THEM}"
-        )
-    if not getattr(loader, "in_order", True):
-        raise UnsupportedTrainingError(
-            "The training loader has in_order=False: batches arrive in another order than they are drawn. "
-            "Use in_order=True."
-        )

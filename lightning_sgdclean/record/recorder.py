@@ -75,10 +75,31 @@ class Recorder:
         if self._constants is not None:
             self._constants.check(self._module)
 
-    def note_loss(self, loss: Tensor, scale: float) -> None:
-        """The batch's loss, just before it is differentiated, and what a GradScaler had multiplied it by."""
+    def note_loss(self, loss: Tensor, scale: float, *, adds: bool = False) -> None:
+        """The batch's loss, just before it is differentiated, and what a GradScaler had multiplied it by.
+
+        Args:
+            loss: The loss.
+            scale: The factor.
+            adds: Whether the losses of one batch are summed up, where it may have several.
+        """
         if self._pending:
-            self._pending[-1].loss, self._pending[-1].scale = loss.detach().clone(), scale
+            micro, loss = self._pending[-1], loss.detach().clone()
+            micro.loss, micro.scale = loss if micro.loss is None or not adds else micro.loss + loss, scale
+
+    @property
+    def has_earlier_losses(self) -> bool:
+        """Whether losses of batches before the latest one wait for the optimizer's step."""
+        return any(micro.loss is not None and micro.scale for micro in self._pending[:-1])
+
+    def forget_earlier_losses(self) -> None:
+        """The gradients of the batches before the latest one were thrown away; what else they moved stays."""
+        for micro in self._pending[:-1]:
+            micro.scale, micro.loss = 0.0, None if micro.loss is None else 0.0 * micro.loss
+
+    def waits_for_less_than(self, global_step: int) -> bool:
+        """Whether batches wait for a step before this one."""
+        return bool(self._pending) and self._pending[-1].global_step < global_step
 
     def commit(
         self, ends_epoch: bool, clip: tuple[str, float] | None, divisor: int, last_index: int | None = None

@@ -4,6 +4,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_sgdclean.base.errors import (
     SGDInfluenceWarning,
     warn_of,
 )
-from lightning_sgdclean.base.lightning import best_model_checkpoint, check_callbacks, clipping_of, is_at_end_of_epoch
+from lightning_sgdclean.base.lightning import best_model_checkpoint, check_callbacks, is_at_end_of_epoch
 from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.randomness import RandomState, RandomStates, has_drawn
 from lightning_sgdclean.data.fetching import validation_limits
@@ -27,6 +28,7 @@ from lightning_sgdclean.losses.weighting import SplitPlan
 from lightning_sgdclean.record.budget import Budget, Forecast
 from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
+from lightning_sgdclean.record.loop import Guard, loop_of
 from lightning_sgdclean.record.rates import RateNotes
 from lightning_sgdclean.record.recorder import BestModel, EarlyStep, Recorder
 from lightning_sgdclean.trajectory.joining import CheckpointMark, without_mark
@@ -103,12 +105,13 @@ class Recording:
             options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
         )
         self.keeper.watch.evidence = joined.get("evidence", "")
-        self._never_breaking_the_training = _Guard(partial(self._stop, trainer))
+        self._never_breaking_the_training = Guard(partial(self._stop, trainer))
         self._random = RandomStates(trainer.strategy.root_device)
         self._before_validation: RandomState | None = None
         self._drawing: dict[int, RandomState] = {}  # before validations that drew, by the number of steps made
         self._early: EarlyStep | None = EarlyStep()
         self._hook = optimizer.register_step_post_hook(partial(self._after_optimizer_step, trainer))
+        self._loop = loop_of(trainer, module, self.recorder, self._refusing)
 
     def plan_snapshots(self, trainer: Any) -> None:
         """Say what the trajectory will take.
@@ -137,11 +140,11 @@ class Recording:
             return
         self._look_for_best(trainer)
         self.outlook.batch_begins(trainer)
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self.recorder.has_pending:
+        if self._loop.was_passed(batch_idx):
             self._leave(trainer, trainer.global_step - 1, ends_epoch=False)
         is_first = self.recorder.num_steps == 0 and not self.recorder.has_pending
         try:
-            positions = self._loaders.next_positions(trainer)
+            positions = self._loaders.next_positions(trainer, batch)
             micro = MicroBatch(
                 ids=self._loaders.names(batch, positions),
                 positions=positions,
@@ -150,6 +153,7 @@ class Recording:
                 random=self._random.now(),
                 loader=self._loaders.number(trainer.current_epoch),
                 global_step=trainer.global_step,
+                sizes=self._loaders.sizes,
             )
             taken = Taken(micro, batch, self.keeper.watch.batch_begins(micro.random))
             self._waiting.take(taken, may_wait=self._early is None)
@@ -166,6 +170,7 @@ class Recording:
         if is_first:
             self.first_ids = micro.ids
             self._on_first_batch(micro, batch)
+        self._loop.batch_begins()
 
     def _read(self, taken: list[Taken]) -> None:
         """Take in what batches hold."""
@@ -178,22 +183,28 @@ class Recording:
     def skip_batch(self, trainer: Any) -> None:
         """A batch that is None never started, but was drawn all the same."""
         if self.failure is None:
-            self._loaders.next_positions(trainer)
+            self._loaders.next_positions(trainer, None)
             self.recorder.skip_batch()
 
-    def note_loss(self, trainer: Any, loss: Tensor) -> None:
+    def note_loss(self, loss: Tensor) -> None:
         """The batch's loss, as it is differentiated."""
         if self.failure is None:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self.recorder.note_loss(loss, 1.0 if scaler is None else scaler.get_scale())
+            self._loop.note_loss(loss, is_early=self._early is not None)
+
+    def _refusing(self) -> AbstractContextManager[None]:
+        """Takes what is refused of a step; before the rehearsal nobody does, so that it ends the training."""
+        return nullcontext() if self._early is not None else self._never_breaking_the_training
 
     def _after_optimizer_step(self, trainer: Any, optimizer: Any, *_: Any) -> None:
         if self.failure is not None or bool(getattr(optimizer, "found_inf", False)):
             return  # a fused optimizer is called for a step that the GradScaler skips, too, and does nothing
+        clip = self._loop.stepped()
+        if self.failure is not None:
+            return
         with self._never_breaking_the_training:
             step = self.recorder.commit(
                 ends_epoch=is_at_end_of_epoch(trainer),
-                clip=clipping_of(trainer),
+                clip=clip,
                 divisor=trainer.accumulate_grad_batches,
                 last_index=trainer.max_steps - 1,
             )
@@ -208,6 +219,7 @@ class Recording:
         Raises:
             SGDInfluenceError: If it cannot be followed.
         """
+        self._loop.batch_ends()
         self.keeper.watch.batch_ends(self._random.now)
         if self._early is None or not self._early.is_due or self.failure is not None:
             return
@@ -241,16 +253,15 @@ class Recording:
         if self.failure is not None:
             return
         self._look_for_best(trainer)
-        if self.recorder.has_pending:
-            ends_epoch = is_at_end_of_epoch(trainer)
-            self._leave(trainer, trainer.global_step - ends_epoch, ends_epoch)
+        if (left := self._loop.left_at_end_of_epoch()) is not None:
+            self._leave(trainer, left, is_at_end_of_epoch(trainer))
         epochs = self._options.epochs
         windows = [(first_epoch_kept(trainer.current_epoch, is_at_end_of_epoch(trainer), epochs), math.inf)]
         if self.best is not None and self.best.epoch is not None and self.best.step is not None:
             windows.append((first_epoch_kept(*self.best.epoch, epochs), self.best.step))
         with self._never_breaking_the_training:
             self.writer.keep_only(*windows)
-        self._loaders.let_go(min(epoch for epoch, _ in windows))
+        self._loaders.let_go(min(epoch for epoch, _ in windows) - self._loop.carries_over)
 
     def flush(self, trainer: Any) -> None:
         """Write what is held in memory."""
@@ -266,6 +277,10 @@ class Recording:
             is_complete: Whether the fit came to its end.
         """
         self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
+        if is_complete and self.failure is None and (left := self._loop.left_at_end()) is not None:
+            self._leave(trainer, left, is_at_end_of_epoch(trainer))  # what was validated since is of the state after
+            for noted in (self.logged, self._drawing):
+                noted.update({left + 1: noted[left]} if left in noted else {})  # type: ignore[dict-item]
         if self.failure is None:
             with self._never_breaking_the_training:
                 self.writer.close()
@@ -275,6 +290,7 @@ class Recording:
                 ending = self.ending(trainer, is_complete)
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()
+        self._loop.unwatch()
 
     def ending(self, trainer: Any, is_complete: bool = True) -> FitEnd:
         """What is known when the fit is over."""
@@ -320,24 +336,9 @@ class Recording:
             cause, error = error, RunDirectoryError(f"The trajectory could not be written any more: {error}")
             error.__cause__ = cause
         self.failure = error
+        self._loop.unwatch()
         warnings.warn(
             f"Recording stopped at step {trainer.global_step}, training goes on: {error}",
             SGDInfluenceWarning,
             stacklevel=2,
         )
-
-
-class _Guard:
-    """Whatever goes wrong within is handed on and goes no further: a lack of memory or disk, a fault of ours."""
-
-    def __init__(self, stop: Callable[[Exception], None]) -> None:
-        self._stop = stop
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._stop(error)
-        return True

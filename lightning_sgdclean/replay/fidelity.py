@@ -102,7 +102,7 @@ class Fidelity:
             off = abs(now - recorded) / max(abs(recorded), 1e-12)
             self.loss = max(self.loss, off)
             if not off <= self.tolerance:
-                undo = step.divisor / micro.scale
+                undo = step.divisor / (micro.scale or 1.0)
                 text = f"loss {now * undo!r} instead of {recorded * undo!r}. "
                 own = batches[number].own_loss if number < len(batches) else None
                 if own is not None:
@@ -154,8 +154,8 @@ class Fidelity:
         named = f" Here these hooks could: {', '.join(self.hooks.edit)}." if self.hooks.edit else ""
         return (
             "Likely causes: gradients edited in a hook (on_before_optimizer_step, configure_gradient_clipping, "
-            f"optimizer_step), or weights moved after the step.{named} Move what they do into the loss, or out of "
-            "training."
+            "optimizer_step) or by hand in training_step (manual optimization), or weights moved after the "
+            f"step.{named} Move what they do into the loss, or out of training."
         )
 
 

@@ -171,17 +171,19 @@ def accumulate(
     """Leave a step's gradients in the live parameters; the losses as they were differentiated, and what scaled them."""
     for param in borrowed_optimizer.params:
         param.grad = None
-    scale = step.micro[0].scale
-    scaler = None if scale == 1.0 else torch.amp.GradScaler(replay.surroundings.device.type, init_scale=scale)
+    scaler = None
+    if step.scale != 1.0:
+        scaler = torch.amp.GradScaler(replay.surroundings.device.type, init_scale=step.scale)
     losses = []
     for number in range(len(step.micro)):
         loss = loss_of(number) / step.divisor
         if scaler is not None:
             loss = scaler.scale(loss)
-        if step.is_update:
+        is_kept = bool(step.micro[number].scale)
+        if step.is_update and is_kept:
             replay.module.backward(loss)
         replay.restore()
-        losses.append(loss.detach())
+        losses.append(loss.detach() * is_kept)
     return losses, scaler
 
 

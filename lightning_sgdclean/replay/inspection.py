@@ -13,15 +13,9 @@ from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.datasets import source_of
 from lightning_sgdclean.data.fetching import fetch_batch
+from lightning_sgdclean.losses.other_labels import LabelledWeights, OtherLabels, relabelled
 from lightning_sgdclean.losses.readings import Number, WatchedLosses, plain_numbers, watched_under
-from lightning_sgdclean.losses.weighting import (
-    Evaluated,
-    LabelledWeights,
-    OtherLabels,
-    SampleWeights,
-    SplitPlan,
-    relabelled,
-)
+from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights, SplitPlan
 from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.trajectory.records import MicroBatch, Step
 
@@ -215,7 +209,7 @@ def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     def begin(plan: SplitPlan | None) -> WatchedLosses:
         replay.load(this.end)
         replay.module.eval()
-        watched[:] = [watched_under(plan, recorded.weights())]
+        watched[:] = [watched_under(plan, recorded.weights(), recorded.micro.sizes)]
         return watched[0]
 
     with replay.surroundings.as_stage("train"), torch.enable_grad():
@@ -268,13 +262,16 @@ def _problem(this: OpenedRun, seen: dict[SampleId, Seen]) -> str | None:
         replay.load(this.states.state(step.index))
         return batch.watched(weighing)
 
-    plan, as_is = replay.split.plan_for(lambda plan: evaluate(LabelledWeights(weights, plan, None, others)), batch)
+    def with_labels(plan: SplitPlan | None) -> Evaluated:
+        return evaluate(LabelledWeights(weights, plan, None, others, batch.micro.sizes))
+
+    plan, as_is = replay.split.plan_for(with_labels, batch)
     changed = relabelled(batch.content, others)
     if not others.is_whole or changed is None:
         return "the loss is not made of one class a sample alone, as it stands in the batch."
     expected = [others.rows.get(number, call.rows) for number, call in enumerate(as_is.calls)]
     batch.content = changed
-    found = [call.rows for call in evaluate(SampleWeights(weights, plan)).calls]
+    found = [call.rows for call in evaluate(SampleWeights(weights, plan, sizes=batch.micro.sizes)).calls]
     if len(found) != len(expected) or not all(map(_is_close, found, expected)):
         return "the label does more in training_step than to be the target of its losses."
     return None

@@ -16,8 +16,8 @@ from lightning_sgdclean.base.lightning import (
     check_optimizers,
     combined_loader,
     hooks_of,
-    one_loader,
     quiet_trainer,
+    training_loader,
 )
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import set_random_state, untouched_randomness
@@ -260,8 +260,7 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
         check_optimizers(trainer)
         optimizer = trainer.optimizers[0]
         check_model(self._trajectory, pl_module, optimizer)
-        as_delivered, loaders = one_loader(trainer), self._val_dataloaders
-        (loader,) = combined_loader(trainer).flattened
+        (loader, as_delivered), loaders = training_loader(trainer), self._val_dataloaders
         loaders = trainer.datamodule.val_dataloader() if loaders is None else loaders
         recorded = self._trajectory
         ending = read_ending(recorded.folder, recorded.run, recorded.ending) or FitEnd(self._options.monitor)
@@ -275,18 +274,20 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             is_of_fit=False,
             hooks=hooks_of(trainer, pl_module),
             averaging=[],
-            classes=self._classes(trainer, pl_module, loader),
+            classes=self._classes(trainer, pl_module),
             as_delivered=as_delivered,
         )
         with opened(trainer, pl_module, run, self._options) as this:
             self.results.append(self._use(this))
 
-    def _classes(self, trainer: Any, module: Any, loader: Any) -> Classes:
+    def _classes(self, trainer: Any, module: Any) -> Classes:
         """What kept batches may be made of: what a batch of the loader is made of, as training_step would get it."""
         if all(micro.batch is None for step in self._trajectory.steps for micro in step.micro):
             return {}
-        batch = next((batch for batch in loader if batch is not None), None)
-        return classes_of(surroundings_of(trainer, module).prepare(one_loader(trainer)(batch), 0))
+        of_each = combined_loader(trainer).flattened  # of several, each has a batch of its own
+        batches = [next((batch for batch in one if batch is not None), None) for one in of_each]
+        batch = batches if len(batches) > 1 else training_loader(trainer)[1](batches[0])
+        return classes_of(surroundings_of(trainer, module).prepare(batch, 0))
 
 
 def batch_limits(limit: float | None, loaders: list[Any], recorded: list[float] | None) -> list[float] | None:

@@ -15,6 +15,7 @@ from lightning_sgdclean.data.batches import attributes_of, is_entry_each
 from lightning_sgdclean.data.datasets import listed_labels
 from lightning_sgdclean.data.fetching import has_own_collate
 from lightning_sgdclean.data.labels import Label, label_of, likely_place_of_label
+from lightning_sgdclean.data.parts import loader_parts, part_and_row
 from lightning_sgdclean.ranking.ranking import Ranking
 from lightning_sgdclean.replay.replay import OpenedRun
 from lightning_sgdclean.report.appearance import Appearance, Parts, Render, appearances_of, parts_of
@@ -145,7 +146,11 @@ class RunSamples:
         except Exception:  # the user's dataset, which may raise anything
             if micro.batch is None:
                 raise
-        return row_of(self._this.replay.content_of(step, number), row, len(micro.ids))
+        content, num = self._this.replay.content_of(step, number), len(micro.ids)
+        if micro.sizes:
+            part, row = part_and_row(micro.sizes, row)
+            content, num = loader_parts(content)[part], micro.sizes[part]
+        return row_of(content, row, num)
 
     def labels(self, ranking: Ranking) -> Labels | None:
         """The dataset's label of each sample by rank, where no sample has to be fetched for that."""

@@ -26,9 +26,11 @@ class MicroBatch:
         loss: The loss that was differentiated (already divided by the accumulation, and multiplied by
             ``scale``), or None before it is known.
         global_step: Optimizer steps made before it, as the module sees it.
-        scale: What a GradScaler multiplied the loss by.
+        scale: What a GradScaler multiplied the loss by; 0 where the gradient was thrown away before the step, which a
+            training that optimizes manually may do.
         loader: Which of the run's training loaders it came from, where they were made anew on the way.
         batch: The batch itself, packed, where it was kept; read back without its tensors.
+        sizes: How many of the samples are of each of several loaders, in order; empty where there is one.
     """
 
     ids: list[SampleId]
@@ -42,6 +44,7 @@ class MicroBatch:
     scale: float = 1.0
     loader: int = 0
     batch: PackedBatch | None = None
+    sizes: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -89,6 +92,11 @@ class Step:
     def is_update(self) -> bool:
         """Whether the optimizer moved the parameters."""
         return bool(self.groups)
+
+    @property
+    def scale(self) -> float:
+        """What a GradScaler multiplied its losses by."""
+        return next((micro.scale for micro in reversed(self.micro) if micro.scale), 1.0)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def write_segment(path: Path, steps: list[Step], states: dict[int, Flat]) -> Non
     """
     tensors = _state_tables(states)
     batches = [micro for step in steps for micro in step.micro]
-    words: dict[str, Any] = {"options": [], "positions": {}, "batches": {}}
+    words: dict[str, Any] = {"options": [], "positions": {}, "batches": {}, "sizes": {}}
     if steps:
         tensors["steps"] = torch.tensor([_step_row(step, words["options"]) for step in steps])
         tensors["micro"] = torch.tensor([_micro_row(micro) for micro in batches])
@@ -48,6 +48,8 @@ def write_segment(path: Path, steps: list[Step], states: dict[int, Flat]) -> Non
     for number, micro in enumerate(batches):
         if micro.positions != micro.ids:
             words["positions"][number] = micro.positions
+        if micro.sizes:
+            words["sizes"][number] = micro.sizes
         if micro.batch is not None:
             words["batches"][number] = micro.batch.skeleton
             tensors |= {f"batch/{number}/{n}": tensor for n, tensor in enumerate(micro.batch.tensors)}
@@ -178,6 +180,7 @@ class Segment:
                     scale=scale,
                     loader=loader,
                     batch=None if kept == _NOT_KEPT else PackedBatch(self._words["batches"][str(number)], []),
+                    sizes=self._words.get("sizes", {}).get(str(number), []),
                 )
             )
         return found

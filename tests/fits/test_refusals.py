@@ -58,12 +58,6 @@ def test_no_validation_data_is_refused_before_training():
     assert trainer.global_step == 0
 
 
-def test_manual_optimization():
-    module = Plain()
-    module.automatic_optimization = False
-    refuse(UnsupportedTrainingError, "optimizes manually", module)
-
-
 def test_a_second_of_these_callbacks_is_refused_before_training_and_says_what_to_do_instead(tmp_path):
     ours = [SGDInfluence("val_loss", dirpath=tmp_path / name) for name in ("a", "b")]
     running, (train, val) = quiet_trainer(ours), loaders()

@@ -44,3 +44,15 @@ def test_rules_that_part_ways_on_another_length_give_no_owner():
     assert owners_by(found, (3,), 3).tolist() == [0, 1, 2]
     assert owners_by(found, (6,), 3) is None
     assert owners_by(found, (5,), 3) is None
+
+
+def test_rules_of_one_of_several_loaders():
+    """Two views of the second loader's three samples, one beside the other, behind two of the first one."""
+    codes = codes_of(replacement_masks(5))
+    seen = codes[torch.tensor([2, 3, 4, 2, 3, 4])]
+    rules = consistent_rules(seen, codes, [2, 3])
+    assert {(rule.part, rule.inner, rule.outer) for rule in rules} == {(1, 1, None), (1, None, 2)}
+    assert owners_by(frozenset(rules), (12,), 9, [5, 4]) is None  # one view of three, or three of one: it is not known
+    assert owners_by(frozenset([OwnerRule(0, inner=1, part=1)]), (8,), 9, [5, 4]).tolist() == [5, 6, 7, 8] * 2
+    assert OwnerRule(0, outer=1, part=2).owners((3,), 3, [3]) is None  # there is no third loader
+    assert OwnerRule(0, outer=1, part=1).owners((3,), 3, [3, 0]) is None  # it is at its end

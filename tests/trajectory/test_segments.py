@@ -47,6 +47,8 @@ STEPS = {
     "one position": [step(40, micro(0, ids=[5], positions=5, digest=torch.tensor([1])))],
     "kept batches": [step(40, micro(0, batch=pack_batch(BATCH, {}))), step(41, micro(1)), step(42, micro(2))],
     "a batch of no tensors": [step(40, micro(0, batch=pack_batch(["a"], {})))],
+    "of several loaders": [step(40, micro(0, sizes=[2, 0], positions=None)), step(41, micro(1, sizes=[1, 1]))],
+    "thrown away": [step(40, micro(0, scale=0.0), micro(1))],
     "scaled": [step(40, micro(0, scale=1024.0, loader=2))],
     "clipped": [step(40, micro(0), clip=("norm", 0.5)), step(41, micro(1)), step(42, micro(2), clip=("value", 1.0))],
     "other options": [step(40 + n, micro(n), groups=[{"lr": 0.1 / (n + 1), "params": ["a"]}]) for n in range(3)],
