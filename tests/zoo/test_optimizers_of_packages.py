@@ -3,11 +3,13 @@
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cases import Case
+from cases import Case, Plain, loaders
+from lightning_sgdclean import retrace
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from optimizer_steps import (
@@ -18,7 +20,7 @@ from optimizer_steps import (
     assert_forward_is_the_step,
     assert_transpose_is_the_difference,
 )
-from reference import assert_influence_is_the_derivative
+from reference import assert_influence_is_the_derivative, ranked
 
 HUGGING_FACE, LARS = "transformers.optimization.Adafactor", "lightly.utils.lars.LARS"
 TIMM_LARS, LAMB, ADAMP = "timm.optim.lars.Lars", "timm.optim.lamb.Lamb", "timm.optim.adamp.AdamP"
@@ -97,6 +99,15 @@ def test_influence_is_the_derivative_of_the_whole_fit(place, options):
     callback = assert_influence_is_the_derivative(case, snapshots=3)
     replay = callback.summary["replay"]
     assert replay["segments"] == replay["segments_bit_for_bit"] > 0
+
+
+def test_options_by_which_a_step_counts_are_no_rates_and_can_be_made_again_by_a_new_optimizer():
+    case = Case(LAMB, {"make_optimizer": class_of(LAMB), "options": {"lr": 0.02, "eps": 1e-3}, "warmup": True})
+    callback = ranked(case, snapshots=3, verify=2)
+    assert callback.summary["rates"]["of_step_alone"]
+    train, val = loaders(case.train, case.val)
+    again = retrace(callback.run_dir, Plain(**case.module), train_dataloaders=train, val_dataloaders=val)
+    assert np.array_equal(again.influence, callback.ranking.influence)
 
 
 @pytest.mark.parametrize("place", [LAMB, ADAMP])
