@@ -189,6 +189,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
         columns, gaps = sample_columns(this, found.ids, options.columns)
     about = _about(objectives, this)
     about["derivative"], about["finite"] = _derivative(walk), _finite(walk)
+    complaints += [*filter(None, [walk.update.caveat]), *found.complaints()]
     complaints += walk.checks.complaints() if walk.checks else []
     complaints += walk.engine.complaints() if isinstance(walk.engine, Finite) else []
     about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}

@@ -230,7 +230,10 @@ def _cotangents(
 ) -> list[list[Tensor]]:
     """Take each ``lambda`` and ``mu`` (in place) back over clipping and the optimizer; ``c`` for every parameter."""
     used = None if grads is None else {name: grad for name, grad in grads.items() if name not in step.unused}
-    clipped = None if used is None else clip(used, step.clip)
+    # The Trainer clips before the step, and a step may clip by itself.
+    ways = [step.clip, walk.update.clipping(step.groups)]
+    stages = [] if used is None else [used, once := clip(used, ways[0]), clip(once, ways[1])]
+    clipped = stages[-1] if stages else None
     if clipped is not None:
         walk.replay.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
     cotangents = [{name: torch.zeros_like(lam) for name, lam in adjoint.params.items()} for adjoint in adjoints]
@@ -241,9 +244,9 @@ def _cotangents(
             found[name], adjoint.params[name], adjoint.optimizer[name] = walk.update.transpose(
                 param, grad, state, group, adjoint.params[name], adjoint.optimizer.get(name, {})
             )
-    if used is not None:
+    for grads_before, how in reversed(list(zip(stages, ways, strict=False))):
         for found in cotangents:
-            found.update(clip_transpose(used, {name: found[name] for name in used}, step.clip))
+            found.update(clip_transpose(grads_before, {name: found[name] for name in grads_before}, how))
     return [list(found.values()) for found in cotangents]
 
 

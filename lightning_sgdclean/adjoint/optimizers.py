@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sgdclean.adjoint.closed_forms import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
-from lightning_sgdclean.adjoint.updates import Forward, Function, Proved, Update
+from lightning_sgdclean.adjoint.packaged_updates import PACKAGED, REASONS, UNFOLLOWED
+from lightning_sgdclean.adjoint.updates import Clip, Forward, Function, Proved, Update
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.trajectory.live_state import is_plain
 
@@ -26,13 +27,6 @@ _UPDATES: dict[type[Optimizer], Update] = {
     torch.optim.RMSprop: RMSprop(),
 }
 _REGISTERED: dict[type[Optimizer], Update] = {}
-_REASONS = {
-    "Rprop": "its step knows only the gradient's sign, so that no sample has an influence to first order",
-    "LBFGS": "its step evaluates the loss as often as it needs to",
-    "SparseAdam": "its gradients are sparse",
-    "Adafactor": "it bounds its step by the root mean square of the whole, which is not written here yet",
-    "Muon": "its Newton-Schulz iteration is rounded to bfloat16, so that the step's own derivative says nothing",
-}
 
 
 def register_update(optimizer_class: type[Optimizer], update: Update | Forward | type[Optimizer]) -> None:
@@ -44,15 +38,15 @@ def register_update(optimizer_class: type[Optimizer], update: Update | Forward |
         optimizer_class: The class; its subclasses are not meant.
         update: Its step on one parameter: a function as :meth:`Update.forward` is one, or an :class:`Update` where the
             step rounds, where more than the counter ``step`` is no function of gradients, or with a transpose of your
-            own; or one of torch's classes that are followed, if the step is that of this class.
+            own; or a class that is followed by itself, if the step is that of this class.
 
     Raises:
         TypeError: If either is something else.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"optimizer_class must be a class derived from torch.optim.Optimizer, got {optimizer_class!r}.")
-    if isinstance(update, type) and update in _UPDATES:
-        update = _UPDATES[update]
+    if isinstance(update, type):
+        update = _UPDATES.get(update) or PACKAGED.get(_place_of(update)) or update
     if isinstance(update, type) or not (isinstance(update, Update) or callable(update)):
         raise TypeError(
             f"update must be an Update, a function (param, grad, state, group) or a followed class, got {update!r}."
@@ -64,11 +58,13 @@ def update_of(optimizer: Optimizer) -> Update:
     """The update of an optimizer.
 
     Raises:
-        UnsupportedTrainingError: If there is none for its class (a subclass may step differently), if a parameter is
-            complex, or if a registered update might need an option that is not recorded.
+        UnsupportedTrainingError: If there is none for its class (a subclass may step differently) or for one of its
+            options, if a parameter is complex, or if an update might need an option that is not recorded.
     """
     kind = type(optimizer)
     name = f"{kind.__module__}.{kind.__qualname__}"
+    outside = _REGISTERED.get(kind) or (None if kind in _UPDATES else PACKAGED.get(_place_of(kind)))
+    unfollowed = {} if kind in _REGISTERED else UNFOLLOWED.get(_place_of(kind), {})
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             if param.is_complex():
@@ -77,19 +73,26 @@ def update_of(optimizer: Optimizer) -> Update:
                     "real ones can be followed. Keep a real one and look at it through torch.view_as_complex."
                 )
         strange = [key for key, value in group.items() if key != "params" and not is_plain(value)]
-        if strange and kind in _REGISTERED:
+        if strange and outside is not None:
             raise UnsupportedTrainingError(
                 f"The option {strange[0]!r} of {name} is a {type(group[strange[0]]).__name__}, which is not recorded: "
                 "only numbers, strings and tensors of one element are. Keep it outside param_groups."
             )
-    if kind in _REGISTERED:
-        return Proved(_REGISTERED[kind], name)
+        for option, reason in unfollowed.items():
+            if group.get(option):
+                raise UnsupportedTrainingError(
+                    f"The option {option}={group[option]!r} of {name} cannot be followed backwards: {reason}. "
+                    "Train without it."
+                )
+    if outside is not None:
+        return Proved(outside, name)
     if kind not in _UPDATES:
-        reason = f": {_REASONS[kind.__name__]}" if _is_torchs(kind) and kind.__name__ in _REASONS else ""
+        why = REASONS.get(_place_of(kind)) or REASONS.get(kind.__name__)
         known = ", ".join(known.__name__ for known in _UPDATES)
         raise UnsupportedTrainingError(
-            f"The optimizer {name} cannot be followed backwards{reason}. Train with one of torch.optim's {known}, or "
-            "write its step as a function and pass it to lightning_sgdclean.register_update."
+            f"The optimizer {name} cannot be followed backwards{f': {why}' if why else ''}. Train with one of "
+            f"torch.optim's {known}, Adafactor or Muon, or write its step as a function and pass it to "
+            "lightning_sgdclean.register_update."
         )
     return _UPDATES[kind]
 
@@ -99,21 +102,27 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _UPDATES and type(optimizer) not in _REGISTERED
 
 
-def _is_torchs(kind: type) -> bool:
-    return getattr(torch.optim, kind.__name__, None) is kind
+def _place_of(kind: type) -> str:
+    """Where a class is defined; for torch's, where it is public, since its own files move from version to version."""
+    if getattr(torch.optim, kind.__name__, None) is kind:
+        return f"torch.optim.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-Clip = tuple[str, float] | None
+_ADDED = {"norm": 1e-6, "norm_exactly": 0.0}  # to the norm that is divided by
 
 
 def clip(grads: dict[str, Tensor], how: Clip) -> dict[str, Tensor]:
-    """Gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` leaves them."""
+    """Gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` leaves them, or a step that clips by itself."""
     if how is None or not grads:
         return grads
     algorithm, value = how
     if algorithm == "value":
         return {name: grad.clamp(-value, value) for name, grad in grads.items()}
-    factor = min(1.0, value / (_norm(grads) + 1e-6))
+    divisor = _norm(grads) + _ADDED[algorithm]
+    if value >= divisor:
+        return grads
+    factor = value / divisor
     return {name: grad * factor for name, grad in grads.items()}
 
 
@@ -125,11 +134,12 @@ def clip_transpose(grads: dict[str, Tensor], cotangents: dict[str, Tensor], how:
     if algorithm == "value":
         return {n: torch.where(grads[n].abs() <= value, c, 0) for n, c in cotangents.items()}
     norm = _norm(grads)
-    if value / (norm + 1e-6) >= 1:
+    divisor = norm + _ADDED[algorithm]
+    if value >= divisor:
         return cotangents
-    factor = value / (norm + 1e-6)
+    factor = value / divisor
     dot = sum(float((cotangents[n].double() * grads[n].double()).sum()) for n in grads)
-    pull = -value / (norm + 1e-6) ** 2 / norm * dot
+    pull = -value / divisor**2 / norm * dot
     return {n: factor * c + pull * grads[n] for n, c in cotangents.items()}
 
 

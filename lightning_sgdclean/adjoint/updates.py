@@ -13,6 +13,7 @@ from lightning_sgdclean.base.errors import UnsupportedTrainingError
 
 Entries = dict[str, Tensor]
 Group = dict[str, Any]
+Clip = tuple[str, float] | None  # an algorithm and a value
 
 
 class Update(ABC):
@@ -23,10 +24,12 @@ class Update(ABC):
     Attributes:
         is_linear: Whether the transpose does without the value of the gradient; it may then be given any tensor.
         constants: Entries of the state that no gradient moves, such as a counter. Nothing is differentiated by them.
+        caveat: What is to be said of every ranking that is made through it; a warning, empty where there is none.
     """
 
     is_linear: bool = False
     constants: frozenset[str] = frozenset({"step"})
+    caveat: str = ""
 
     @abstractmethod
     def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
@@ -47,6 +50,17 @@ class Update(ABC):
     def unrounded(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
         """What is differentiated: :meth:`forward`, unless that rounds to fewer bits than it is given."""
         return self.forward(param, grad, state, group)
+
+    def clipping(self, groups: list[Group]) -> Clip:
+        """How the step itself clips the gradient of all parameters together, before :meth:`forward` gets its part.
+
+        Args:
+            groups: The options of every parameter group, as :meth:`forward` gets them.
+
+        Returns:
+            ``("norm_exactly", value)`` where it divides by the norm over ``value`` if that is above one; else None.
+        """
+        return None
 
     def transpose(
         self, param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries
@@ -127,13 +141,17 @@ class Proved(Update):
 
     def __init__(self, update: Update, optimizer: str) -> None:
         self._update, self._optimizer = update, optimizer
-        self.is_linear, self.constants = update.is_linear, update.constants
+        self.is_linear, self.constants, self.caveat = update.is_linear, update.constants, update.caveat
         self._proved: set[tuple[torch.Size, frozenset[str]]] = set()
 
     def forward(self, param: Tensor, grad: Tensor, state: Entries, group: Group) -> tuple[Tensor, Entries]:
         """See the base class."""
         with self._explaining(state, group):
             return self._update.forward(param, grad, state, group)
+
+    def clipping(self, groups: list[Group]) -> Clip:
+        """See the base class."""
+        return self._update.clipping(groups)
 
     def transpose(
         self, param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries

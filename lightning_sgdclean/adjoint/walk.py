@@ -139,6 +139,17 @@ class Influences:
     def __post_init__(self) -> None:
         self._rows = {name: row for row, name in enumerate(self.ids)}
 
+    def complaints(self) -> list[str]:
+        """That nothing is ranked where every influence is zero, if so."""
+        if not len(self.ids) or bool(self.values[0].any()):
+            return []
+        return [
+            "Every influence is exactly zero: to first order no sample moves the objective, and the ranking says "
+            "nothing. Likely causes: an optimizer whose steps follow the signs of gradients, a learning rate of zero, "
+            "or an objective without a gradient at the end point. Train with another optimizer or rate, or ask for "
+            "another objective."
+        ]
+
     def add(self, micro: MicroBatch, scores: Tensor) -> None:
         """Take in a micro-batch's ``scores``, ``(K, B)`` or with other labels ``(K, 2 B)``: what more of each does."""
         rows = torch.tensor([self._rows[name] for name in micro.ids])

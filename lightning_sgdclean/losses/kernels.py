@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
+from lightning_sgdclean.losses.substitutes import SUBSTITUTES
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _NO_SECOND = re.compile(r"derivative for|double backward|twice|not implemented", re.IGNORECASE)
@@ -30,21 +31,16 @@ class _Substitutes(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs or {})
+        if func in SUBSTITUTES:
+            return SUBSTITUTES[func](func, *args, **kwargs or {})
         # cuDNN's recurrent layers have none; torch's own have, on every device.
         with torch.backends.cudnn.flags(enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **kwargs or {})
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``, whose second derivative takes the norm of ``v`` for a constant (torch 2.13)."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
 @contextmanager
 def twice_differentiable_kernels() -> Iterator[None]:
-    """Plain attention, plain recurrent layers, plain weight norm.
+    """Plain attention, plain recurrent layers, and what stands for other kernels that cannot be differentiated twice.
 
     To be held while the loss is computed and while it is differentiated: checkpointed parts of a model
     are computed again within backward.

@@ -25,12 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_sgdclean.base.lightning import gradient_hooks
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.losses.module_state import untouched_module
-from lightning_sgdclean.losses.surroundings import (
-    ignore,
-    logging_to,
-    surroundings_of,
-    untouched_options,
-)
+from lightning_sgdclean.losses.surroundings import ignore, logging_to, surroundings_of, untouched_options
+from lightning_sgdclean.trajectory.live_state import counted_options
 from lightning_sgdclean.trajectory.records import Step
 
 _MOST_PERIODS = 16
@@ -122,7 +118,7 @@ class RateNotes:
         if not self._may_vary or not self._periods:
             return {}
         seen = [_Seen(each.index, each.epoch, each.micro[-1].batch_idx, each.ends_epoch, each.groups) for each in steps]
-        varying = _varying([step.groups for step in seen if step.groups])
+        varying = _varying([step.groups for step in seen if step.groups], counted_options(trainer.optimizers[0]))
         if not varying:
             return {}
         hook, found = f"{type(module).__name__}.optimizer_step", {}
@@ -275,13 +271,13 @@ class _Twins:
                 options[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _varying(recorded: list[list[dict[str, Any]]]) -> list[tuple[int, str]]:
+def _varying(recorded: list[list[dict[str, Any]]], counted: tuple[str, ...]) -> list[tuple[int, str]]:
     """Group and name of the options that are not always the same; what is no number with a point moves in jumps."""
     found: dict[tuple[int, str], None] = {}
     first = last = recorded[0] if recorded else []
     for groups in recorded:
         if groups is not last:
-            pairs = [(n, key) for n, group in enumerate(groups) for key in group if key != "params"]
+            pairs = [(n, key) for n, group in enumerate(groups) for key in group if key not in ("params", *counted)]
             found |= {(n, key): None for n, key in pairs if not _is_same(groups[n][key], first[n].get(key), 0.0)}
             last = groups
     jumping = int | str | None

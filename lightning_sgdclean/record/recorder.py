@@ -220,11 +220,13 @@ class EarlyStep:
 def _is_telling(step: Step) -> bool:
     """Whether the step moved anything, from losses that are numbers."""
     finite = all(micro.loss is not None and math.isfinite(float(micro.loss)) for micro in step.micro)
-    return finite and step.is_update and any(_number(group.get("lr", 1.0)) != 0 for group in step.groups)
+    return finite and step.is_update and any(_rate_of(group) != 0 for group in step.groups)
 
 
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)
+def _rate_of(group: dict[str, Any]) -> float:
+    """The learning rate; 1 where the optimizer finds it by itself."""
+    value = group.get("lr")
+    return 1.0 if value is None else float(value.item() if isinstance(value, Tensor) else value)
 
 
 def _copy(live: State) -> State:

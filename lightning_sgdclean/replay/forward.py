@@ -103,6 +103,8 @@ def _as_it_was(recorded: Tensor, was: Any, param: Tensor, group: dict[str, Any])
 def _like(value: Any, live: Any) -> Any:
     if isinstance(live, Tensor):
         return torch.full_like(live, value)
+    if isinstance(value, Tensor):
+        return value.clone()  # a step may count in it
     return tuple(value) if isinstance(live, tuple) else value
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryWriter",
     "copied",
+    "counted_options",
     "current_state",
     "first_epoch_kept",
     "fit_of",

@@ -157,13 +157,28 @@ class FrozenParameters:
 
 
 def hyper_parameters(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """All plain options of all parameter groups as they stand now, with the names of the trained parameters."""
-    names = {id(param): name for name, param in params.items()}
+    """All plain options of all parameter groups as they stand now, with the names of the trained parameters.
+
+    An option by which the step counts stands as it was before the step: so the step can be made again.
+    """
+    names, counted = {id(param): name for name, param in params.items()}, counted_options(optimizer)
     return [
-        {key: noted(value) for key, value in group.items() if key != "params" and is_plain(value)}
+        {key: noted(value - 1 if key in counted else value) for key, value in group.items() if _is_noted(key, value)}
         | {"params": [names[id(param)] for param in group["params"] if param.requires_grad]}
         for group in optimizer.param_groups
     ]
+
+
+def _is_noted(key: str, value: Any) -> bool:
+    return key != "params" and is_plain(value)
+
+
+def counted_options(optimizer: Optimizer) -> tuple[str, ...]:
+    """Options of an optimizer by which its own step counts steps."""
+    return _COUNTED.get(f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", ())
+
+
+_COUNTED = {"timm.optim.lamb.Lamb": ("step",)}  # others count in the state of each parameter
 
 
 def is_fixed(value: Any) -> bool:

@@ -160,16 +160,6 @@ class Detour(torch.autograd.Function):
         return torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2 * grad.detach().numpy())
 
 
-class Bags(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bags = nn.EmbeddingBag(9, 5)
-        self.last = nn.Linear(5, NUM_CLASSES)
-
-    def forward(self, x):
-        return self.last(self.bags((x.abs() * 3).long().clamp(max=8)).tanh())
-
-
 class Heads(nn.Module):
     """Flash attention, asked for by name."""
 
@@ -197,12 +187,6 @@ class Calling(nn.Module):
         return self.function(x)
 
 
-class Margin(Plain):
-    def loss(self, batch, reduction="mean"):
-        x, y, _ = batch
-        return F.multi_margin_loss(self.net(x), y, p=2, margin=5.0, reduction=reduction)
-
-
 class Aligned(Plain):
     """Trained by CTC over the five features as time."""
 
@@ -218,8 +202,6 @@ class Aligned(Plain):
 
 
 WITHOUT_SECOND = [
-    ("_embedding_bag", {"net": Bags}, Plain, None),
-    ("multi_margin_loss", {}, Margin, lambda module, batch: module.loss(batch, "none")),
     ("_ctc_loss", {}, Aligned, lambda module, batch: module.loss(batch, "none")),
     ("_scaled_dot_product_flash_attention_for_cpu", {"net": Heads}, Plain, None),
     ("Cube", {"net": partial(through, Cube.apply)}, Plain, None),

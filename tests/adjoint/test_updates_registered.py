@@ -11,7 +11,7 @@ from torch import nn
 from cases import Case, Plain, fit, loaders, perceptron, quiet_trainer
 from lightning_sgdclean import SGDInfluence, Update, register_update
 from lightning_sgdclean.base.errors import ReplayMismatchError, UnsupportedTrainingError
-from reference import assert_influence_is_the_derivative, ranked
+from reference import assert_influence_is_the_derivative
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "optimizers.md"
 
@@ -82,47 +82,6 @@ class Logged(torch.optim.AdamW):
 def test_subclass_registered_to_step_as_its_base_is_followed_exactly():
     register_update(Logged, torch.optim.AdamW)
     assert_influence_is_the_derivative(Case("logged", {"make_optimizer": Logged, "options": {"eps": 1e-3}}))
-
-
-class UnroundedMuon(torch.optim.Muon):
-    """Muon's iteration on singular values, in the type of the parameters."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            a, b, c = group["ns_coefficients"]
-            for param in group["params"]:
-                velocity = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
-                velocity.mul_(group["momentum"]).add_(param.grad, alpha=1 - group["momentum"])
-                direction = (1 - group["momentum"]) * param.grad + group["momentum"] * velocity
-                left, values, right = torch.linalg.svd(direction / direction.norm(), full_matrices=False)
-                for _ in range(group["ns_steps"]):
-                    values = a * values + b * values**3 + c * values**5
-                rows, columns = param.shape
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * (left * values) @ right)
-        return loss
-
-
-def matrices():
-    return nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
-
-
-def test_muon_of_the_documentation_differentiates_the_unrounded_iteration(page):
-    register_update(UnroundedMuon, page["Muon"]().unrounded)
-    options = {"lr": 0.02, "weight_decay": 0.1}
-    case = Case("muon", {"make_optimizer": UnroundedMuon, "options": options, "net": matrices})
-    assert_influence_is_the_derivative(case)
-
-
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_muon_of_the_documentation_makes_torchs_step_to_the_last_bit(page, precision, adjust):
-    options = {"lr": 0.02, "adjust_lr_fn": adjust}
-    case = Case("muon", {"make_optimizer": torch.optim.Muon, "options": options, "net": matrices})
-    case.trainer["precision"] = precision
-    assert ranked(case).summary["replay"]["update_error"] == 0.0
 
 
 def detached(param, grad, state, group):
