@@ -17,10 +17,10 @@ from lightning_sgdclean.base.randomness import random_state, set_random_state
 from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.kernels import gradient
-from lightning_sgdclean.losses.running_statistics import RunningStatistics
+from lightning_sgdclean.losses.running_statistics import RunningStatistics, buffer_is_read
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, resting_hooks
-from lightning_sgdclean.replay.replay import Replay
+from lightning_sgdclean.replay.replay import Replay, Validation
 from lightning_sgdclean.trajectory.records import State
 
 
@@ -91,8 +91,7 @@ def objective_gradients(
 def objectives_at(
     state: State,
     replay: Replay,
-    batches: Iterable[ValidationBatch],
-    num_loaders: int,
+    validation: Validation,
     options: Options,
     surroundings: Surroundings,
     manners: dict[Any, int] | None = None,
@@ -102,8 +101,7 @@ def objectives_at(
     Args:
         state: The state.
         replay: Its live module takes the state on.
-        batches: The validation set.
-        num_loaders: How many validation loaders there are.
+        validation: Gives the validation set, and of how many loaders it comes.
         options: The callback's.
         surroundings: The run's, or those that widen it to float32.
         manners: As for :func:`objective_gradients`.
@@ -111,15 +109,35 @@ def objectives_at(
     Raises:
         ObjectiveError: As :func:`objective_gradients`.
         NonFiniteError: Likewise.
+        UnsupportedTrainingError: If it reads a buffer that training moves, and nothing else reads.
     """
-    replay.load(state)
-    params = list(replay.params.values())
+
+    def evaluated() -> list[ObjectiveGradient]:
+        batches, num_loaders = validation()
+        given = surroundings, options.monitor, options.objectives, num_loaders, manners
+        return objective_gradients(replay.module, list(replay.params.values()), batches, *given)
+
     with surroundings.as_stage("validate"):
-        found = objective_gradients(
-            replay.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders, manners
-        )
+        replay.load(state, spoiled=replay.scratch)
+        try:
+            found = evaluated()
+        except NonFiniteError:
+            _check_unread(state, replay, evaluated)
+            raise
     replay.restore()  # validation had put the module into evaluation mode
     return found
+
+
+def _check_unread(state: State, replay: Replay, evaluate: Callable[[], Any]) -> None:
+    """The objective is not finite while scratch buffers hold NaN: refuse it by name if it reads one of them."""
+    for name in sorted(replay.scratch):
+        replay.load(state, spoiled=frozenset([name]))
+        try:
+            evaluate()
+        except NonFiniteError as error:
+            replay.load(state)
+            evaluate()  # raises where it is not finite anyway
+            raise buffer_is_read(name, "the objective") from error
 
 
 def value_of(

@@ -242,9 +242,7 @@ def compare_where_unsure(this: OpenedRun) -> list[str]:
     replay.restore()
     if all(one.source == "logged" for one in said):
         return []
-    return compare_with_logged(
-        objectives_at(this.end, replay, *this.validation(), options, replay.surroundings)[0], this
-    )
+    return compare_with_logged(objectives_at(this.end, replay, this.validation, options, replay.surroundings)[0], this)
 
 
 def _refused_or_said(error: SGDInfluenceError, options: Options) -> list[str]:

@@ -20,6 +20,7 @@ __all__ = [
     "VerifiedSplit",
     "WatchedCalls",
     "WatchedLosses",
+    "buffer_is_read",
     "bytes_in_float64",
     "callable_in",
     "caller_of",

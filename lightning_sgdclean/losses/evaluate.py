@@ -2,6 +2,7 @@
 """A recorded micro-batch, evaluated again by the user's own ``training_step``: the one place where that is done."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,7 @@ class RecordedBatch:
         sample_losses: The user's own ``(module, batch) -> (B,)``, whose mean stands for the loss where it is weighted.
         split: Whose the parts of the loss are, where the user does not say it.
         divisor: By how much the loss is divided, since so many micro-batches are accumulated.
+        scratch: Buffers that hold NaN before every evaluation by :meth:`evaluate_under`, to prove that none reads them.
         is_relabelled: Whether every evaluation with other labels found where to put them.
         manner: How the loss was made when it was last evaluated with a graph: its operations, and what left the graph.
     """
@@ -72,6 +74,7 @@ class RecordedBatch:
     sample_losses: SampleLosses | None = None
     split: Split | None = None
     divisor: int = 1
+    scratch: frozenset[str] = frozenset()
     is_relabelled: bool = field(default=True, init=False)
     manner: tuple[frozenset[Any], frozenset[Any]] | None = field(default=None, init=False)
     _plan: SplitPlan | None = field(default=None, init=False)
@@ -133,6 +136,8 @@ class RecordedBatch:
         """
         if not self._buffers:
             self._buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+            for name in self.scratch:
+                self._buffers[name].fill_(math.nan)
         self._put_back(self._buffers)
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})

@@ -172,7 +172,11 @@ class IndependentSamples(TorchFunctionMode):
 
 
 def check_moved_buffers(
-    index: int, before: dict[str, Tensor], after: dict[str, Tensor], updates: list[BatchStatistic]
+    index: int,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    updates: list[BatchStatistic],
+    scratch: frozenset[str] = frozenset(),
 ) -> None:
     """Did the step move buffers only as the updates that are followed backwards say?
 
@@ -183,13 +187,14 @@ def check_moved_buffers(
         before: The buffers as they were recorded before the step, by name.
         after: Likewise after it.
         updates: Those that the step's batches made when it was run again, in order.
+        scratch: Buffers that nothing reads, which may move.
 
     Raises:
         UnsupportedTrainingError: Naming the first buffer that moved otherwise.
     """
     followed = {update.name for update in updates}
     for name, was in before.items():
-        if not was.is_floating_point() and not was.is_complex():
+        if (not was.is_floating_point() and not was.is_complex()) or name in scratch:
             continue
         if name not in followed:
             if not torch.equal(was.nan_to_num(), after[name].nan_to_num()):
@@ -206,6 +211,15 @@ def check_moved_buffers(
                 "training_step say. Likely causes: activation checkpointing, which runs BatchNorm once more within "
                 "backward (move it out of the checkpointed part), or code that writes into them."
             )
+
+
+def buffer_is_read(name: str, where: str) -> UnsupportedTrainingError:
+    """The error for a buffer that training moves, and that is read in spite of that, ``where`` in words."""
+    return UnsupportedTrainingError(
+        f"Training moves the buffer {name!r}, and {where} reads it, so it carries influence that is not followed. Only "
+        "the running statistics of BatchNorm and InstanceNorm are followed, and buffers that are overwritten before "
+        "they are read carry none. Remove it, or keep it fixed in the retraced epochs."
+    )
 
 
 def _tolerance(buffer: Tensor) -> float:

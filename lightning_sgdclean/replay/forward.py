@@ -277,7 +277,9 @@ class RecomputedStates:
         before = self._copy(optimizer)
         self._step(position - 1, optimizer)
         segment = self._trajectory.steps[self._start[0] : position]
-        changes, is_bitwise = compare(live_state(self._replay, optimizer), self._read(position), self._start[1])
+        changes, is_bitwise = compare(
+            live_state(self._replay, optimizer), self._read(position), self._start[1], self._replay.scratch
+        )
         self._replay.fidelity.compare_segment(segment, changes, is_bitwise)
         self._work = before
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -34,6 +35,7 @@ from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, drawn_from, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names
+from lightning_sgdclean.replay.scratch import scratch_of_window
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, first_epoch_kept
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
@@ -83,6 +85,8 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 split=run.split,
             )
             replay.fidelity.joints = trajectory.joints
+            with surroundings.as_stage("train"):
+                replay = replace(replay, scratch=scratch_of_window(replay, trajectory, steps))
             states = RecomputedStates(trajectory, replay, run.optimizer)
             drawing = drawn_from(run, trajectory, steps)
             yield OpenedRun(

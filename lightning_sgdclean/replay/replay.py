@@ -41,6 +41,7 @@ class Replay:
         fidelity: What the replay is held against.
         sample_losses: The user's own split of the loss.
         split: The split that was found, where the user gives none.
+        scratch: Buffers that training moves and nothing reads; see :mod:`lightning_sgdclean.replay.scratch`.
     """
 
     module: Any
@@ -52,6 +53,7 @@ class Replay:
     fidelity: Fidelity
     sample_losses: SampleLosses | None = None
     split: VerifiedSplit | None = None
+    scratch: frozenset[str] = frozenset()
 
     def batch(self, step: Step, number: int) -> RecordedBatch:
         """Micro-batch ``number`` of a step, to be evaluated.
@@ -79,11 +81,15 @@ class Replay:
             sample_losses=self.sample_losses,
             split=self.split,
             divisor=divisor,
+            scratch=self.scratch,
         )
 
-    def load(self, state: State) -> None:
-        """Copy a recorded state's parameters and buffers into the live module."""
+    def load(self, state: State, spoiled: frozenset[str] = frozenset()) -> None:
+        """Copy a recorded state's parameters and buffers into the live module, NaN into the ``spoiled`` ones."""
         load_state(self.module, self.params, state)
+        for name, buffer in self.module.named_buffers() if spoiled else ():
+            if name in spoiled:
+                buffer.fill_(math.nan)
 
 
 def replay_of(

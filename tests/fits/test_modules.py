@@ -320,7 +320,7 @@ class Codebook(Plain):
         self.steps += 1
         if self.steps > self.from_step:
             self.codebook += 0.1
-        return super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx) + self.codebook.sum()
 
 
 def test_buffer_that_moves_is_refused_in_the_second_step():
