@@ -113,10 +113,28 @@ def retrace_step(
     """
     if not step.is_update and not any(adjoint.buffers for adjoint in adjoints):
         return []
-    replay, fidelity = walk.replay, walk.replay.fidelity
-    replay.load(before)
-    params = list(replay.params.values())
+    replay, teachers = walk.replay, walk.replay.teachers
     batches = [replay.batch(step, i) for i in range(len(step.micro))]
+    teachers.settle(step, before, after, replay.load, batches)
+    replay.load(before)
+    if teachers.place == "before":
+        teachers.put(after)
+    with teachers.pulled_back(teachers.how(step, before, after), adjoints):
+        return _retrace(step, before, after, batches, adjoints, walk, check_update)
+
+
+def _retrace(
+    step: Step,
+    before: State,
+    after: State,
+    batches: list[RecordedBatch],
+    adjoints: list[Adjoint],
+    walk: Walk,
+    check_update: bool,
+) -> list[tuple[MicroBatch, Tensor]]:
+    """:func:`retrace_step`, once the live module is in the state before it, and but for how teachers moved."""
+    replay, fidelity = walk.replay, walk.replay.fidelity
+    params = list(replay.params.values())
     if not step.is_update:
         with torch.no_grad():  # in the run's own precision, to compare
             for batch in batches:
@@ -137,7 +155,9 @@ def retrace_step(
     fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
     fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
     updates = [update for one in opened for update in one.updates]
-    check_moved_buffers(step.index, before.buffers, after.buffers, updates, replay.scratch)
+    replay.teachers.check(step, before, after)
+    others = replay.scratch | replay.teachers.live.keys()
+    check_moved_buffers(step.index, before.buffers, after.buffers, updates, others)
     scale = step.micro[0].scale
     cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
     shrink = 1.0 if walk.widens else scale

@@ -2,7 +2,8 @@
 """The objective and its gradient, where the walk starts."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, resting_hooks
 from lightning_sgdclean.replay.replay import Replay, Validation
 from lightning_sgdclean.trajectory.records import State
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 
 @dataclass
@@ -66,25 +68,27 @@ def objective_gradients(
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
         NonFiniteError: If the value or its gradient is not finite.
     """
+    teachers = teachers_of(module, params)
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
     several = len(objectives) > 1
-    for place, (content, batch_idx, number) in enumerate(batches):
-        batch = surroundings.prepare(content, number)
-        random = random_state(surroundings.device) if several else None  # each draws the same
-        for name, objective in objectives.items():
-            watched, calls = RunningStatistics(module), WatchedCalls(module)
-            own = cloned(batch) if several else batch  # a callable may write into it
-            if random is not None:
-                set_random_state(random, surroundings.device)
-            with eagerly(), surroundings.val_context(), calls, watched:
-                said = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
-            names += [seen_name for seen_name in said.names if seen_name not in names]
-            if said.value is not None and said.weight and means[name].takes(said):
-                if manners is not None:
-                    manners.setdefault((name, calls.manner(said.value)), place)
-                means[name].add(said.value, said.weight, watched.leaves)
+    with requiring_grad(teachers.values()):
+        for place, (content, batch_idx, number) in enumerate(batches):
+            batch = surroundings.prepare(content, number)
+            random = random_state(surroundings.device) if several else None  # each draws the same
+            for name, objective in objectives.items():
+                watched, calls = RunningStatistics(module), WatchedCalls(module)
+                own = cloned(batch) if several else batch  # a callable may write into it
+                if random is not None:
+                    set_random_state(random, surroundings.device)
+                with eagerly(), surroundings.val_context(), calls, watched:
+                    said = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
+                names += [seen_name for seen_name in said.names if seen_name not in names]
+                if said.value is not None and said.weight and means[name].takes(said):
+                    if manners is not None:
+                        manners.setdefault((name, calls.manner(said.value)), place)
+                    means[name].add(said.value, said.weight, watched.leaves | teachers)
     return [mean.result(name, no_mean(name, objectives[name], monitor, names), names) for name, mean in means.items()]
 
 
@@ -138,6 +142,19 @@ def _check_unread(state: State, replay: Replay, evaluate: Callable[[], Any]) -> 
             replay.load(state)
             evaluate()  # raises where it is not finite anyway
             raise buffer_is_read(name, "the objective") from error
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block, the objective's graph leads to these as well."""
+    own = [(tensor, tensor.requires_grad) for tensor in tensors]
+    for tensor, _ in own:
+        tensor.requires_grad_()
+    try:
+        yield
+    finally:
+        for tensor, is_wanted in own:
+            tensor.requires_grad_(is_wanted)
 
 
 def value_of(

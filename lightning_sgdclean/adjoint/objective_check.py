@@ -19,7 +19,13 @@ from lightning_sgdclean.adjoint.logged import (
     said_again,
     unlike,
 )
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients, objectives_at, value_of
+from lightning_sgdclean.adjoint.objective import (
+    ObjectiveGradient,
+    objective_gradients,
+    objectives_at,
+    requiring_grad,
+    value_of,
+)
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
@@ -32,6 +38,7 @@ from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
 
@@ -66,7 +73,11 @@ def check_objectives(
     contents = [tensor.detach().clone() for tensor in tensors]
     complaints = []
     try:
-        with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"):
+        with (
+            in_float64(module, surroundings) as wide,
+            surroundings.as_stage("validate"),
+            requiring_grad(teachers_of(module, params).values()),
+        ):
             point = _Point(module, params, batches, num_loaders, options, wide)
             for name in options.objectives:
                 off = point.difference(name)
@@ -142,7 +153,8 @@ class SanityCheck:
         ):
             content, *numbers = batch
             own = (cloned(content), *numbers)  # out of inference mode
-            said = said_again(module, own, num_loaders, self._options, around, restore)
+            with requiring_grad(teachers_of(module, params).values()):
+                said = said_again(module, own, num_loaders, self._options, around, restore)
             if said.value is None:
                 return
             warn_of(check_objectives(module, params, [own], num_loaders, self._options, as_it_is))

@@ -3,10 +3,11 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.contents import write_changed
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
+from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
 from lightning_sgdclean.losses.weighting import (
@@ -30,6 +32,7 @@ from lightning_sgdclean.losses.weighting import (
     unit_weights,
 )
 from lightning_sgdclean.trajectory.records import MicroBatch
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 Watchers = Sequence[AbstractContextManager[Any]]
 
@@ -61,6 +64,8 @@ class RecordedBatch:
         split: Whose the parts of the loss are, where the user does not say it.
         divisor: By how much the loss is divided, since so many micro-batches are accumulated.
         scratch: Buffers that hold NaN before every evaluation by :meth:`evaluate_under`, to prove that none reads them.
+        teachers: Parameters that follow the trained ones, by name; found where they are not given.
+        began: What they held where the step began, where that is not the first evaluation.
         is_relabelled: Whether every evaluation with other labels found where to put them.
         manner: How the loss was made when it was last evaluated with a graph: its operations, and what left the graph.
     """
@@ -75,11 +80,16 @@ class RecordedBatch:
     split: Split | None = None
     divisor: int = 1
     scratch: frozenset[str] = frozenset()
+    teachers: dict[str, nn.Parameter] | None = None
+    began: dict[str, Tensor] = field(default_factory=dict)
     is_relabelled: bool = field(default=True, init=False)
     manner: tuple[frozenset[Any], frozenset[Any]] | None = field(default=None, init=False)
     _plan: SplitPlan | None = field(default=None, init=False)
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # before the first evaluation
     _references: dict[str, dict[int, Tensor]] = field(default_factory=dict, init=False)  # by precision
+
+    def __post_init__(self) -> None:
+        self._teachers = teachers_of(self.module, self.params) if self.teachers is None else self.teachers
 
     def __len__(self) -> int:
         return len(self.micro.ids)
@@ -135,7 +145,7 @@ class RecordedBatch:
             independent: For a probe, whether to fix BatchNorm and dropout, so that no sample moves another's loss.
         """
         if not self._buffers:
-            self._buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+            self._buffers = self._contents()
             for name in self.scratch:
                 self._buffers[name].fill_(math.nan)
         self._put_back(self._buffers)
@@ -147,7 +157,8 @@ class RecordedBatch:
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others)
         watched = WatchedCalls(self.module)
-        watchers = [norms, watched]
+        stopped = TeachersOutputs(self.module, self._teachers) if self._teachers and not independent else None
+        watchers = [*([stopped] if stopped else ()), norms, watched]
         if self.sample_losses is None:
             loss = self.call([*watchers, weighing], surroundings)
         else:
@@ -155,7 +166,12 @@ class RecordedBatch:
         self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
         if loss.grad_fn is not None and not independent:
             self.manner = watched.manner(loss)
-        return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
+        if stopped is not None:
+            named = {id(param): name for name, param in self.module.named_parameters()}
+            stopped.relate(self.began or self._buffers, {named[id(param)]: param for param in self.params})
+            for update in norms.updates:
+                update.value = stopped.with_graph(update.value)
+        return Evaluated(loss, norms.updates, weighing.calls, norms.leaves, stopped)
 
     @property
     def leaves_torch(self) -> bool:
@@ -178,7 +194,7 @@ class RecordedBatch:
         Raises:
             LossSplitError: If it cannot be split by sample.
         """
-        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        contents = self._contents()
 
         def evaluate(plan: SplitPlan | None) -> Evaluated:
             evaluated = self.watched(SampleWeights(self.weights(), plan))
@@ -216,7 +232,7 @@ class RecordedBatch:
 
     def as_trained(self) -> Tensor:
         """The loss that ``training_step`` gives, divided and scaled, whatever stands for it elsewhere."""
-        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        contents = self._contents()
         with torch.no_grad():
             loss = self.call() / self.divisor * self.micro.scale
         self._put_back(contents)
@@ -271,8 +287,14 @@ class RecordedBatch:
         return (losses * weights).sum() / len(self)
 
     def _put_back(self, contents: dict[str, Tensor]) -> None:
-        for name, buffer in self.module.named_buffers():  # by name: a step may put a new one in its place
-            write_changed(buffer, contents[name])
+        for name, tensor in self._moving():  # by name: a step may put a new one in its place
+            write_changed(tensor, contents[name])
+
+    def _contents(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._moving()}
+
+    def _moving(self) -> Iterator[tuple[str, Tensor]]:
+        return chain(self.module.named_buffers(), self._teachers.items())
 
 
 _TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between

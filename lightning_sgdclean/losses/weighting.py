@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_sgdclean.data.batches import cloned, leaves_of
 from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, lost_weight, owners_by, rows_of
 from lightning_sgdclean.losses.running_statistics import BatchStatistic
+from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 
 
 def unit_weights(num: int, params: list[nn.Parameter]) -> Tensor:
@@ -262,9 +263,10 @@ def calls_of(calls: list[LossCall]) -> tuple[Any, ...]:
 
 @dataclass
 class Evaluated:
-    """One training loss with its graph; running statistics that it moved, and read; loss calls that were seen."""
+    """One training loss with its graph; running statistics that it moved, and read; loss calls; teachers."""
 
     loss: Tensor
     updates: list[BatchStatistic]
     calls: list[LossCall]
     leaves: dict[str, Tensor] = field(default_factory=dict)
+    stopped: TeachersOutputs | None = None

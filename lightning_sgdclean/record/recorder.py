@@ -22,6 +22,7 @@ from lightning_sgdclean.trajectory.live_state import (
     trained_parameters,
 )
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, State, Step
+from lightning_sgdclean.trajectory.teachers import teachers_of
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -55,15 +56,25 @@ class Recorder:
         """The live state, not copied."""
         return self._live.now()
 
+    def note_teachers(self) -> None:
+        """Hooks that run between the steps may have moved them since the last step's state was taken."""
+        if not self._pending:
+            self._writer.amend(self._teachers())
+
+    def _teachers(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state().buffers.items() if isinstance(tensor, nn.Parameter)}
+
     def skip_batch(self) -> None:
         """A batch was drawn that will not be trained on."""
         self._num_skipped += 1
 
     def begin_batch(self, micro: MicroBatch) -> None:
         """A batch is about to be trained on."""
+        self.note_teachers()
         if self.num_steps == 0 and not self._pending:
             self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
-            self._constants = FrozenParameters(self._module, self._params)
+            held = {*self._params, *teachers_of(self._module, [*self._params.values()])}
+            self._constants = FrozenParameters(self._module, held)
         self._pending.append(micro)
 
     def check_frozen(self) -> None:
@@ -166,12 +177,17 @@ class EarlyStep:
     def __init__(self) -> None:
         self._batches: dict[int, Any] = {}
         self._before: State | None = None
+        self._is_fresh = True  # whether no batch came since the step
         self.kept: KeptStep | None = None
         self.is_due = False
 
     def begin_batch(self, micro: MicroBatch, batch: Any, live: State) -> None:
         """A batch is about to be trained on."""
         if self.kept is not None:
+            for name, tensor in live.buffers.items() if self._is_fresh else ():
+                if isinstance(tensor, nn.Parameter):  # a hook may have moved a teacher
+                    self.kept.after.buffers[name].copy_(tensor.detach())
+            self._is_fresh = False
             return
         if self._before is None:
             self._before = _copy(live)

@@ -217,7 +217,9 @@ class Recording:
             warn_of(self._rehearse(early.kept, self.writer.interval != 1))
 
     def begin_validation(self) -> None:
-        """Keep the random state, so that the validation can be had again."""
+        """Keep the random state, so that the validation can be had again, and teachers as they are validated."""
+        if self.failure is None and self.recorder.num_steps:
+            self.recorder.note_teachers()
         self._before_validation = self._random.now()
 
     def note_validation(self, trainer: Any) -> None:

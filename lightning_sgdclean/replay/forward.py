@@ -148,7 +148,9 @@ def take_step(
         loss_of: The loss of a micro-batch, by number.
         check: Gets the losses as they were differentiated, before the optimizer steps.
     """
+    replay.teachers.move(step, replay.params, ("before", False))
     losses, scaler = accumulate(step, replay, borrowed_optimizer, loss_of)
+    replay.teachers.move(step, replay.params, ("after", False))
     if not step.is_update:
         return
     check(losses)
@@ -163,6 +165,7 @@ def take_step(
             nn.utils.clip_grad_norm_(params, value)
     borrowed_optimizer.set_options(step.groups)
     borrowed_optimizer.step(scaler)
+    replay.teachers.move(step, replay.params, ("after", True))
 
 
 def accumulate(

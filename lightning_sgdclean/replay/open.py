@@ -84,7 +84,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 restore=restore,
                 split=run.split,
             )
-            replay.fidelity.joints = trajectory.joints
+            replay.fidelity.joints, replay.teachers.kept = trajectory.joints, trajectory.state
             with surroundings.as_stage("train"):
                 replay = replace(replay, scratch=scratch_of_window(replay, trajectory, steps))
             states = RecomputedStates(trajectory, replay, run.optimizer)
