@@ -132,7 +132,7 @@ def _retrace(
     walk: Walk,
     check_update: bool,
 ) -> list[tuple[MicroBatch, Tensor]]:
-    """:func:`retrace_step`, once the live module is in the state before it, and but for how teachers moved."""
+    """:func:`retrace_step`, the live module being in the state before it; teachers' own moves are not taken back."""
     replay, fidelity = walk.replay, walk.replay.fidelity
     params = list(replay.params.values())
     if not step.is_update:

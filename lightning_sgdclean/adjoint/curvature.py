@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import NonFiniteError, UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import dot, gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
-from lightning_sgdclean.losses.stopped_values import TeacherRead, pull_back_through
+from lightning_sgdclean.losses.stopped_values import TeacherRead, TeachersOutputs, pull_back_through
 from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 
@@ -197,6 +197,7 @@ class _Difference:
                     param.copy_(origin + sign * move * c)
             evaluated = self._problem(self._weights)
             losses[sign] = float(evaluated.loss.detach())
+            _refuse_moving(evaluated.stopped)
             values, pulls, before = pull_back_updates(evaluated.updates, buffers)
             factor = sign / (2 * move)
             # The statistics' term needs no difference: its mean over the two passes rides along.
@@ -262,6 +263,16 @@ class _Difference:
             return None
         self._engine.num_replaced += 1
         return pulled
+
+
+def _refuse_moving(stopped: TeachersOutputs | None) -> None:
+    """A teacher that moves with the parameters moves along the differences, and what that does is no Hessian's."""
+    for (name, _), (how, _) in zip(stopped.reads, stopped.hows, strict=True) if stopped else ():
+        if how.share:
+            raise UnsupportedOperationError(
+                f'training_step moves {name!r} towards the trained parameters and then reads it, which "finite" does '
+                'not follow. Use curvature="exact", or move it after it is read.'
+            )
 
 
 def engine_named(name: str, radius: float) -> Engine:

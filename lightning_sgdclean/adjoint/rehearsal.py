@@ -76,6 +76,7 @@ def rehearse(
         walk = walk_of(replay, optimizer, options)
         retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)
         if forward:
+            replay.teachers.check_repeatable()
             with borrowed(optimizer) as own:
                 load_all(replay, own, before)
                 repeat_step(step, replay, own)

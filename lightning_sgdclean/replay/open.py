@@ -84,9 +84,10 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 restore=restore,
                 split=run.split,
             )
-            replay.fidelity.joints, replay.teachers.kept = trajectory.joints, trajectory.state
+            replay.fidelity.joints = trajectory.joints
             with surroundings.as_stage("train"):
                 replay = replace(replay, scratch=scratch_of_window(replay, trajectory, steps))
+                replay.teachers.settle_by_record(trajectory, steps, replay)
             states = RecomputedStates(trajectory, replay, run.optimizer)
             drawing = drawn_from(run, trajectory, steps)
             yield OpenedRun(

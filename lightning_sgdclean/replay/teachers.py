@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.trajectory.records import State, Step
+from lightning_sgdclean.trajectory.store import Trajectory
 from lightning_sgdclean.trajectory.teachers import Following, followings, pull_back_following
 
 Place = Literal["within", "before", "after"]
@@ -105,6 +106,32 @@ class Teachers:
                     "training_step and in a hook, it seems. Move it in one of them only."
                 )
 
+    def check_repeatable(self) -> None:
+        """Can steps be repeated whose states were not kept?
+
+        Raises:
+            UnsupportedTrainingError: If a hook moves them.
+        """
+        if self.place in ("before", "after"):
+            raise _between_snapshots()
+
+    def settle_by_record(self, trajectory: Trajectory, steps: Sequence[Step], replay: Any) -> None:
+        """:meth:`settle` by one of the last steps between two states that were kept.
+
+        Args:
+            trajectory: The record.
+            steps: The window.
+            replay: Its replay.
+        """
+        self.kept = trajectory.state
+        kept = {*trajectory.kept} if self.live else ()
+        for step in steps[: -_LAST - 1 : -1]:
+            position = trajectory.position(step.index)
+            if self.place is None and position in kept and position + 1 in kept:
+                states = self.kept(step.index), self.kept(step.index + 1)
+                batches = [replay.batch(step, number) for number in range(len(step.micro))]
+                self.settle(step, *states, replay.load, batches)
+
     def move(self, step: Step, params: Mapping[str, Tensor], *phases: tuple[Place, bool]) -> None:
         """Do what a hook did to them, when a step is repeated forward.
 
@@ -129,13 +156,16 @@ class Teachers:
             try:
                 assert self.kept is not None
                 self.how(step, self.kept(step.index), self.kept(step.index + 1))
-            except (AssertionError, RunDirectoryError) as error:
-                raise UnsupportedTrainingError(
-                    "A hook moves parameters that the optimizer does not hold (a teacher, an average of the weights), "
-                    "so steps between snapshots cannot be repeated. Move them in training_step, or use "
-                    'snapshots="every".'
-                ) from error
+            except RunDirectoryError as error:
+                raise _between_snapshots() from error
         return self._known[step.index]
+
+
+def _between_snapshots() -> UnsupportedTrainingError:
+    return UnsupportedTrainingError(
+        "A hook moves parameters that the optimizer does not hold (a teacher, an average of the weights), so steps "
+        'between snapshots cannot be repeated. Move them in training_step, or use snapshots="every".'
+    )
 
 
 def _add(adjoints: Sequence[Any], added: list[list[tuple[Following, Tensor]]], is_new: bool) -> None:
@@ -146,6 +176,7 @@ def _add(adjoints: Sequence[Any], added: list[list[tuple[Following, Tensor]]], i
 
 
 _ROUNDINGS = 64
+_LAST = 16  # steps to try
 
 
 def _off(batches: list[RecordedBatch], step: Step) -> float:

@@ -5,16 +5,16 @@ import copy
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases import Case, Plain, loaders, objective, quiet_trainer
+from cases import Case, Plain, fit, objective
 from lightning_sgdclean import SGDInfluence
-from lightning_sgdclean.adjoint import backward
-from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from reference import assert_derivative, assert_influence_is_the_derivative, directional, fit, influences, ranked
+from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
+from lightning_sgdclean.base.errors import ReplayMismatchError, UnsupportedOperationError, UnsupportedTrainingError
+from lightning_sgdclean.losses.stopped_values import TeacherRead
+from reference import assert_influence_is_the_derivative, influences, one_hot, ranked
 
 
 class Byol(Plain):
@@ -82,8 +82,8 @@ class Byol(Plain):
         return torch.optim.SGD([*self.net.parameters(), *self.predictor.parameters()], lr=0.1, momentum=0.5)
 
 
-def case(**options):
-    return Case("byol", options, {"max_epochs": 2}, make=Byol)
+def case(trainer=None, make=Byol, **options):
+    return Case("byol", options, {"max_epochs": 2, **(trainer or {})}, make=make)
 
 
 PLACES = [
@@ -96,9 +96,111 @@ PLACES = [
     {"where": "before", "norm": True},
     {"where": "on_train_batch_end", "validates": True},
     {"where": "behind", "validates": True},
+    {"where": "before", "trainer": {"accumulate_grad_batches": 2}},
 ]
 
 
 @pytest.mark.parametrize("options", PLACES, ids=str)
 def test_influence_through_a_teacher_is_the_derivative_of_the_whole_fit(options):
     assert_influence_is_the_derivative(case(**options))
+
+
+class WarmUp(Byol):
+    """Copies the weights in the first epoch, and is an average every second step from then on; a callback does it."""
+
+    def follow(self):
+        if self.current_epoch == 0:
+            for theirs, ours in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                theirs.data.copy_(ours.data)
+        elif self.global_step % 2:
+            super().follow()
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_end", "behind"])
+def test_copies_and_averages_now_and_then_are_followed(where):
+    assert_influence_is_the_derivative(case(make=WarmUp, where=where))
+
+
+def test_finite_differences_follow_a_teacher_to_second_order():
+    assert_influence_is_the_derivative(case(where="behind"), 1e-4, curvature="finite", finite_radius=3e-4)
+    with pytest.raises(UnsupportedOperationError, match=r"moves 'teacher.*curvature=\"exact\""):
+        ranked(case(where="before"), curvature="finite")
+
+
+def test_a_teacher_that_training_step_moves_is_followed_between_snapshots():
+    each, some = (influences(ranked(case(where="before"), snapshots=snapshots)) for snapshots in ("every", 4))
+    assert np.array_equal(each, some)
+
+
+def test_without_the_teachers_part_influences_are_off_and_the_check_of_the_derivative_says_so(monkeypatch):
+    right = influences(ranked(case()))
+    monkeypatch.setattr(TeacherRead, "add_to", lambda *_: None)
+    with pytest.raises(UnsupportedOperationError, match="change with the parameters"):
+        ranked(case(where="before"))
+    monkeypatch.setattr(DerivativeChecks, "is_due", lambda *_: False)
+    wrong = influences(ranked(case()))
+    assert np.abs(wrong - right).max() > 0.02 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("where", ["before", "on_train_batch_end"])
+def test_a_teacher_that_is_no_average_is_refused_by_name(where):
+    with pytest.raises(UnsupportedTrainingError, match=r"parameter 'teacher\.\d\.\w+' moved.*no sum of multiples"):
+        ranked(case(where=where, how="squares"))
+
+
+class Twice(Byol):
+    """Is moved in training_step, and by a hook."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.follow()
+
+
+def test_a_teacher_that_is_moved_in_two_places_is_refused_by_name():
+    with pytest.raises((UnsupportedTrainingError, ReplayMismatchError), match="teacher"):
+        ranked(case(make=Twice, where="behind"))
+
+
+def test_a_teacher_that_a_hook_moves_within_an_accumulation_is_refused_by_name():
+    with pytest.raises(UnsupportedTrainingError, match="parameter 'teacher.*no sum of multiples"):
+        ranked(case({"accumulate_grad_batches": 2}))
+
+
+def test_a_teacher_that_a_hook_moves_is_refused_between_snapshots_in_the_second_step():
+    with pytest.raises(UnsupportedTrainingError, match='snapshots="every"'):
+        ranked(case(), snapshots=4)
+
+
+class InTheOptimizer(Byol):
+    """Its teacher could be trained, but has no gradient."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.teacher.requires_grad_(True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("where", ["before", "on_train_batch_end"])
+def test_a_teacher_in_the_optimizer_is_refused(where):
+    with pytest.raises((UnsupportedOperationError, ReplayMismatchError)):
+        ranked(case(make=InTheOptimizer, where=where))
+
+
+@pytest.mark.parametrize("where", ["before", "on_train_batch_end"])
+def test_samples_are_left_out_as_training_would_be_without_them(where):
+    callback = ranked(case(where=where), verify=2)
+    table = callback.ranking
+    rows = [i for i, value in enumerate(table.columns["real"]) if value is not None and np.isfinite(value)]
+    whole = objective(fit(case(where=where)))
+    for i in rows:
+        without = objective(fit(case(where=where), weights=1 - one_hot(table.sample_id[i])))
+        assert table.columns["real"][i] == pytest.approx(without - whole, rel=1e-6)
+    assert rows
+
+
+@pytest.mark.parametrize("where", ["before", "on_train_batch_end"])
+def test_training_stays_as_it_is(where):
+    plain, followed = fit(case(where=where)), fit(case(where=where), SGDInfluence("val_loss", verify=0))
+    for one, other in zip(plain.state_dict().values(), followed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
