@@ -115,10 +115,7 @@ def retrace_step(
         return []
     replay, teachers = walk.replay, walk.replay.teachers
     batches = [replay.batch(step, i) for i in range(len(step.micro))]
-    teachers.settle(step, before, after, replay.load, batches)
-    replay.load(before)
-    if teachers.place == "before":
-        teachers.put(after)
+    teachers.begin(step, before, after, replay.load, batches)
     with teachers.pulled_back(teachers.how(step, before, after), adjoints):
         return _retrace(step, before, after, batches, adjoints, walk, check_update)
 

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ def objective_gradients(
     objectives: dict[str, ObjectiveFn | None],
     num_loaders: int,
     manners: dict[Any, int] | None = None,
+    teachers: dict[str, nn.Parameter] | None = None,
 ) -> list[ObjectiveGradient]:
     """Each objective's mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
 
@@ -63,17 +64,18 @@ def objective_gradients(
         objectives: By name, callables ``(module, batch)`` or None.
         num_loaders: How many validation loaders there are.
         manners: Takes in the ways in which values were made, each with the number of the first batch that was.
+        teachers: By which to differentiate besides, by name; by default all that may be teachers.
 
     Raises:
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
         NonFiniteError: If the value or its gradient is not finite.
     """
-    teachers = teachers_of(module, params)
+    teachers = teachers_of(module, params) if teachers is None else teachers
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
     several = len(objectives) > 1
-    with requiring_grad(teachers.values()):
+    with _requiring_grad(teachers.values()):
         for place, (content, batch_idx, number) in enumerate(batches):
             batch = surroundings.prepare(content, number)
             random = random_state(surroundings.device) if several else None  # each draws the same
@@ -118,7 +120,7 @@ def objectives_at(
 
     def evaluated() -> list[ObjectiveGradient]:
         batches, num_loaders = validation()
-        given = surroundings, options.monitor, options.objectives, num_loaders, manners
+        given = surroundings, options.monitor, options.objectives, num_loaders, manners, replay.teachers.live
         return objective_gradients(replay.module, list(replay.params.values()), batches, *given)
 
     with surroundings.as_stage("validate"):
@@ -144,9 +146,13 @@ def _check_unread(state: State, replay: Replay, evaluate: Callable[[], Any]) -> 
             raise buffer_is_read(name, "the objective") from error
 
 
+def with_teachers(module: nn.Module, params: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within the block, the objective's graph leads to all that may be teachers of ``params`` as well."""
+    return _requiring_grad(teachers_of(module, params).values())
+
+
 @contextmanager
-def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block, the objective's graph leads to these as well."""
+def _requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
     own = [(tensor, tensor.requires_grad) for tensor in tensors]
     for tensor, _ in own:
         tensor.requires_grad_()

@@ -23,8 +23,8 @@ from lightning_sgdclean.adjoint.objective import (
     ObjectiveGradient,
     objective_gradients,
     objectives_at,
-    requiring_grad,
     value_of,
+    with_teachers,
 )
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
@@ -38,7 +38,6 @@ from lightning_sgdclean.losses.precision import in_float64, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun
-from lightning_sgdclean.trajectory.teachers import teachers_of
 
 _MOVES = (1e-6, 1e-7, 1e-5, 1e-4)  # relative to what is moved; at kinks the objective bends, but does not jump
 
@@ -69,15 +68,10 @@ def check_objectives(
     """
     if not batches:
         return []
-    tensors = [*module.parameters(), *module.buffers()]
-    contents = [tensor.detach().clone() for tensor in tensors]
+    contents = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     complaints = []
     try:
-        with (
-            in_float64(module, surroundings) as wide,
-            surroundings.as_stage("validate"),
-            requiring_grad(teachers_of(module, params).values()),
-        ):
+        with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"), with_teachers(module, params):
             point = _Point(module, params, batches, num_loaders, options, wide)
             for name in options.objectives:
                 off = point.difference(name)
@@ -93,7 +87,7 @@ def check_objectives(
         return complaints
     finally:
         with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
+            for tensor, content in contents:
                 tensor.copy_(content)
     if complaints and options.on_mismatch == "raise":
         raise ObjectiveError(f'{complaints[0]} on_mismatch="warn" leaves that part out.')
@@ -150,11 +144,11 @@ class SanityCheck:
             torch.enable_grad(),
             untouched_randomness(around.device),
             untouched_module(module) as restore,
+            with_teachers(module, params),
         ):
             content, *numbers = batch
             own = (cloned(content), *numbers)  # out of inference mode
-            with requiring_grad(teachers_of(module, params).values()):
-                said = said_again(module, own, num_loaders, self._options, around, restore)
+            said = said_again(module, own, num_loaders, self._options, around, restore)
             if said.value is None:
                 return
             warn_of(check_objectives(module, params, [own], num_loaders, self._options, as_it_is))

@@ -71,7 +71,7 @@ def rehearse(
             restore=restore,
             split=split,
         )
-        replay = replace(replay, scratch=scratch_buffers(replay, step, [before, after]))
+        replay = replace(replay, scratch=scratch_buffers(replay, step, lambda: [before, after]))
         ones = {name: torch.ones_like(summable(param.detach())) for name, param in replay.params.items()}
         walk = walk_of(replay, optimizer, options)
         retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)

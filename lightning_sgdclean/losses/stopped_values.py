@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.loss_functions import passed_on
-from lightning_sgdclean.trajectory.records import State
 from lightning_sgdclean.trajectory.teachers import Following, followings
 
 _COPIES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
@@ -168,9 +167,9 @@ class TeachersOutputs(TorchFunctionMode):
         Raises:
             UnsupportedTrainingError: If it is neither, nor a sum of multiples of both.
         """
-        begin, places = State(params, contents), {name: place for place, name in enumerate(params)}
+        places = {name: place for place, name in enumerate(params)}
         for name, leaf in self.reads:
-            how = followings({name: leaf}, begin)[name]
+            how = followings({name: leaf}, contents, params)[name]
             self.hows.append((how, places.get(how.partner, 0)))
 
     def with_graph(self, tensor: Tensor) -> Tensor:

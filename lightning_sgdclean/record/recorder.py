@@ -44,6 +44,7 @@ class Recorder:
         self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
         self._groups: list[dict[str, Any]] = []
         self.num_steps = self._num_skipped = 0
+        self._has_noted = False  # whether teachers were, since the last step
         self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
@@ -60,6 +61,12 @@ class Recorder:
         """Hooks that run between the steps may have moved them since the last step's state was taken."""
         if not self._pending:
             self._writer.amend(self._teachers())
+            self._has_noted = True
+
+    def note_teachers_at_end(self) -> None:
+        """As :meth:`note_teachers`, unless a validation came after the last step: it saw them as they are to be."""
+        if self.num_steps and not self._has_noted:
+            self.note_teachers()
 
     def _teachers(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.state().buffers.items() if isinstance(tensor, nn.Parameter)}
@@ -145,6 +152,7 @@ class Recorder:
             )
         self._last_index = step.index
         self._writer.append(step, self.state, is_last)
+        self._has_noted = False
         self.num_steps += 1
         self.last_epoch = step.epoch, step.ends_epoch
         return step

@@ -270,6 +270,7 @@ class Recording:
         self._look_for_best(trainer)  # a ModelCheckpoint saves after our hooks of the last epoch
         if self.failure is None:
             with self._never_breaking_the_training:
+                self.recorder.note_teachers_at_end()
                 self.writer.close()
                 if is_complete:
                     written = steps_written(self._folder / "trajectory")

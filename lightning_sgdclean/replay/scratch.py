@@ -5,7 +5,7 @@ What is overwritten before it is read carries nothing from one step to the next.
 step: such buffers hold NaN before each evaluation, so whatever reads them is not finite.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,25 +15,26 @@ from lightning_sgdclean.base.errors import SGDInfluenceError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.running_statistics import buffer_is_read
 from lightning_sgdclean.replay.replay import Replay
-from lightning_sgdclean.trajectory.records import State, Step
-from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.records import State, Step, same
 
 
-def scratch_buffers(replay: Replay, step: Step, states: Sequence[State]) -> frozenset[str]:
+def scratch_buffers(replay: Replay, step: Step, states_of: Callable[[], list[State]]) -> frozenset[str]:
     """Names of the buffers of floats that training moves though a step does not read them.
 
     Running statistics of torch's norms are none: they are followed. Whether the other steps and the objective read
     them is seen there.
 
     Args:
-        replay: The live module, which takes on the last of the states.
+        replay: The live module, which may take on the last of the states.
         step: The step to try.
-        states: Some of the run's, between which a buffer has moved if it does at all.
+        states_of: Gives some of the run's states, between which a buffer has moved if it does at all.
 
     Raises:
         ReplayMismatchError: If the step's batch is not the recorded one.
     """
-    names = [name for name in _candidates(replay.module) if any(not _same(one, states[-1], name) for one in states)]
+    names = _candidates(replay.module)
+    states = states_of() if names else []
+    names = [name for name in names if not all(same(one, states[-1], name) for one in states)]
     if not names:
         return frozenset()
     replay.load(states[-1])
@@ -42,33 +43,10 @@ def scratch_buffers(replay: Replay, step: Step, states: Sequence[State]) -> froz
     return frozenset(found)
 
 
-def scratch_of_window(replay: Replay, trajectory: Trajectory, steps: Sequence[Step]) -> frozenset[str]:
-    """:func:`scratch_buffers` of a recorded run.
-
-    Args:
-        replay: The live module.
-        trajectory: The record.
-        steps: The window.
-    """
-    if not _candidates(replay.module):
-        return frozenset()
-    indices = [step.index for step in trajectory.steps] + [trajectory.steps[-1].index + 1]
-    kept = [indices[position] for position in trajectory.kept if indices[position] <= steps[-1].index + 1]
-    begin = max(sum(index <= steps[0].index for index in kept) - 1, 0)
-    some = dict.fromkeys([*kept[begin : begin + 2], *kept[-2:]])
-    last = next(step for step in reversed(steps) if step.micro)
-    return scratch_buffers(replay, last, [trajectory.state(index) for index in some])
-
-
 def _candidates(module: nn.Module) -> list[str]:
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
     followed = {id(buffer) for part in norms for buffer in part.buffers(recurse=False)}
     return [name for name, one in module.named_buffers() if one.is_floating_point() and id(one) not in followed]
-
-
-def _same(one: State, other: State, name: str) -> bool:
-    first, second = one.buffers[name], other.buffers[name]
-    return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 def _is_unread(batch: RecordedBatch, names: Sequence[str]) -> bool:

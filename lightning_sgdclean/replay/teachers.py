@@ -2,7 +2,7 @@
 """Teachers while steps are repeated: what ``training_step`` does not do to them itself, hooks did, and is done here."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
-from lightning_sgdclean.trajectory.records import State, Step
-from lightning_sgdclean.trajectory.store import Trajectory
+from lightning_sgdclean.trajectory.records import State, Step, same
 from lightning_sgdclean.trajectory.teachers import Following, followings, pull_back_following
 
 Place = Literal["within", "before", "after"]
@@ -23,7 +22,7 @@ class Teachers:
     """The teachers of a live module.
 
     Attributes:
-        live: Their parameters, by name.
+        live: Parameters that may be teachers, by name; once the record was looked at, those that move.
         kept: Gives a state of the record that was kept, by the number of the step that it lies before.
         place: Where the run moves them: within ``training_step``, or by a hook before or after it; None: not yet known.
         began: What they held when a state was loaded last.
@@ -35,6 +34,9 @@ class Teachers:
     began: dict[str, Tensor] = field(default_factory=dict)
     _known: dict[int, dict[str, Following]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._all = dict(self.live)
+
     def how(self, step: Step, before: State, after: State) -> dict[str, Following]:
         """How a step moves each of them.
 
@@ -42,7 +44,8 @@ class Teachers:
             UnsupportedTrainingError: If that is not followed.
         """
         if step.index not in self._known:
-            self._known[step.index] = followings({name: after.buffers[name] for name in self.live}, before, after)
+            moved = {name: after.buffers[name] for name in self.live if name in after.buffers}
+            self._known[step.index] = followings(moved, before.buffers, before.params, after.params)
         return self._known[step.index]
 
     def settle(
@@ -68,13 +71,22 @@ class Teachers:
         self.put(after)
         self.place = "before" if as_before and _off(batches, step) < as_before else "after"
 
+    def begin(
+        self, step: Step, before: State, after: State, load: Callable[[State], None], batches: list[RecordedBatch]
+    ) -> None:
+        """Have the live module be as ``training_step`` finds it; arguments as for :meth:`settle`."""
+        self.settle(step, before, after, load, batches)
+        load(before)
+        if self.place == "before":
+            self.put(after)
+
     @torch.no_grad()
     def put(self, state: State) -> None:
         """Have them take on what they are in a state, for steps to begin with."""
-        for name, param in self.live.items():
+        for name, param in self._all.items():
             if name in state.buffers:
                 param.copy_(state.buffers[name])
-                self.began[name] = param.detach().clone()
+        self.began |= {name: param.detach().clone() for name, param in self.live.items()}
 
     @contextmanager
     def pulled_back(self, how: dict[str, Following], adjoints: Sequence[Any]) -> Iterator[None]:
@@ -97,10 +109,10 @@ class Teachers:
         Raises:
             UnsupportedTrainingError: If they are moved both by it and by a hook.
         """
-        for name, now in self.live.items():
+        for name, now in self.live.items() if self.place is not None else ():
             wanted = (before if self.place == "after" else after).buffers[name].to(now)
             off = (now.detach() - wanted).abs()
-            if self.place is not None and bool((off > _ROUNDINGS * torch.finfo(now.dtype).eps * wanted.abs()).any()):
+            if bool((off > _ROUNDINGS * torch.finfo(now.dtype).eps * wanted.abs()).any()):
                 raise UnsupportedTrainingError(
                     f"The parameter {name!r} moved in step {step.index} otherwise than in another step: both in "
                     "training_step and in a hook, it seems. Move it in one of them only."
@@ -115,22 +127,28 @@ class Teachers:
         if self.place in ("before", "after"):
             raise _between_snapshots()
 
-    def settle_by_record(self, trajectory: Trajectory, steps: Sequence[Step], replay: Any) -> None:
-        """:meth:`settle` by one of the last steps between two states that were kept.
+    def settle_by_record(
+        self, kept: Callable[[int], State], states_of: Callable[[], list[State]], steps: Sequence[Step], replay: Any
+    ) -> None:
+        """See which of them move, and :meth:`settle` by one of the last steps between two states that were kept.
 
         Args:
-            trajectory: The record.
+            kept: Gives a state that was kept, by the number of the step that it lies before.
+            states_of: Gives some of these, between which teachers move if they do at all.
             steps: The window.
             replay: Its replay.
         """
-        self.kept = trajectory.state
-        kept = {*trajectory.kept} if self.live else ()
-        for step in steps[: -_LAST - 1 : -1]:
-            position = trajectory.position(step.index)
-            if self.place is None and position in kept and position + 1 in kept:
-                states = self.kept(step.index), self.kept(step.index + 1)
+        self.kept = kept
+        states = states_of() if self.live else []
+        for name in [name for name in self.live if all(same(one, states[-1], name) for one in states)]:
+            del self.live[name]
+        for step in steps[: -_LAST - 1 : -1] if self.live else ():
+            with suppress(RunDirectoryError):
+                pair = kept(step.index), kept(step.index + 1)
                 batches = [replay.batch(step, number) for number in range(len(step.micro))]
-                self.settle(step, *states, replay.load, batches)
+                self.settle(step, *pair, replay.load, batches)
+            if self.place is not None:
+                return
 
     def move(self, step: Step, params: Mapping[str, Tensor], *phases: tuple[Place, bool]) -> None:
         """Do what a hook did to them, when a step is repeated forward.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
-from lightning_sgdclean.trajectory.records import State
 
 _MOST = 2  # times the bytes of what is trained: other frozen parameters are no teachers
 
@@ -59,22 +58,28 @@ class Following:
         return (self.own, self.share) != (1.0, 0.0)
 
 
-def followings(now: Mapping[str, Tensor], before: State, after: State | None = None) -> dict[str, Following]:
+def followings(
+    now: Mapping[str, Tensor],
+    was: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    later: Mapping[str, Tensor] | None = None,
+) -> dict[str, Following]:
     """How teachers came to be what they are.
 
     Args:
         now: What they are, by name.
-        before: The state before, with what they were.
-        after: The state after, if trained parameters of then may have been taken, too.
+        was: What they were.
+        params: The trained parameters.
+        later: The same after a step, if they may have been taken from there, too.
 
     Raises:
         UnsupportedTrainingError: If one is no such sum.
     """
-    found = {name: Following() for name, tensor in now.items() if torch.equal(before.buffers[name].to(tensor), tensor)}
+    found = {name: Following() for name, tensor in now.items() if torch.equal(was[name].to(tensor), tensor)}
     moved = {name: tensor for name, tensor in now.items() if name not in found}
-    sides = [_all_follow(moved, before, before.params, is_new=False)]
-    if after is not None and moved:
-        sides.append(_all_follow(moved, before, after.params, is_new=True))
+    sides = [_all_follow(moved, was, params, is_new=False)]
+    if later is not None and moved:
+        sides.append(_all_follow(moved, was, later, is_new=True))
     known = [side for side in sides if isinstance(side, list)]
     if not known:
         raise UnsupportedTrainingError(
@@ -98,17 +103,16 @@ class _Fit:
 
 
 def _all_follow(
-    now: Mapping[str, Tensor], before: State, params: Mapping[str, Tensor], is_new: bool
+    now: Mapping[str, Tensor], was: Mapping[str, Tensor], params: Mapping[str, Tensor], is_new: bool
 ) -> "list[_Fit] | str":
     """A fit for each teacher, or the name of the first that has none."""
     fits = []
     for name, tensor in now.items():
-        was = before.buffers[name].to(tensor)
-        kind = _kind(name, was)
+        kind, begin = _kind(name, tensor), was[name].to(tensor)
         names = [other for other, param in params.items() if _kind(other, param) == kind]
         likest = max((_shared(name, other) for other in names), default=0)
         some = [
-            _fit(name, tensor, was, other, params[other], is_new) for other in names if _shared(name, other) == likest
+            _fit(name, tensor, begin, other, params[other], is_new) for other in names if _shared(name, other) == likest
         ]
         found = [fit for fit in some if fit is not None]
         if not found:

@@ -161,7 +161,7 @@ def test_a_teacher_that_is_moved_in_two_places_is_refused_by_name():
 
 
 def test_a_teacher_that_a_hook_moves_within_an_accumulation_is_refused_by_name():
-    with pytest.raises(UnsupportedTrainingError, match="parameter 'teacher.*no sum of multiples"):
+    with pytest.raises(UnsupportedTrainingError, match=r"parameter 'teacher.*no sum of multiples"):
         ranked(case({"accumulate_grad_batches": 2}))
 
 
