@@ -113,31 +113,18 @@ def retrace_step(
     """
     if not step.is_update and not any(adjoint.buffers for adjoint in adjoints):
         return []
-    replay, teachers = walk.replay, walk.replay.teachers
+    replay, fidelity, teachers = walk.replay, walk.replay.fidelity, walk.replay.teachers
+    params = list(replay.params.values())
     batches = [replay.batch(step, i) for i in range(len(step.micro))]
     teachers.begin(step, before, after, replay.load, batches)
-    with teachers.pulled_back(teachers.how(step, before, after), adjoints):
-        return _retrace(step, before, after, batches, adjoints, walk, check_update)
-
-
-def _retrace(
-    step: Step,
-    before: State,
-    after: State,
-    batches: list[RecordedBatch],
-    adjoints: list[Adjoint],
-    walk: Walk,
-    check_update: bool,
-) -> list[tuple[MicroBatch, Tensor]]:
-    """:func:`retrace_step`, the live module being in the state before it; teachers' own moves are not taken back."""
-    replay, fidelity = walk.replay, walk.replay.fidelity
-    params = list(replay.params.values())
+    finish = teachers.pull_back(teachers.how(step, before, after), adjoints)
     if not step.is_update:
         with torch.no_grad():  # in the run's own precision, to compare
             for batch in batches:
                 batch.evaluate_under(None, batch.weights())
         fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
         _pull_back_statistics(batches, params, adjoints, walk)
+        finish()
         return []
     # Accumulated: the cotangent needs the sum over all batches first, and their graphs are not kept meanwhile.
     is_alone = len(batches) == 1
@@ -152,8 +139,8 @@ def _retrace(
     fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
     fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
     updates = [update for one in opened for update in one.updates]
-    replay.teachers.check(step, before, after)
-    others = replay.scratch | replay.teachers.live.keys()
+    teachers.check(step, before, after)
+    others = replay.scratch | teachers.live.keys()
     check_moved_buffers(step.index, before.buffers, after.buffers, updates, others)
     scale = step.micro[0].scale
     cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
@@ -171,6 +158,7 @@ def _retrace(
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
+    finish()
     if walk.checks is not None:
         begin = step.index % len(problems)  # not the first of each step, always
         for problem in problems[begin:] + problems[:begin]:

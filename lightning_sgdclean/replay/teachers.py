@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers while steps are repeated: what ``training_step`` does not do to them itself, hooks did, and is done here."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,20 +88,25 @@ class Teachers:
                 param.copy_(state.buffers[name])
         self.began |= {name: param.detach().clone() for name, param in self.live.items()}
 
-    @contextmanager
-    def pulled_back(self, how: dict[str, Following], adjoints: Sequence[Any]) -> Iterator[None]:
-        """Around the pull-back of a step: takes the adjoints back over how the step moves teachers.
+    def pull_back(self, how: dict[str, Following], adjoints: Sequence[Any]) -> Callable[[], None]:
+        """Begin to take adjoints back over how a step moves teachers.
 
         Args:
             how: That.
             adjoints: With ``params`` and ``buffers`` by name, written to in place.
+
+        Returns:
+            What ends it, to be called when they were taken back over all else that the step does.
         """
         is_first = self.place == "before"  # then it comes last on the way back
-        added = [[] if is_first else pull_back_following(how, adjoint.buffers) for adjoint in adjoints]
-        _add(adjoints, added, is_new=True)
-        yield
-        added = [pull_back_following(how, adjoint.buffers) for adjoint in adjoints] if is_first else added
-        _add(adjoints, added, is_new=False)
+        early = [[] if is_first else pull_back_following(how, adjoint.buffers) for adjoint in adjoints]
+        _add(adjoints, early, is_new=True)
+
+        def finish() -> None:
+            late = [pull_back_following(how, adjoint.buffers) for adjoint in adjoints] if is_first else early
+            _add(adjoints, late, is_new=False)
+
+        return finish
 
     def check(self, step: Step, before: State, after: State) -> None:
         """Has ``training_step`` left them as it should have?
