@@ -151,13 +151,13 @@ class RecordedBatch:
         self._put_back(self._buffers)
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})
-        norms = IndependentSamples() if independent else RunningStatistics(self.module)
+        stopped = TeachersOutputs(self.module, self._teachers) if self._teachers and not independent else None
+        norms = IndependentSamples() if independent else RunningStatistics(self.module, stopped)
         weighing = SampleWeights(own, plan, {} if independent else references)
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others)
         watched = WatchedCalls(self.module)
-        stopped = TeachersOutputs(self.module, self._teachers) if self._teachers and not independent else None
         watchers = [*([stopped] if stopped else ()), norms, watched]
         if self.sample_losses is None:
             loss = self.call([*watchers, weighing], surroundings)

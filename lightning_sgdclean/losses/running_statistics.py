@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError, UnsupportedTrainingError
 from lightning_sgdclean.losses.loss_functions import passed_on
+from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 
 _SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
 
@@ -35,10 +36,15 @@ class RunningStatistics(TorchFunctionMode):
     A call that moves the running statistics adds its batch mean and unbiased variance to ``updates``, in
     order. One that reads them is written out with the statistics as leaves, found in ``leaves``; its value
     stays that of torch's own kernel, to the last bit.
+
+    Args:
+        module: The LightningModule.
+        stopped: What watches its teachers, entered before; None where there are none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stopped: TeachersOutputs | None = None) -> None:
         super().__init__()
+        self.stopped = stopped
         self._names = {id(buffer): name for name, buffer in module.named_buffers()}
         self.updates: list[BatchStatistic] = []
         self.leaves: dict[str, Tensor] = {}
@@ -60,6 +66,8 @@ class RunningStatistics(TorchFunctionMode):
             self._note(func, options, mean_name, var_name)
             return output
         written = self._written_out(options, mean_name, var_name)
+        if self.stopped is not None:
+            return self.stopped.stand_for(output, written)
         return output.detach() + (written - written.detach())
 
     def _note(self, func: Callable[..., Any], options: dict[str, Any], mean_name: str, var_name: str) -> None:
@@ -92,6 +100,8 @@ class RunningStatistics(TorchFunctionMode):
             )
         if name not in self.leaves:
             self.leaves[name] = buffer.detach().clone().requires_grad_()
+            if self.stopped is not None:
+                self.stopped.track(self.leaves[name])
         return self.leaves[name]
 
 

@@ -172,6 +172,22 @@ class TeachersOutputs(TorchFunctionMode):
             how = followings({name: leaf}, contents, params)[name]
             self.hows.append((how, places.get(how.partner, 0)))
 
+    def track(self, leaf: Tensor) -> None:
+        """What is made of this leaf gets a graph of its own, too."""
+        self._hidden.setdefault(id(leaf), _Hidden(leaf, leaf, leaf))
+
+    def stand_for(self, output: Tensor, written: Tensor) -> Tensor:
+        """The value of one tensor, with the derivative of another."""
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            hidden = self._hidden.get(id(written))
+            source = written if hidden is None else hidden.source
+            found = output.detach() + (source - source.detach())
+            if hidden is None:
+                return found
+            seen = found.detach()
+        self._hidden[id(seen)] = _Hidden(seen, found)
+        return seen
+
     def with_graph(self, tensor: Tensor) -> Tensor:
         """A value with the graph that leads to teachers, if it has one."""
         hidden = self._hidden.get(id(tensor))

@@ -105,6 +105,32 @@ def test_influence_through_a_teacher_is_the_derivative_of_the_whole_fit(options)
     assert_influence_is_the_derivative(case(**options))
 
 
+class Frozen(Byol):
+    """Its teacher's norm is in evaluation mode: it reads running statistics, which stay as they were."""
+
+    def on_train_epoch_start(self):
+        self.teacher.eval()
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_end", "before"])
+def test_a_teacher_in_evaluation_mode_is_followed(where):
+    assert_influence_is_the_derivative(case(make=Frozen, where=where, norm=True))
+
+
+class Copying(Byol):
+    """Copies the running statistics, too."""
+
+    def follow(self):
+        super().follow()
+        for theirs, ours in zip(self.teacher.buffers(), self.net.buffers(), strict=True):
+            theirs.copy_(ours)
+
+
+def test_running_statistics_that_are_copied_are_refused_by_name():
+    with pytest.raises(UnsupportedTrainingError, match="running statistics 'teacher"):
+        ranked(case(make=Copying, where="behind", norm=True))
+
+
 class WarmUp(Byol):
     """Copies the weights in the first epoch, and is an average every second step from then on; a callback does it."""
 
