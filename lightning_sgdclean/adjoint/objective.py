@@ -64,13 +64,13 @@ def objective_gradients(
         objectives: By name, callables ``(module, batch)`` or None.
         num_loaders: How many validation loaders there are.
         manners: Takes in the ways in which values were made, each with the number of the first batch that was.
-        teachers: By which to differentiate besides, by name; by default all that may be teachers.
+        teachers: By which to differentiate besides, by name; by default none, since whether they move is not known.
 
     Raises:
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
         NonFiniteError: If the value or its gradient is not finite.
     """
-    teachers = teachers_of(module, params) if teachers is None else teachers
+    teachers = teachers or {}
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()

@@ -49,6 +49,7 @@ def check_objectives(
     num_loaders: int,
     options: Options,
     surroundings: Surroundings,
+    teachers: dict[str, nn.Parameter] | None = None,
 ) -> list[str]:
     """Check the gradients of all objectives on a few batches; parameters and buffers are as before.
 
@@ -59,6 +60,7 @@ def check_objectives(
         num_loaders: How many validation loaders there are.
         options: The callback's.
         surroundings: What stands for the Trainer.
+        teachers: As for :func:`objective_gradients`.
 
     Returns:
         What is wrong, where mismatches are only warned about.
@@ -72,7 +74,7 @@ def check_objectives(
     complaints = []
     try:
         with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"), with_teachers(module, params):
-            point = _Point(module, params, batches, num_loaders, options, wide)
+            point = _Point(module, params, batches, num_loaders, options, wide, teachers)
             for name in options.objectives:
                 off = point.difference(name)
                 if off is not None and off > TOLERANCE:
@@ -81,10 +83,8 @@ def check_objectives(
         raise
     except Exception as error:  # theirs: code that wants float32, a kernel without float64
         where = f"in float64 it cannot be evaluated ({type(error).__name__}: {error})"
-        complaints.append(
-            f"Whether the objective's gradient is the derivative of its value could not be told: {where}."
-        )
-        return complaints
+        text = f"Whether the objective's gradient is the derivative of its value could not be told: {where}."
+        return [*complaints, text]
     finally:
         with torch.no_grad():
             for tensor, content in contents:
@@ -181,7 +181,8 @@ def check_at_end(this: OpenedRun, manners: dict[Any, int]) -> list[str]:
     chosen = sorted(set(manners.values()))[:_NUM_CHECKED]
     some = [batch for place, batch in enumerate(islice(batches, max(chosen, default=-1) + 1)) if place in chosen]
     params = list(replay.params.values())
-    complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
+    given = this.options, replay.surroundings, replay.teachers.live
+    complaints = check_objectives(replay.module, params, some, num_loaders, *given)
     replay.restore()  # validation had put the module into evaluation mode
     return complaints
 
@@ -293,9 +294,10 @@ class _Point:
         num_loaders: int,
         options: Options,
         wide: Surroundings,
+        teachers: dict[str, nn.Parameter] | None,
     ) -> None:
         self._module, self._params, self._batches, self._num_loaders = module, params, batches, num_loaders
-        self._options, self._wide = options, wide
+        self._options, self._wide, self._teachers = options, wide, teachers
         self._random = random_state(wide.device)
         self._source = torch.Generator().manual_seed(0)
         self._tensors = Movable(params, module, self._source)
@@ -324,15 +326,10 @@ class _Point:
 
     def _gradients(self, names: list[str]) -> dict[str, ObjectiveGradient]:
         set_random_state(self._random, self._wide.device)
-        found = objective_gradients(
-            self._module,
-            self._params,
-            [(cloned(content), *numbers) for content, *numbers in self._batches],
-            self._wide,
-            self._options.monitor,
-            {name: self._options.objectives[name] for name in names},
-            self._num_loaders,
-        )
+        batches = [(cloned(content), *numbers) for content, *numbers in self._batches]
+        objectives = {name: self._options.objectives[name] for name in names}
+        given = self._wide, self._options.monitor, objectives, self._num_loaders
+        found = objective_gradients(self._module, self._params, batches, *given, teachers=self._teachers)
         return dict(zip(names, found, strict=True))
 
     def places(self, name: str) -> list[str]:

@@ -131,6 +131,24 @@ def test_running_statistics_that_are_copied_are_refused_by_name():
         ranked(case(make=Copying, where="behind", norm=True))
 
 
+class Base(Plain):
+    """A frozen layer like a trained one, which validation reads behind no_grad; it never moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(5, 8).requires_grad_(False)
+
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        with torch.no_grad():
+            x = x + self.base(x)[:, :5]
+        return F.cross_entropy(self.net(x), y, reduction=reduction)
+
+
+def test_a_frozen_layer_that_is_like_a_trained_one_is_a_constant():
+    assert_influence_is_the_derivative(Case("frozen", {}, {"max_epochs": 1, "num_sanity_val_steps": 1}, make=Base))
+
+
 class WarmUp(Byol):
     """Copies the weights in the first epoch, and is an average every second step from then on; a callback does it."""
 
