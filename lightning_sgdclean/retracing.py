@@ -153,7 +153,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     manners: dict[Any, int] = {}  # of validation batches
 
     def objectives_within(surroundings: Surroundings) -> list[ObjectiveGradient]:
-        return objectives_at(this.end, replay, *this.validation(), options, surroundings, manners)
+        return objectives_at(this.end, replay, this.validation, options, surroundings, manners)
 
     objectives = objectives_within(replay.surroundings)
     rates, of_rates = this.rates()

@@ -35,6 +35,7 @@ from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 from lightning_sgdclean.replay.fidelity import Changes, Fidelity
+from lightning_sgdclean.replay.scratch import refusing_reads
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
 _FULL_CHECK_EVERY = 32  # steps; where the engine does without the gradient, it is computed only to be checked
@@ -112,28 +113,35 @@ def retrace_step(
     """
     if not step.is_update and not any(adjoint.buffers for adjoint in adjoints):
         return []
-    replay, fidelity = walk.replay, walk.replay.fidelity
-    replay.load(before)
+    replay, fidelity, teachers = walk.replay, walk.replay.fidelity, walk.replay.teachers
     params = list(replay.params.values())
     batches = [replay.batch(step, i) for i in range(len(step.micro))]
+    teachers.begin(step, before, after, replay.load, batches)
+    finish = teachers.pull_back(teachers.how(step, before, after), adjoints)
     if not step.is_update:
         with torch.no_grad():  # in the run's own precision, to compare
             for batch in batches:
                 batch.evaluate_under(None, batch.weights())
-        fidelity.compare_buffers(step, replay.module, after.buffers)
+        fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
         _pull_back_statistics(batches, params, adjoints, walk)
+        finish()
         return []
     # Accumulated: the cotangent needs the sum over all batches first, and their graphs are not kept meanwhile.
     is_alone = len(batches) == 1
     needs_gradient = not is_alone or not walk.update.is_linear or step.clip is not None or check_update
     first_engine = walk.engine if is_alone and not walk.widens else Finite()
     opened, problems = [], [_Problem(batch, walk) for batch in batches]
-    for problem in problems:
-        evaluate = problem.within(replay.surroundings)
-        opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
+    with refusing_reads(step, before, batches, replay) as computed:
+        for problem in problems:
+            evaluate = problem.within(replay.surroundings)
+            opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
+            computed += [opened[-1].loss, *(opened[-1].gradient or ())]
     fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
-    fidelity.compare_buffers(step, replay.module, after.buffers)
-    check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
+    fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
+    updates = [update for one in opened for update in one.updates]
+    teachers.check(step, before, after)
+    others = replay.scratch | teachers.live.keys()
+    check_moved_buffers(step.index, before.buffers, after.buffers, updates, others)
     scale = step.scale
     cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
     shrink = 1.0 if walk.widens else scale
@@ -150,6 +158,7 @@ def retrace_step(
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
+    finish()
     if walk.checks is not None:
         begin = step.index % len(problems)  # not the first of each step, always
         kept = [problem for problem in problems[begin:] + problems[:begin] if problem.batch.micro.scale]

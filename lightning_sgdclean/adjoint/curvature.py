@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import NonFiniteError, UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import dot, gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
+from lightning_sgdclean.losses.stopped_values import TeacherRead, TeachersOutputs, pull_back_through
 from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 
@@ -87,6 +88,7 @@ class _Twice:
     ) -> None:
         self._graph, self._params, self._weights, self._with_hessian = graph, params, weights, with_hessian
         self.loss, self.updates, self._leaves = evaluated.loss.detach(), evaluated.updates, evaluated.leaves
+        self._stopped = evaluated.stopped
         self.gradient: list[Tensor] | None = [grad.detach() for grad in graph]
 
     def pull_back(self, cotangent: list[Tensor], buffers: dict[str, Tensor], again: bool = False) -> Pulled:
@@ -96,9 +98,13 @@ class _Twice:
                 (scores,) = gradient(self._graph, [self._weights], cotangent, retain_graph=again or bool(values))
                 return Pulled(scores, gradient(values, self._params, pulls, retain_graph=again), before)
             inputs = [self._weights, *self._params, *self._leaves.values()]
-            found = gradient([*self._graph, *values], inputs, [*cotangent, *pulls], retain_graph=again)
+            outputs, pulls = [*self._graph, *values], [*cotangent, *pulls]
+            found, reads = pull_back_through(outputs, pulls, inputs, self._stopped, retain_graph=again)
         num = len(self._params)
-        return Pulled(found[0], found[1 : num + 1], _read(before, self._leaves, found[num + 1 :]))
+        adjoint, before = found[1 : num + 1], _read(before, self._leaves, found[num + 1 :])
+        for one in reads:
+            one.add_to(before, adjoint)
+        return Pulled(found[0], adjoint, before)
 
 
 def _read(buffers: dict[str, Tensor], leaves: dict[str, Tensor], found: list[Tensor]) -> dict[str, Tensor]:
@@ -184,20 +190,24 @@ class _Difference:
         scores = torch.zeros_like(self._weights)
         adjoint = [torch.zeros_like(param) for param in self._params]
         before, read, losses = dict(buffers), dict[str, Tensor](), dict[int, float]()
+        reads: list[TeacherRead] = []
         for sign in (1, -1):
             with torch.no_grad():
                 for param, origin, c in zip(self._params, start, direction, strict=True):
                     param.copy_(origin + sign * move * c)
             evaluated = self._problem(self._weights)
             losses[sign] = float(evaluated.loss.detach())
+            _refuse_moving(evaluated.stopped)
             values, pulls, before = pull_back_updates(evaluated.updates, buffers)
             factor = sign / (2 * move)
             # The statistics' term needs no difference: its mean over the two passes rides along.
-            found = gradient(
+            found, some = pull_back_through(
                 [evaluated.loss, *values],
-                [self._weights, *self._params, *evaluated.leaves.values()],
                 [torch.full_like(evaluated.loss, factor), *(pull / 2 for pull in pulls)],
+                [self._weights, *self._params, *evaluated.leaves.values()],
+                evaluated.stopped,
             )
+            reads += some
             scores += found[0]
             torch._foreach_add_(adjoint, found[1 : len(adjoint) + 1])
             read = _read(read, evaluated.leaves, found[len(adjoint) + 1 :])
@@ -209,7 +219,10 @@ class _Difference:
             exact = self._exact(cotangent, buffers)
             if exact is not None:
                 return exact
-        return Pulled(scores, adjoint, _read(before, read, list(read.values())))
+        before = _read(before, read, list(read.values()))
+        for one in reads:
+            one.add_to(before, adjoint)
+        return Pulled(scores, adjoint, before)
 
     def _live(self, cotangent: list[Tensor]) -> list[Tensor]:
         """The part of ``c`` that the batch's gradient knows of.
@@ -250,6 +263,16 @@ class _Difference:
             return None
         self._engine.num_replaced += 1
         return pulled
+
+
+def _refuse_moving(stopped: TeachersOutputs | None) -> None:
+    """A teacher that moves with the parameters moves along the differences, and what that does is no Hessian's."""
+    for (name, _), (how, _) in zip(stopped.reads, stopped.hows, strict=True) if stopped else ():
+        if how.share:
+            raise UnsupportedOperationError(
+                f'training_step moves {name!r} towards the trained parameters and then reads it, which "finite" does '
+                'not follow. Use curvature="exact", or move it after it is read.'
+            )
 
 
 def engine_named(name: str, radius: float) -> Engine:

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
-from lightning_sgdclean.base.resources import free_memory, in_bytes
-from lightning_sgdclean.losses.evaluate import RecordedBatch, bytes_in_float64
+from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import dot, length_of
-from lightning_sgdclean.losses.precision import in_float64
+from lightning_sgdclean.losses.precision import in_float64, lack_of_memory
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, graph_of
 from lightning_sgdclean.replay.replay import Replay
@@ -122,9 +121,9 @@ def check_derivative(
     """
     checks.num_checked += 1
     try:
-        missing = bytes_in_float64(batch) - free_memory(replay.surroundings.device)
-        if missing > 0:
-            checks.unknown.append(f"in float64 the step would take {in_bytes(missing)} more memory than is free")
+        lacking = lack_of_memory(partial(batch.call, []), batch.params)
+        if lacking:
+            checks.unknown.append(lacking)
             return
         with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
             point = _Point(batch.elsewhere(), before, engine, wide, replay)

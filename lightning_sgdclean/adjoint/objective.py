@@ -2,7 +2,8 @@
 """The objective and its gradient, where the walk starts."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,12 @@ from lightning_sgdclean.base.randomness import random_state, set_random_state
 from lightning_sgdclean.data.batches import cloned, summable
 from lightning_sgdclean.data.fetching import ValidationBatch
 from lightning_sgdclean.losses.kernels import gradient
-from lightning_sgdclean.losses.running_statistics import RunningStatistics
+from lightning_sgdclean.losses.running_statistics import RunningStatistics, buffer_is_read
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, resting_hooks
-from lightning_sgdclean.replay.replay import Replay
+from lightning_sgdclean.replay.replay import Replay, Validation
 from lightning_sgdclean.trajectory.records import State
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 
 @dataclass
@@ -49,6 +51,7 @@ def objective_gradients(
     objectives: dict[str, ObjectiveFn | None],
     num_loaders: int,
     manners: dict[Any, int] | None = None,
+    teachers: dict[str, nn.Parameter] | None = None,
 ) -> list[ObjectiveGradient]:
     """Each objective's mean over the validation set, weighted by batch sizes as Lightning weights, and its gradient.
 
@@ -61,38 +64,40 @@ def objective_gradients(
         objectives: By name, callables ``(module, batch)`` or None.
         num_loaders: How many validation loaders there are.
         manners: Takes in the ways in which values were made, each with the number of the first batch that was.
+        teachers: By which to differentiate besides, by name; by default none, since whether they move is not known.
 
     Raises:
         ObjectiveError: If no batch gives a value of that name, or one that cannot be differentiated.
         NonFiniteError: If the value or its gradient is not finite.
     """
+    teachers = teachers or {}
     means = {name: _Mean(params) for name in objectives}
     names: list[str] = []
     module.eval()
     several = len(objectives) > 1
-    for place, (content, batch_idx, number) in enumerate(batches):
-        batch = surroundings.prepare(content, number)
-        random = random_state(surroundings.device) if several else None  # each draws the same
-        for name, objective in objectives.items():
-            watched, calls = RunningStatistics(module), WatchedCalls(module)
-            own = cloned(batch) if several else batch  # a callable may write into it
-            if random is not None:
-                set_random_state(random, surroundings.device)
-            with eagerly(), surroundings.val_context(), calls, watched:
-                said = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
-            names += [seen_name for seen_name in said.names if seen_name not in names]
-            if said.value is not None and said.weight and means[name].takes(said):
-                if manners is not None:
-                    manners.setdefault((name, calls.manner(said.value)), place)
-                means[name].add(said.value, said.weight, watched.leaves)
+    with _requiring_grad(teachers.values()):
+        for place, (content, batch_idx, number) in enumerate(batches):
+            batch = surroundings.prepare(content, number)
+            random = random_state(surroundings.device) if several else None  # each draws the same
+            for name, objective in objectives.items():
+                watched, calls = RunningStatistics(module), WatchedCalls(module)
+                own = cloned(batch) if several else batch  # a callable may write into it
+                if random is not None:
+                    set_random_state(random, surroundings.device)
+                with eagerly(), surroundings.val_context(), calls, watched:
+                    said = value_of(objective, module, (own, batch_idx, number), monitor, num_loaders)
+                names += [seen_name for seen_name in said.names if seen_name not in names]
+                if said.value is not None and said.weight and means[name].takes(said):
+                    if manners is not None:
+                        manners.setdefault((name, calls.manner(said.value)), place)
+                    means[name].add(said.value, said.weight, watched.leaves | teachers)
     return [mean.result(name, no_mean(name, objectives[name], monitor, names), names) for name, mean in means.items()]
 
 
 def objectives_at(
     state: State,
     replay: Replay,
-    batches: Iterable[ValidationBatch],
-    num_loaders: int,
+    validation: Validation,
     options: Options,
     surroundings: Surroundings,
     manners: dict[Any, int] | None = None,
@@ -102,8 +107,7 @@ def objectives_at(
     Args:
         state: The state.
         replay: Its live module takes the state on.
-        batches: The validation set.
-        num_loaders: How many validation loaders there are.
+        validation: Gives the validation set, and of how many loaders it comes.
         options: The callback's.
         surroundings: The run's, or those that widen it to float32.
         manners: As for :func:`objective_gradients`.
@@ -111,15 +115,52 @@ def objectives_at(
     Raises:
         ObjectiveError: As :func:`objective_gradients`.
         NonFiniteError: Likewise.
+        UnsupportedTrainingError: If it reads a buffer that training moves, and nothing else reads.
     """
-    replay.load(state)
-    params = list(replay.params.values())
+
+    def evaluated() -> list[ObjectiveGradient]:
+        batches, num_loaders = validation()
+        given = surroundings, options.monitor, options.objectives, num_loaders, manners, replay.teachers.live
+        return objective_gradients(replay.module, list(replay.params.values()), batches, *given)
+
     with surroundings.as_stage("validate"):
-        found = objective_gradients(
-            replay.module, params, batches, surroundings, options.monitor, options.objectives, num_loaders, manners
-        )
+        replay.load(state, spoiled=replay.scratch)
+        try:
+            found = evaluated()
+        except NonFiniteError:
+            _check_unread(state, replay, evaluated)
+            raise
     replay.restore()  # validation had put the module into evaluation mode
     return found
+
+
+def _check_unread(state: State, replay: Replay, evaluate: Callable[[], Any]) -> None:
+    """The objective is not finite while scratch buffers hold NaN: refuse it by name if it reads one of them."""
+    for name in sorted(replay.scratch):
+        replay.load(state, spoiled=frozenset([name]))
+        try:
+            evaluate()
+        except NonFiniteError as error:
+            replay.load(state)
+            evaluate()  # raises where it is not finite anyway
+            raise buffer_is_read(name, "the objective") from error
+
+
+def with_teachers(module: nn.Module, params: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within the block, the objective's graph leads to all that may be teachers of ``params`` as well."""
+    return _requiring_grad(teachers_of(module, params).values())
+
+
+@contextmanager
+def _requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    own = [(tensor, tensor.requires_grad) for tensor in tensors]
+    for tensor, _ in own:
+        tensor.requires_grad_()
+    try:
+        yield
+    finally:
+        for tensor, is_wanted in own:
+            tensor.requires_grad_(is_wanted)
 
 
 def value_of(

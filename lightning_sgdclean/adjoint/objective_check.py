@@ -19,7 +19,13 @@ from lightning_sgdclean.adjoint.logged import (
     said_again,
     unlike,
 )
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objective_gradients, objectives_at, value_of
+from lightning_sgdclean.adjoint.objective import (
+    ObjectiveGradient,
+    objective_gradients,
+    objectives_at,
+    value_of,
+    with_teachers,
+)
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import ObjectiveError, ReplayMismatchError, SGDInfluenceError, warn_of
 from lightning_sgdclean.base.options import Options
@@ -43,6 +49,7 @@ def check_objectives(
     num_loaders: int,
     options: Options,
     surroundings: Surroundings,
+    teachers: dict[str, nn.Parameter] | None = None,
 ) -> list[str]:
     """Check the gradients of all objectives on a few batches; parameters and buffers are as before.
 
@@ -53,6 +60,7 @@ def check_objectives(
         num_loaders: How many validation loaders there are.
         options: The callback's.
         surroundings: What stands for the Trainer.
+        teachers: As for :func:`objective_gradients`.
 
     Returns:
         What is wrong, where mismatches are only warned about.
@@ -62,12 +70,11 @@ def check_objectives(
     """
     if not batches:
         return []
-    tensors = [*module.parameters(), *module.buffers()]
-    contents = [tensor.detach().clone() for tensor in tensors]
+    contents = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     complaints = []
     try:
-        with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"):
-            point = _Point(module, params, batches, num_loaders, options, wide)
+        with in_float64(module, surroundings) as wide, surroundings.as_stage("validate"), with_teachers(module, params):
+            point = _Point(module, params, batches, num_loaders, options, wide, teachers)
             for name in options.objectives:
                 off = point.difference(name)
                 if off is not None and off > TOLERANCE:
@@ -76,13 +83,11 @@ def check_objectives(
         raise
     except Exception as error:  # theirs: code that wants float32, a kernel without float64
         where = f"in float64 it cannot be evaluated ({type(error).__name__}: {error})"
-        complaints.append(
-            f"Whether the objective's gradient is the derivative of its value could not be told: {where}."
-        )
-        return complaints
+        text = f"Whether the objective's gradient is the derivative of its value could not be told: {where}."
+        return [*complaints, text]
     finally:
         with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
+            for tensor, content in contents:
                 tensor.copy_(content)
     if complaints and options.on_mismatch == "raise":
         raise ObjectiveError(f'{complaints[0]} on_mismatch="warn" leaves that part out.')
@@ -139,6 +144,7 @@ class SanityCheck:
             torch.enable_grad(),
             untouched_randomness(around.device),
             untouched_module(module) as restore,
+            with_teachers(module, params),
         ):
             content, *numbers = batch
             own = (cloned(content), *numbers)  # out of inference mode
@@ -175,7 +181,8 @@ def check_at_end(this: OpenedRun, manners: dict[Any, int]) -> list[str]:
     chosen = sorted(set(manners.values()))[:_NUM_CHECKED]
     some = [batch for place, batch in enumerate(islice(batches, max(chosen, default=-1) + 1)) if place in chosen]
     params = list(replay.params.values())
-    complaints = check_objectives(replay.module, params, some, num_loaders, this.options, replay.surroundings)
+    given = this.options, replay.surroundings, replay.teachers.live
+    complaints = check_objectives(replay.module, params, some, num_loaders, *given)
     replay.restore()  # validation had put the module into evaluation mode
     return complaints
 
@@ -242,9 +249,7 @@ def compare_where_unsure(this: OpenedRun) -> list[str]:
     replay.restore()
     if all(one.source == "logged" for one in said):
         return []
-    return compare_with_logged(
-        objectives_at(this.end, replay, *this.validation(), options, replay.surroundings)[0], this
-    )
+    return compare_with_logged(objectives_at(this.end, replay, this.validation, options, replay.surroundings)[0], this)
 
 
 def _refused_or_said(error: SGDInfluenceError, options: Options) -> list[str]:
@@ -289,9 +294,10 @@ class _Point:
         num_loaders: int,
         options: Options,
         wide: Surroundings,
+        teachers: dict[str, nn.Parameter] | None,
     ) -> None:
         self._module, self._params, self._batches, self._num_loaders = module, params, batches, num_loaders
-        self._options, self._wide = options, wide
+        self._options, self._wide, self._teachers = options, wide, teachers
         self._random = random_state(wide.device)
         self._source = torch.Generator().manual_seed(0)
         self._tensors = Movable(params, module, self._source)
@@ -320,15 +326,10 @@ class _Point:
 
     def _gradients(self, names: list[str]) -> dict[str, ObjectiveGradient]:
         set_random_state(self._random, self._wide.device)
-        found = objective_gradients(
-            self._module,
-            self._params,
-            [(cloned(content), *numbers) for content, *numbers in self._batches],
-            self._wide,
-            self._options.monitor,
-            {name: self._options.objectives[name] for name in names},
-            self._num_loaders,
-        )
+        batches = [(cloned(content), *numbers) for content, *numbers in self._batches]
+        objectives = {name: self._options.objectives[name] for name in names}
+        given = self._wide, self._options.monitor, objectives, self._num_loaders
+        found = objective_gradients(self._module, self._params, batches, *given, teachers=self._teachers)
         return dict(zip(names, found, strict=True))
 
     def places(self, name: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.losses.kernels import length_of
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 TOLERANCE = 1e-5  # relative; what rounding explains comes on top
 _AGREEING = 0.1  # of their distance to the derivative: what moves of two sizes show is no rounding, and no kink
@@ -78,32 +79,33 @@ def shaken(tensors: Iterable[Tensor], source: torch.Generator) -> None:
 
 
 class Movable:
-    """Parameters and buffers that can be moved away from where they are, and back.
+    """Parameters, buffers and teachers that can be moved away from where they are, and back.
 
     Parameters are :func:`shaken` to begin with.
 
     Args:
         params: The parameters.
-        module: Has the buffers.
+        module: Has the buffers and teachers.
         source: Gives the random numbers to shake them by.
 
     Attributes:
         params: What the parameters hold, once shaken.
-        buffers: What the buffers hold, by name.
+        buffers: What buffers and teachers hold, by name.
     """
 
     def __init__(self, params: list[nn.Parameter], module: nn.Module, source: torch.Generator) -> None:
-        self._live, self._module = params, module
+        self._live = params
         shaken(params, source)
         self.params = [param.detach().clone() for param in params]
-        self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        self._others = dict(module.named_buffers()) | teachers_of(module, params)
+        self.buffers = {name: buffer.detach().clone() for name, buffer in self._others.items()}
 
     @torch.no_grad()
     def move(self, e: float, moves: list[Tensor], buffers: dict[str, Tensor]) -> None:
         """Put parameters ``e`` times ``moves`` away from where they were, and so the buffers that are named."""
         for param, at, move in zip(self._live, self.params, moves, strict=True):
             param.copy_(at + e * move)
-        for name, buffer in self._module.named_buffers():
+        for name, buffer in self._others.items():
             at = self.buffers[name]
             buffer.copy_(at + e * buffers[name] if name in buffers else at)
 

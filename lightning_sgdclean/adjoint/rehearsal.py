@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retraces one step while training is young: what could not be followed ends it now, not after hours."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import compare
 from lightning_sgdclean.replay.forward import borrowed, live_state, load_all, repeat_step
 from lightning_sgdclean.replay.replay import replay_of
+from lightning_sgdclean.replay.scratch import scratch_buffers
 from lightning_sgdclean.trajectory.records import KeptStep
 
 
@@ -69,12 +71,16 @@ def rehearse(
             restore=restore,
             split=split,
         )
+        replay = replace(replay, scratch=scratch_buffers(replay, step, lambda: [before, after]))
         ones = {name: torch.ones_like(summable(param.detach())) for name, param in replay.params.items()}
         walk = walk_of(replay, optimizer, options)
         retrace_step(step, before, after, [Adjoint(ones, {}, {})], walk, check_update=True)
         if forward:
+            replay.teachers.check_repeatable()
             with borrowed(optimizer) as own:
                 load_all(replay, own, before)
                 repeat_step(step, replay, own)
-                replay.fidelity.compare_segment([step], *compare(live_state(replay, own), after, before))
+                replay.fidelity.compare_segment(
+                    [step], *compare(live_state(replay, own), after, before, replay.scratch)
+                )
     return replay.fidelity.complaints

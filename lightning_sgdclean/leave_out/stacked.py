@@ -142,6 +142,8 @@ class VmappedRuns:
         module, optimizer = this.replay.module, this.run.optimizer
         if not is_elementwise(optimizer):
             return f"a step of {type(optimizer).__name__} may mix the numbers of a tensor"
+        if this.replay.teachers.live:
+            return "the module has teachers"
         if is_low(this.replay.surroundings, module) or any(
             micro.scale not in (0.0, 1.0) for step in this.steps for micro in step.micro
         ):

@@ -2,10 +2,12 @@
 """A recorded micro-batch, evaluated again by the user's own ``training_step``: the one place where that is done."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +22,12 @@ from lightning_sgdclean.losses.contents import write_changed
 from lightning_sgdclean.losses.other_labels import LabelledWeights, OtherLabels
 from lightning_sgdclean.losses.own_rows import weights_under
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
+from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
 from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights, SplitPlan, is_planned, unit_weights
 from lightning_sgdclean.trajectory.records import MicroBatch
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 Watchers = Sequence[AbstractContextManager[Any]]
 
@@ -55,6 +59,9 @@ class RecordedBatch:
         weighted_loss: The user's own ``(module, batch, weights) -> scalar``, which stands for it likewise.
         split: Whose the parts of the loss are, where the user does not say it.
         divisor: By how much the loss is divided, since so many micro-batches are accumulated.
+        scratch: Buffers that hold NaN before every evaluation by :meth:`evaluate_under`, to prove that none reads them.
+        teachers: Parameters that follow the trained ones, by name; found where they are not given.
+        began: What they held where the step began, where that is not the first evaluation.
         is_relabelled: Whether every evaluation with other labels found where to put them.
         manner: How the loss was made when it was last evaluated with a graph: its operations, and what left the graph.
     """
@@ -69,11 +76,17 @@ class RecordedBatch:
     weighted_loss: WeightedLoss | None = None
     split: Split | None = None
     divisor: int = 1
+    scratch: frozenset[str] = frozenset()
+    teachers: dict[str, nn.Parameter] | None = None
+    began: dict[str, Tensor] = field(default_factory=dict)
     is_relabelled: bool = field(default=True, init=False)
     manner: tuple[frozenset[Any], frozenset[Any]] | None = field(default=None, init=False)
     _plan: SplitPlan | None = field(default=None, init=False)
     _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)  # before the first evaluation
     _references: dict[str, dict[int, Tensor]] = field(default_factory=dict, init=False)  # by precision
+
+    def __post_init__(self) -> None:
+        self._teachers = teachers_of(self.module, self.params) if self.teachers is None else self.teachers
 
     def __len__(self) -> int:
         return len(self.micro.ids)
@@ -133,17 +146,20 @@ class RecordedBatch:
             independent: For a probe, whether to fix BatchNorm and dropout, so that no sample moves another's loss.
         """
         if not self._buffers:
-            self._buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+            self._buffers = self._contents()
+            for name in self.scratch:
+                self._buffers[name].fill_(math.nan)
         self._put_back(self._buffers)
         own, others = weights[: len(self)], None
         references = self._references.setdefault((surroundings or self.surroundings).precision, {})
-        norms = IndependentSamples() if independent else RunningStatistics(self.module)
+        stopped = TeachersOutputs(self.module, self._teachers) if self._teachers and not independent else None
+        norms = IndependentSamples() if independent else RunningStatistics(self.module, stopped)
         weighing = weights_under(plan, own, {} if independent else references, self.micro.sizes)
         if labels is not None and len(weights) > len(self):
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others, self.micro.sizes)
         watched = WatchedCalls(self.module)
-        watchers = [norms, watched]
+        watchers = [*([stopped] if stopped else ()), norms, watched]
         if self.own_loss is None:
             loss = weighing.weighted(self.call([*watchers, weighing], surroundings))
         else:
@@ -151,7 +167,12 @@ class RecordedBatch:
         self.is_relabelled &= others is None or (others.is_whole and self.own_loss is None)
         if loss.grad_fn is not None and not independent:
             self.manner = watched.manner(loss)
-        return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
+        if stopped is not None:
+            named = {id(param): name for name, param in self.module.named_parameters()}
+            stopped.relate(self.began or self._buffers, {named[id(param)]: param for param in self.params})
+            for update in norms.updates:
+                update.value = stopped.with_graph(update.value)
+        return Evaluated(loss, norms.updates, weighing.calls, norms.leaves, stopped)
 
     @property
     def leaves_torch(self) -> bool:
@@ -174,7 +195,7 @@ class RecordedBatch:
         Raises:
             LossSplitError: If it cannot be split by sample.
         """
-        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        contents = self._contents()
 
         def evaluate(plan: SplitPlan | None) -> Evaluated:
             evaluated = self.watched(weights_under(plan, self.weights(), sizes=self.micro.sizes))
@@ -212,7 +233,7 @@ class RecordedBatch:
 
     def as_trained(self) -> Tensor:
         """The loss that ``training_step`` gives, divided and scaled, whatever stands for it elsewhere."""
-        contents = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        contents = self._contents()
         with torch.no_grad():
             loss = self.call() / self.divisor * self.micro.scale
         self._put_back(contents)
@@ -295,26 +316,14 @@ class RecordedBatch:
         return (losses * weights).sum() / len(self)
 
     def _put_back(self, contents: dict[str, Tensor]) -> None:
-        for name, buffer in self.module.named_buffers():  # by name: a step may put a new one in its place
-            write_changed(buffer, contents[name])
+        for name, tensor in self._moving():  # by name: a step may put a new one in its place
+            write_changed(tensor, contents[name])
 
+    def _contents(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._moving()}
 
-_TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between
-
-
-def bytes_in_float64(batch: RecordedBatch) -> int:
-    """What a second derivative takes in float64 at most, by what the graph of the loss saves and by the parameters."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    # Not under torch.func, which forbids the hooks; there it is not known.
-    with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch.call([])
-    return _TIMES * (sum(saved.values()) + sum(param.nbytes for param in batch.params))
+    def _moving(self) -> Iterator[tuple[str, Tensor]]:
+        return chain(self.module.named_buffers(), self._teachers.items())
 
 
 def takes_batch_idx(step: Callable[..., Any]) -> bool:

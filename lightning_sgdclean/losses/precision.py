@@ -6,7 +6,7 @@ that was rounded to 8 or 11 bits are noisy, and sums of their products more so. 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_sgdclean.base.resources import free_memory, in_bytes
 from lightning_sgdclean.data.batches import SIXTEEN_BITS, as_float32, as_float64
 from lightning_sgdclean.losses.loss_functions import passed_on
 from lightning_sgdclean.losses.surroundings import Surroundings
@@ -133,3 +134,29 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if type(value) in (Tensor, nn.Parameter) and value.dtype in _NARROW else value
     return _DOUBLED.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+_TIMES = 12  # what a graph saves: in twice the bits, differentiated twice, with as much in between
+
+
+def lack_of_memory(evaluate: Callable[[], object], params: Sequence[nn.Parameter]) -> str:
+    """In words how much more memory a second derivative in float64 may take than is free; empty if it fits.
+
+    Told by what the graph of the loss saves and by the parameters.
+
+    Args:
+        evaluate: Computes the loss.
+        params: The trained parameters.
+    """
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    # Not under torch.func, which forbids the hooks; there it is not known.
+    with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        evaluate()
+    missing = _TIMES * (sum(saved.values()) + sum(param.nbytes for param in params)) - free_memory(params[0].device)
+    return f"in float64 the step would take {in_bytes(missing)} more memory than is free" if missing > 0 else ""

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError, UnsupportedTrainingError
 from lightning_sgdclean.losses.loss_functions import passed_on
+from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 
 _SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
 
@@ -35,10 +36,15 @@ class RunningStatistics(TorchFunctionMode):
     A call that moves the running statistics adds its batch mean and unbiased variance to ``updates``, in
     order. One that reads them is written out with the statistics as leaves, found in ``leaves``; its value
     stays that of torch's own kernel, to the last bit.
+
+    Args:
+        module: The LightningModule.
+        stopped: What watches its teachers, entered before; None where there are none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stopped: TeachersOutputs | None = None) -> None:
         super().__init__()
+        self.stopped = stopped
         self._names = {id(buffer): name for name, buffer in module.named_buffers()}
         self.updates: list[BatchStatistic] = []
         self.leaves: dict[str, Tensor] = {}
@@ -60,6 +66,8 @@ class RunningStatistics(TorchFunctionMode):
             self._note(func, options, mean_name, var_name)
             return output
         written = self._written_out(options, mean_name, var_name)
+        if self.stopped is not None:
+            return self.stopped.stand_for(output, written)
         return output.detach() + (written - written.detach())
 
     def _note(self, func: Callable[..., Any], options: dict[str, Any], mean_name: str, var_name: str) -> None:
@@ -92,6 +100,8 @@ class RunningStatistics(TorchFunctionMode):
             )
         if name not in self.leaves:
             self.leaves[name] = buffer.detach().clone().requires_grad_()
+            if self.stopped is not None:
+                self.stopped.track(self.leaves[name])
         return self.leaves[name]
 
 
@@ -172,7 +182,11 @@ class IndependentSamples(TorchFunctionMode):
 
 
 def check_moved_buffers(
-    index: int, before: dict[str, Tensor], after: dict[str, Tensor], updates: list[BatchStatistic]
+    index: int,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    updates: list[BatchStatistic],
+    scratch: frozenset[str] = frozenset(),
 ) -> None:
     """Did the step move buffers only as the updates that are followed backwards say?
 
@@ -183,13 +197,14 @@ def check_moved_buffers(
         before: The buffers as they were recorded before the step, by name.
         after: Likewise after it.
         updates: Those that the step's batches made when it was run again, in order.
+        scratch: Buffers that nothing reads, which may move.
 
     Raises:
         UnsupportedTrainingError: Naming the first buffer that moved otherwise.
     """
     followed = {update.name for update in updates}
     for name, was in before.items():
-        if not was.is_floating_point() and not was.is_complex():
+        if (not was.is_floating_point() and not was.is_complex()) or name in scratch:
             continue
         if name not in followed:
             if not torch.equal(was.nan_to_num(), after[name].nan_to_num()):
@@ -206,6 +221,15 @@ def check_moved_buffers(
                 "training_step say. Likely causes: activation checkpointing, which runs BatchNorm once more within "
                 "backward (move it out of the checkpointed part), or code that writes into them."
             )
+
+
+def buffer_is_read(name: str, where: str) -> UnsupportedTrainingError:
+    """The error for a buffer that training moves, and that is read in spite of that, ``where`` in words."""
+    return UnsupportedTrainingError(
+        f"Training moves the buffer {name!r}, and {where} reads it, so it carries influence that is not followed. Only "
+        "the running statistics of BatchNorm and InstanceNorm are followed, and buffers that are overwritten before "
+        "they are read carry none. Remove it, or keep it fixed in the retraced epochs."
+    )
 
 
 def _tolerance(buffer: Tensor) -> float:

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.base.errors import LossSplitError
 from lightning_sgdclean.losses.loss_functions import SIGNATURES, OwnerRule, Picked, lost_weight, owners_by, rows_of
-from lightning_sgdclean.losses.running_statistics import BatchStatistic
+
+if TYPE_CHECKING:
+    from lightning_sgdclean.losses.running_statistics import BatchStatistic
+    from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 
 
 def unit_weights(num: int, params: list[nn.Parameter]) -> Tensor:
@@ -239,12 +242,13 @@ def calls_of(calls: list[LossCall]) -> tuple[Any, ...]:
 
 @dataclass
 class Evaluated:
-    """One training loss with its graph; running statistics that it moved, and read; loss calls that were seen."""
+    """One training loss with its graph; running statistics that it moved, and read; loss calls; teachers."""
 
     loss: Tensor
-    updates: list[BatchStatistic]
+    updates: "list[BatchStatistic]"
     calls: list[LossCall]
     leaves: dict[str, Tensor] = field(default_factory=dict)
+    stopped: "TeachersOutputs | None" = None
 
 
 def check_parts(evaluated: Evaluated, sizes: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from lightning_sgdclean.trajectory.live_state import (
     trained_parameters,
 )
 from lightning_sgdclean.trajectory.records import KeptStep, MicroBatch, State, Step
+from lightning_sgdclean.trajectory.teachers import teachers_of
 from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
@@ -43,6 +44,7 @@ class Recorder:
         self._options: list[Any] | None = None  # of the last step, if none can change and be the same object
         self._groups: list[dict[str, Any]] = []
         self.num_steps = self._num_skipped = 0
+        self._has_noted = False  # whether teachers were, since the last step
         self._last_index = -1
         self.last_epoch = 0, False  # of the last step: its epoch, and whether it was that epoch's last
 
@@ -55,15 +57,31 @@ class Recorder:
         """The live state, not copied."""
         return self._live.now()
 
+    def note_teachers(self) -> None:
+        """Hooks that run between the steps may have moved them since the last step's state was taken."""
+        if not self._pending:
+            self._writer.amend(self._teachers())
+            self._has_noted = True
+
+    def note_teachers_at_end(self) -> None:
+        """As :meth:`note_teachers`, unless a validation came after the last step: it saw them as they are to be."""
+        if self.num_steps and not self._has_noted:
+            self.note_teachers()
+
+    def _teachers(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state().buffers.items() if isinstance(tensor, nn.Parameter)}
+
     def skip_batch(self) -> None:
         """A batch was drawn that will not be trained on."""
         self._num_skipped += 1
 
     def begin_batch(self, micro: MicroBatch) -> None:
         """A batch is about to be trained on."""
+        self.note_teachers()
         if self.num_steps == 0 and not self._pending:
             self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
-            self._constants = FrozenParameters(self._module, self._params)
+            held = {*self._params, *teachers_of(self._module, [*self._params.values()])}
+            self._constants = FrozenParameters(self._module, held)
         self._pending.append(micro)
 
     def check_frozen(self) -> None:
@@ -155,6 +173,7 @@ class Recorder:
             )
         self._last_index = step.index
         self._writer.append(step, self.state, is_last)
+        self._has_noted = False
         self.num_steps += 1
         self.last_epoch = step.epoch, step.ends_epoch
         return step
@@ -187,12 +206,17 @@ class EarlyStep:
     def __init__(self) -> None:
         self._batches: dict[int, Any] = {}
         self._before: State | None = None
+        self._is_fresh = True  # whether no batch came since the step
         self.kept: KeptStep | None = None
         self.is_due = False
 
     def begin_batch(self, micro: MicroBatch, batch: Any, live: State) -> None:
         """A batch is about to be trained on."""
         if self.kept is not None:
+            for name, tensor in live.buffers.items() if self._is_fresh else ():
+                if isinstance(tensor, nn.Parameter):  # a hook may have moved a teacher
+                    self.kept.after.buffers[name].copy_(tensor.detach())
+            self._is_fresh = False
             return
         if self._before is None:
             self._before = _copy(live)

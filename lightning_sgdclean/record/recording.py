@@ -229,7 +229,9 @@ class Recording:
             warn_of(self._rehearse(early.kept, self.writer.interval != 1))
 
     def begin_validation(self) -> None:
-        """Keep the random state, so that the validation can be had again."""
+        """Keep the random state, so that the validation can be had again, and teachers as they are validated."""
+        if self.failure is None and self.recorder.num_steps:
+            self.recorder.note_teachers()
         self._before_validation = self._random.now()
 
     def note_validation(self, trainer: Any) -> None:
@@ -283,6 +285,7 @@ class Recording:
                 noted.update({left + 1: noted[left]} if left in noted else {})  # type: ignore[dict-item]
         if self.failure is None:
             with self._never_breaking_the_training:
+                self.recorder.note_teachers_at_end()
                 self.writer.close()
                 if is_complete:
                     written = steps_written(self._folder / "trajectory")

@@ -113,9 +113,13 @@ class Fidelity:
                         continue
                 self.mismatch(step, text + _causes(self.module, [*self.hooks.edit, *self.hooks.between]))
 
-    def compare_buffers(self, step: Step, module: nn.Module, recorded: dict[str, Tensor]) -> None:
-        """Did the step move the buffers of the module as it did in training?"""
+    def compare_buffers(
+        self, step: Step, module: nn.Module, recorded: dict[str, Tensor], scratch: frozenset[str] = frozenset()
+    ) -> None:
+        """Did the step move the buffers of the module, but for ``scratch``, as it did in training?"""
         for name, buffer in module.named_buffers():
+            if name in scratch:
+                continue
             wanted = recorded[name].to(buffer.device)
             if buffer.is_floating_point() and not torch.allclose(buffer, wanted, rtol=1e-3, atol=1e-5):
                 self.mismatch(
@@ -221,11 +225,13 @@ class Changes:
         return worst
 
 
-def compare(live: State, recorded: State, start: State) -> tuple[Changes, bool]:
-    """What the steps since ``start`` led to, now and then; and whether all of it is the same to the last bit."""
+def compare(live: State, recorded: State, start: State, scratch: frozenset[str] = frozenset()) -> tuple[Changes, bool]:
+    """What the steps since ``start`` led to, now and then, and whether it is the same to the last bit."""
     changes, is_bitwise = Changes(), True
     now, then, before = dict(_entries(live)), dict(_entries(recorded)), dict(_entries(start))
     for kind, name in now.keys() | then.keys():  # an entry that one of them lacks counts as zero
+        if kind == "buffer" and name in scratch:
+            continue
         one, other = now.get((kind, name)), then.get((kind, name))
         one = torch.zeros_like(then[kind, name]) if one is None else one.detach().cpu()
         other = torch.zeros_like(one) if other is None else other

@@ -150,7 +150,9 @@ def take_step(
         loss_of: The loss of a micro-batch, by number.
         check: Gets the losses as they were differentiated, before the optimizer steps.
     """
+    replay.teachers.move(step, replay.params, ("before", False))
     losses, scaler = accumulate(step, replay, borrowed_optimizer, loss_of)
+    replay.teachers.move(step, replay.params, ("after", False))
     if not step.is_update:
         return
     check(losses)
@@ -165,6 +167,7 @@ def take_step(
             nn.utils.clip_grad_norm_(params, value)
     borrowed_optimizer.set_options(step.groups)
     borrowed_optimizer.step(scaler)
+    replay.teachers.move(step, replay.params, ("after", True))
 
 
 def accumulate(
@@ -281,7 +284,9 @@ class RecomputedStates:
         before = self._copy(optimizer)
         self._step(position - 1, optimizer)
         segment = self._trajectory.steps[self._start[0] : position]
-        changes, is_bitwise = compare(live_state(self._replay, optimizer), self._read(position), self._start[1])
+        changes, is_bitwise = compare(
+            live_state(self._replay, optimizer), self._read(position), self._start[1], self._replay.scratch
+        )
         self._replay.fidelity.compare_segment(segment, changes, is_bitwise)
         self._work = before
 

@@ -3,6 +3,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -34,9 +36,10 @@ from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.replay.forward import RecomputedStates
 from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, drawn_from, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names
+from lightning_sgdclean.replay.scratch import scratch_buffers
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, Step, first_epoch_kept
-from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending
+from lightning_sgdclean.trajectory.store import FitEnd, Trajectory, read_ending, states_around
 
 T = TypeVar("T")
 
@@ -83,6 +86,11 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 split=run.split,
             )
             replay.fidelity.joints = trajectory.joints
+            with surroundings.as_stage("train"):
+                some = cache(lambda: states_around(trajectory, steps))
+                last = next(step for step in reversed(steps) if step.micro)
+                replay = replace(replay, scratch=scratch_buffers(replay, last, some))
+                replay.teachers.settle_by_record(trajectory.state, some, steps, replay)
             states = RecomputedStates(trajectory, replay, run.optimizer)
             drawing = drawn_from(run, trajectory, steps)
             yield OpenedRun(

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import Fidelity
+from lightning_sgdclean.replay.teachers import Teachers
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Replay:
         sample_losses: The user's own split of the loss.
         weighted_loss: The user's own loss with weights on its samples.
         split: The split that was found, where the user gives none.
+        scratch: Buffers that training moves and nothing reads; see :mod:`lightning_sgdclean.replay.scratch`.
+        teachers: Parameters that follow the trained ones.
     """
 
     module: Any
@@ -54,6 +58,8 @@ class Replay:
     sample_losses: SampleLosses | None = None
     weighted_loss: WeightedLoss | None = None
     split: VerifiedSplit | None = None
+    scratch: frozenset[str] = frozenset()
+    teachers: Teachers = field(default_factory=Teachers)
 
     def batch(self, step: Step, number: int) -> RecordedBatch:
         """Micro-batch ``number`` of a step, to be evaluated.
@@ -82,11 +88,18 @@ class Replay:
             weighted_loss=self.weighted_loss,
             split=self.split,
             divisor=divisor,
+            scratch=self.scratch,
+            teachers=self.teachers.live,
+            began=self.teachers.began,
         )
 
-    def load(self, state: State) -> None:
-        """Copy a recorded state's parameters and buffers into the live module."""
+    def load(self, state: State, spoiled: frozenset[str] = frozenset()) -> None:
+        """Copy a recorded state's parameters and buffers into the live module, NaN into the ``spoiled`` ones."""
         load_state(self.module, self.params, state)
+        self.teachers.put(state)
+        for name, buffer in self.module.named_buffers() if spoiled else ():
+            if name in spoiled:
+                buffer.fill_(math.nan)
 
 
 def replay_of(
@@ -128,6 +141,7 @@ def replay_of(
         sample_losses=options.sample_losses,
         weighted_loss=options.weighted_loss,
         split=split or VerifiedSplit() if options.finds_split else None,
+        teachers=Teachers(teachers_of(module, [*params.values()])),
     )
 
 

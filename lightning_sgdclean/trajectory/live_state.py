@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_sgdclean.base.errors import UnsupportedTrainingError
 from lightning_sgdclean.data.fingerprints import batch_digest
 from lightning_sgdclean.trajectory.records import State
+from lightning_sgdclean.trajectory.teachers import teachers_of
 
 _values = methodcaller("values")
 
@@ -52,7 +53,7 @@ def current_state(module: nn.Module, params: dict[str, nn.Parameter], optimizer:
                 for key, value in entries.items()
                 if isinstance(value, Tensor | int | float)
             }
-    return State(dict(params), dict(module.named_buffers()), states)
+    return State(dict(params), {**dict(module.named_buffers()), **teachers_of(module, [*params.values()])}, states)
 
 
 class LiveState:
@@ -76,7 +77,7 @@ class LiveState:
     def _look(self) -> None:
         modules = list(self._module.modules())
         self._children = [module._modules for module in modules]
-        self._buffers = [module._buffers for module in modules]
+        self._buffers = [one for module in modules for one in (module._buffers, module._parameters)]
         self._state = current_state(self._module, self._params, self._optimizer)
         self._known = self._held()
 

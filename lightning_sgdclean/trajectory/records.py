@@ -155,6 +155,14 @@ def copied(state: State) -> State:
     )
 
 
+def same(one: State, other: State, name: str) -> bool:
+    """Whether a buffer holds the same in two states; true where one of them lacks it."""
+    first, second = one.buffers.get(name), other.buffers.get(name)
+    if first is None or second is None:
+        return True
+    return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
 def nudged(params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every number moved by its rounding error, up or down as the seed says."""
     source = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -290,6 +290,19 @@ class Trajectory:
         if self._open is None or self._open[0] != file:
             self._open = file, Segment(self.folder / file)
         return self._open[1]
+
+
+def states_around(trajectory: Trajectory, steps: Sequence[Step]) -> list[State]:
+    """A few states that were kept, in order: the first two of a window and the last two. What moves in it shows there.
+
+    Args:
+        trajectory: The record.
+        steps: The window.
+    """
+    indices = [step.index for step in trajectory.steps] + [trajectory.steps[-1].index + 1]
+    kept = [indices[position] for position in trajectory.kept if indices[position] <= steps[-1].index + 1]
+    begin = max(sum(index <= steps[0].index for index in kept) - 1, 0)
+    return [trajectory.state(index) for index in dict.fromkeys([*kept[begin : begin + 2], *kept[-2:]])]
 
 
 def steps_written(folder: Path) -> Iterator[Step]:

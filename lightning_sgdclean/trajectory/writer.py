@@ -9,10 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, warn_of
 from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, write_sealed
 from lightning_sgdclean.base.resources import in_bytes
-from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows
+from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows, unflatten
 from lightning_sgdclean.trajectory.manifest import (
     FORMAT,
     NAME,
@@ -196,6 +198,13 @@ class TrajectoryWriter:
         wanted = is_snapshot(self._num_steps, self.interval) or step.ends_epoch or is_last
         if wanted:
             self._current = self._flat(state_after())
+
+    def amend(self, tensors: dict[str, Tensor]) -> None:
+        """Put other values of buffers into the last state, if it is held."""
+        if self._current is not None and tensors:
+            held = unflatten(self._layouts[self._current[0]], self._current[1]).buffers
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor.detach())
 
     def hold(self, nbytes: int) -> None:
         """So many bytes of batches came to be held in memory."""

@@ -320,7 +320,7 @@ class Codebook(Plain):
         self.steps += 1
         if self.steps > self.from_step:
             self.codebook += 0.1
-        return super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx) + self.codebook.sum()
 
 
 def test_buffer_that_moves_is_refused_in_the_second_step():
@@ -347,7 +347,7 @@ class Averaged(Plain):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.global_step > self.from_step:
-            self.average.weight.data.lerp_(self.net[0].weight.data, 0.1)
+            self.average.weight.data.lerp_(self.net[0].weight.data ** 2, 0.1)
 
     def configure_optimizers(self):
         return self.make_optimizer(self.net.parameters())
