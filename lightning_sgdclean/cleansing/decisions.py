@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person's decisions on ranked samples, read from ``decisions.csv`` and applied to the dataset."""
 
-import csv
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +9,11 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from lightning_sgdclean.base.errors import DamagedFileError
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.summary import check_dataset, read_summary
 from lightning_sgdclean.data.labels import Label, LabelSetter, Place, RelabelledDataset, label_of, likely_place_of_label
+from lightning_sgdclean.ranking.csv_files import read_rows, unguarded
 from lightning_sgdclean.ranking.ranking import Ranking, run_id
 from lightning_sgdclean.ranking.table import CSV_NAME
 
@@ -113,7 +113,7 @@ def read_decisions(path: Path, ranking: Ranking) -> list[Decision]:
     wanted = run_id(ranking)
     found: dict[SampleId, Decision] = {}
     for where, row in _rows(path):
-        name, choice, label, was, run = (cell.removeprefix("'") for cell in row)
+        name, choice, label, was, run = (unguarded(cell) for cell in row)
         if run != wanted:
             raise ValueError(f"{where}: the decision was made on run {run!r}, but the ranking is of run {wanted!r}.")
         if name not in known:
@@ -132,26 +132,13 @@ def read_decisions(path: Path, ranking: Ranking) -> list[Decision]:
 
 def _rows(path: Path) -> list[tuple[str, list[str]]]:
     """Each row with its file and line; the header is checked and left out."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, found {error.reason}.") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[str, list[str]]] = []
-    line = 1
-    try:
-        for row in reader:
-            if row:
-                rows.append((f"{path}, line {line}", row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {error}.") from error
+    rows = [(f"{path}, line {line}", row) for line, row in read_rows(path)]
     if not rows or tuple(rows[0][1]) != DECISION_COLUMNS:
         found = ",".join(rows[0][1]) if rows else "nothing"
-        raise ValueError(f"{path}, line 1: expected {','.join(DECISION_COLUMNS)}, found {found}.")
+        raise DamagedFileError(f"{path}, line 1: expected {','.join(DECISION_COLUMNS)}, found {found}.")
     for where, row in rows[1:]:
         if len(row) != len(DECISION_COLUMNS):
-            raise ValueError(f"{where}: expected {len(DECISION_COLUMNS)} fields, found {len(row)}.")
+            raise DamagedFileError(f"{where}: expected {len(DECISION_COLUMNS)} fields, found {len(row)}.")
     return rows[1:]
 
 

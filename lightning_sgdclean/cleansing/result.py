@@ -13,8 +13,8 @@ from scipy import stats
 from lightning_sgdclean.base.files import appearing_whole, write_json
 from lightning_sgdclean.cleansing.plan import Measured, Numbers, Question
 from lightning_sgdclean.ranking.columns import data_frame
+from lightning_sgdclean.ranking.csv_files import write_rows, written
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.table import write_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,7 +240,7 @@ class Cleansing:
 
     def save(self) -> None:
         """Write ``table.csv``, ``report.json`` and, with matplotlib, ``figure.png`` into the folder."""
-        write_rows(self.folder / "table.csv", _COLUMNS, [list(row.values()) for row in self.rows])
+        write_rows(self.folder / "table.csv", _COLUMNS, [[*map(written, row.values())] for row in self.rows])
         write_json(self.folder / "report.json", self._report())
         try:
             figure = self.plot()

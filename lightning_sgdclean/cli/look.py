@@ -17,7 +17,7 @@ from lightning_sgdclean.base.resources import pyarrow
 from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.cli.terminal import FinishedRun, facts, read_run, table, wrapped
 from lightning_sgdclean.ranking.columns import SUFFIX
-from lightning_sgdclean.ranking.table import write_rows
+from lightning_sgdclean.ranking.csv_files import write_rows, written
 
 if TYPE_CHECKING:
     from lightning_sgdclean.ranking.comparison import Comparison
@@ -40,7 +40,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _facts(found: FinishedRun) -> list[tuple[str, str]]:
     num, harmful = len(found.table.sample_id), found.num_harmful
-    helpful = sum(influence > 0 for influence in found.table.influence)
+    helpful = int((found.table.influence > 0).sum())
     summary = found.summary
     pairs: list[tuple[str, Callable[[], str]]] = [
         ("objective", lambda: _objective(summary["objective"])),
@@ -148,17 +148,17 @@ def _kept(found: FinishedRun, drop: int, size: int | None) -> list[SampleId]:
     """Ids in ascending order; with the data set's size, of all its positions that were not dropped."""
     ids = found.table.sample_id
     if size is None:
-        return sorted(ids[drop:])
-    outside = [name for name in ids if isinstance(name, str) or not 0 <= name < size]
+        return sorted(ids[drop:].tolist())
+    outside = [name for name in ids.tolist() if isinstance(name, str) or not 0 <= name < size]
     if outside:
         raise ValueError(f"Sample id {outside[0]!r} is no position in a data set of {size} samples.")
-    dropped = set(ids[:drop])
+    dropped = set(ids[:drop].tolist())
     return [position for position in range(size) if position not in dropped]
 
 
 def _write(path: Path, kept: list[SampleId]) -> None:
     if path.suffix != SUFFIX:
-        write_rows(path, ["sample_id"], ([name] for name in kept))
+        write_rows(path, ["sample_id"], ([written(name)] for name in kept))
         return
     pa, parquet = pyarrow()
     kind = pa.string() if kept and isinstance(kept[0], str) else pa.int64()

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_sgdclean.base.errors import SGDInfluenceError, printable
 from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.ranking.columns import SUFFIX, read_ranking
-from lightning_sgdclean.ranking.table import CSV_NAME, Table, effect_of
+from lightning_sgdclean.ranking.table import CSV_NAME, Table, effects_of
 
 _LONGEST_CELL = 32
 
@@ -108,22 +108,20 @@ class FinishedRun:
     @property
     def num_harmful(self) -> int:
         """Samples with a negative influence, which stand first."""
-        return sum(influence < 0 for influence in self.table.influence)
+        return int((self.table.influence < 0).sum())
 
     def records(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Lines of the ranking, from ``start`` (0: rank 1) up to ``stop``, by column."""
-        first = self.table
-        return [
-            {
-                "rank": i + 1,
-                "sample_id": first.sample_id[i],
-                "influence": first.influence[i],
-                "effect": effect_of(first.influence[i]),
-                "visits": first.visits[i],
-                **{name: values[i] for name, values in first.columns.items()},
-            }
-            for i in range(start, min(stop, len(first.sample_id)))
-        ]
+        some = slice(start, min(stop, len(self.table.sample_id)))
+        columns = {
+            "rank": range(some.start + 1, some.stop + 1),
+            "sample_id": self.table.sample_id[some].tolist(),
+            "influence": self.table.influence[some].tolist(),
+            "effect": effects_of(self.table.influence[some]),
+            "visits": self.table.visits[some].tolist(),
+            **{name: values[some].tolist() for name, values in self.table.columns.items()},
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def read_run(path: str) -> FinishedRun:

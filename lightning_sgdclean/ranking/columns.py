@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Columns in the types that files keep, the same after writing and reading; as Parquet, and as pandas DataFrames."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sgdclean.base.errors import DamagedFileError
 from lightning_sgdclean.base.files import appearing_whole
 from lightning_sgdclean.base.resources import pyarrow
 from lightning_sgdclean.base.summary import check_as_written
-from lightning_sgdclean.ranking.table import COLUMNS, Table, as_numpy, effect_of, read_table, typed, write_table
+from lightning_sgdclean.ranking.table import (
+    COLUMNS,
+    Table,
+    as_numpy,
+    as_objects,
+    check_values,
+    effects_of,
+    read_table,
+    typed,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,21 +65,24 @@ def as_column(values: "Sequence[Any] | NDArray[Any] | Tensor", name: str) -> NDA
         TypeError: If a value is neither number nor text.
     """
     values = as_numpy(values)
-    cells = list(values.tolist() if isinstance(values, np.ndarray) else values)
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "if":
+        return _finite(values.astype(np.int64 if values.dtype.kind == "i" else np.float64), name)
+    cells: list[Any] = list(values.tolist() if isinstance(values, np.ndarray) else values)
     cells = [cell.item() if hasattr(cell, "item") else cell for cell in cells]
     if cells and (any(isinstance(cell, str) for cell in cells) or all(map(_is_unknown, cells))):
-        cells = typed([_text(cell, name) for cell in cells])
+        return typed([_text(cell, name) for cell in cells])
     for cell in cells:
         if not isinstance(cell, int | float | str | None):
             raise TypeError(f"Column {name!r} holds {cell!r:.40}; expected numbers or text.")
-    if cells and all(isinstance(cell, str) for cell in cells):
-        return np.array(cells, dtype=object)
     if cells and all(isinstance(cell, int) for cell in cells):
         try:
             return np.array(cells, dtype=np.int64)
         except OverflowError as error:
             raise ValueError(f"Column {name!r} holds a number that does not fit into 64 bits.") from error
-    array = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
+    return _finite(np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64), name)
+
+
+def _finite(array: NDArray[Any], name: str) -> NDArray[Any]:
     if bool(np.isinf(array).any()):
         raise ValueError(f"Column {name!r} holds an infinite number; expected finite ones, or NaN where unknown.")
     return array
@@ -99,6 +112,12 @@ def same_columns(mine: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[
     )
 
 
+def ranked(ids: NDArray[Any], influence: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Places in the order of the ranks: ascending by influence, ties by id."""
+    by_id = np.argsort(ids, kind="stable")
+    return by_id[np.argsort(influence[by_id], kind="stable")]
+
+
 SUFFIX = ".parquet"
 
 
@@ -109,15 +128,13 @@ def write_parquet(path: Path, table: Table) -> None:
         ImportError: If pyarrow is not installed.
     """
     pa, parquet = pyarrow()
-    effects = [effect_of(influence) for influence in table.influence]
-    ranks = range(1, len(effects) + 1)
-    columns: dict[str, Any] = {
-        **dict(zip(COLUMNS, (ranks, table.sample_id, table.influence, effects, table.visits), strict=True)),
-        **{name: [None if _is_nan(value) else value for value in values] for name, values in table.columns.items()},
-    }
-    ids = pa.string() if any(isinstance(name, str) for name in table.sample_id) else pa.int64()
-    types = dict(zip(COLUMNS, (pa.int64(), ids, pa.float64(), pa.string(), pa.int64()), strict=True))
-    arrays = [pa.array(list(values), types.get(name) or _type_of(pa, values)) for name, values in columns.items()]
+    ranks, effects = np.arange(1, len(table.influence) + 1), as_objects(effects_of(table.influence))
+    first = dict(zip(COLUMNS, (ranks, table.sample_id, table.influence, effects, table.visits), strict=True))
+    columns: dict[str, NDArray[Any]] = {**first, **table.columns}
+    arrays = [
+        pa.array(column, pa.string()) if column.dtype == object else pa.array(column, from_pandas=True)  # NaN: null
+        for column in columns.values()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(path) as temporary:
         parquet.write_table(pa.table(arrays, names=list(columns)), temporary, write_page_checksum=True)
@@ -129,7 +146,7 @@ def read_parquet(path: Path) -> Table:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If pyarrow is not installed.
-        ValueError: If the file is damaged, not what the ``summary.json`` beside it says was written, or no ranking.
+        DamagedFileError: If it is damaged, not what the ``summary.json`` beside it says was written, or no ranking.
     """
     pa, parquet = pyarrow()
     check_as_written(path)
@@ -138,17 +155,32 @@ def read_parquet(path: Path) -> Table:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: no Parquet file, or a damaged one ({str(error).splitlines()[0]}).") from error
+        raise DamagedFileError(f"{path}: no Parquet file, or a damaged one ({str(error).splitlines()[0]}).") from error
     names = found.column_names
-    if tuple(names[: len(COLUMNS)]) != COLUMNS:
-        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(names)}.")
+    if tuple(names[: len(COLUMNS)]) != COLUMNS or len({*names}) < len(names):
+        raise DamagedFileError(f"{path}: expected the columns {', '.join(COLUMNS)} once, found {', '.join(names)}.")
     _check_types(path, pa, found)
-    columns = {name: found.column(name).to_pylist() for name in names}
+    columns = {name: _as_array(pa, path, name, found.column(name)) for name in names}
     rank, ids, influence, effect, visits = (columns.pop(name) for name in COLUMNS)
-    ordered = rank == list(range(1, len(rank) + 1)) and influence == sorted(influence)
-    if not ordered or effect != [effect_of(value) for value in influence]:
-        raise ValueError(f"{path}: ranks, influences and effects do not fit together.")
-    return Table(ids, influence, visits, {name: _without_null(values) for name, values in columns.items()})
+    try:
+        check_values(ids, influence, visits)
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: {error}") from error
+    is_in_order = np.array_equal(rank, np.arange(1, len(rank) + 1)) and bool((np.diff(influence) >= 0).all())
+    if not is_in_order or effect.tolist() != effects_of(influence):
+        raise DamagedFileError(f"{path}: ranks, influences and effects do not fit together.")
+    return Table(ids, influence, visits, columns)
+
+
+def _as_array(pa: Any, path: Path, name: str, column: Any) -> NDArray[Any]:
+    """A column as int64, float64 (null: NaN) or objects of str (null: empty)."""
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return cast(NDArray[Any], column.to_numpy().astype(np.int64))
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type):
+        return cast(NDArray[Any], column.cast(pa.float64()).to_numpy().astype(np.float64))
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return as_objects([cell or "" for cell in column.to_pylist()])
+    raise DamagedFileError(f"{path}: expected numbers or text in column {name!r}, found {column.type}.")
 
 
 def _check_types(path: Path, pa: Any, found: Any) -> None:
@@ -157,23 +189,10 @@ def _check_types(path: Path, pa: Any, found: Any) -> None:
         column = found.column(name)
         kinds = (pa.int64(), pa.string()) if kind is None else (kind,)
         if column.type not in kinds or column.null_count:
-            raise ValueError(
+            raise DamagedFileError(
                 f"{path}: expected column {name} of type {' or '.join(map(str, kinds))} without gaps, "
                 f"found {column.type} with {column.null_count} gaps."
             )
-
-
-def _without_null(values: list[Any]) -> list[Any]:
-    return [math.nan if value is None else value for value in values]
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _type_of(pa: Any, values: Any) -> Any:
-    kinds = {type(value) for value in values if value is not None}
-    return pa.string() if str in kinds else pa.int64() if kinds == {int} else pa.float64()
 
 
 def read_ranking(path: Path) -> Table:

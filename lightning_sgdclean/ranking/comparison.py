@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from lightning_sgdclean.base.errors import shown
 from lightning_sgdclean.ranking.columns import data_frame
+from lightning_sgdclean.ranking.csv_files import write_rows, written
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.table import write_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ class Comparison:
             ``path``.
         """
         table = self._table()
-        columns = [column.tolist() for column in table.values()]
+        columns = [map(written, column.tolist()) for column in table.values()]
         write_rows(Path(path), list(table), zip(*columns, strict=True))
         return Path(path)
 

@@ -20,6 +20,7 @@ from lightning_sgdclean.ranking.columns import (
     Columns,
     as_columns,
     data_frame,
+    ranked,
     read_ranking,
     same_columns,
     write_ranking,
@@ -110,12 +111,9 @@ class Ranking:
                 f"{len(influences)} influences and {len(counts)} numbers of visits."
             )
         check_values(ids, influences, counts)
-        others = as_columns(columns, len(ids))
-        keys = list(zip(influences.tolist(), ids, strict=True))
-        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.intp)
-        id_array = np.array(ids, dtype=object if ids and isinstance(ids[0], str) else np.int64)
-        sorted_columns = {name: column[order] for name, column in others.items()}
-        return cls(id_array[order], influences[order], counts[order], sorted_columns)
+        order = ranked(ids, influences)
+        sorted_columns = {name: column[order] for name, column in as_columns(columns, len(ids)).items()}
+        return cls(ids[order], influences[order], counts[order], sorted_columns)
 
     def with_columns(self, columns: Columns) -> "Ranking":
         """The ranking with further columns, each of ``N`` values in the order of the ranks.
@@ -155,7 +153,7 @@ class Ranking:
         harmful, helpful = int((self.influence < 0).sum()), int((self.influence > 0).sum())
         text = f"{len(self)} samples: {harmful} harmful, {helpful} helpful"
         if harmful:
-            text += f"; worst {self.sample_id.tolist()[0]!r:.40} with {self.influence[0]:.4g}"
+            text += f"; worst {self.sample_id[:1].tolist()[0]!r:.40} with {self.influence[0]:.4g}"
         return f"Ranking({text})"
 
     def harmful(self, n: int) -> list[SampleId]:
@@ -312,8 +310,7 @@ class Ranking:
         Raises:
             ImportError: If pyarrow is not installed, which Parquet needs.
         """
-        columns = {name: column.tolist() for name, column in self.columns.items()}
-        table = Table(self.sample_id.tolist(), self.influence.tolist(), self.visits.tolist(), columns)
+        table = Table(self.sample_id, self.influence, self.visits, self.columns)
         write_ranking(Path(path), table)
         note_saved(Path(path), (self.summary or {}) | counts_of(table))
         return Path(path)
@@ -331,10 +328,13 @@ class Ranking:
         Raises:
             FileNotFoundError: If there is no such file.
             ImportError: If pyarrow is not installed, which Parquet needs.
-            ValueError: If the file is damaged, or not what the ``summary.json`` beside it has the checksum of.
+            DamagedFileError: If it is damaged, or not what the ``summary.json`` beside it has the checksum of.
         """
         path = Path(path) / CSV_NAME if Path(path).is_dir() else Path(path)
-        ranking = cls.from_influence(*read_ranking(path))
+        table = read_ranking(path)
+        order = ranked(table.sample_id, table.influence)  # others may have written ties otherwise
+        columns = {name: column[order] for name, column in table.columns.items()}
+        ranking = cls(table.sample_id[order], table.influence[order], table.visits[order], columns)
         return replace(ranking, summary=summary_beside(path) or None) if path.stem == "influence" else ranking
 
 

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings as CSV: columns checked, written and read."""
+"""Rankings as CSV: columns checked, written and read. A million rows are read in stretches, whole columns at a time."""
 
-import csv
-import io
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sgdclean.base.files import appearing_whole
+from lightning_sgdclean.base.errors import DamagedFileError
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.summary import check_as_written, summary_beside
+from lightning_sgdclean.ranking.csv_files import guarded, read_rows, read_stretches, unguarded, write_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,18 +24,24 @@ if TYPE_CHECKING:
 CSV_NAME = "influence.csv"
 COLUMNS = ("rank", "sample_id", "influence", "effect", "visits")
 _INT64 = np.iinfo(np.int64)
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
-_FORMULA_START = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")  # the last four: = + - @ in full width
+# Of whole columns, a line a cell; digits are bounded, since Python refuses to convert thousands of them.
+_NUMBER = r"-?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:e[-+]?[0-9]{1,9})?"
+_INTEGERS = re.compile(r"(?:(?:0|-?[1-9][0-9]{0,18})\n)*+")
+_COUNTS = re.compile(r"(?:(?:0|[1-9][0-9]{0,18})\n)*+")
+_NUMBERS = re.compile(rf"(?:{_NUMBER}\n)*+")
+_NUMBERS_OR_NONE = re.compile(rf"(?:(?:{_NUMBER})?\n)*+")
 
 
 class Table(NamedTuple):
-    """The columns of a ranking, in the order of the ranks; ``columns`` are those behind the first five."""
+    """The columns of a ranking of ``N`` samples, in the order of the ranks; ``columns``: those behind the first five.
 
-    sample_id: list[Any]
-    influence: list[float]
-    visits: list[int]
-    columns: dict[str, list[Any]]
+    Ids are int64 or objects of str, influences float64, visits int64, others any of these; each ``(N,)``.
+    """
+
+    sample_id: NDArray[Any]
+    influence: NDArray[np.float64]
+    visits: NDArray[np.int64]
+    columns: dict[str, NDArray[Any]]
 
 
 def effect_of(influence: float) -> str:
@@ -42,83 +49,57 @@ def effect_of(influence: float) -> str:
     return "harmful" if influence < 0 else "helpful" if influence > 0 else "none"
 
 
-def typed(cells: list[str]) -> list[Any]:
+def effects_of(influence: NDArray[np.float64]) -> list[str]:
+    """:func:`effect_of` for each of many."""
+    return cast(list[str], _EFFECTS[np.sign(influence).astype(np.intp)].tolist())
+
+
+_EFFECTS = np.array(["none", "helpful", "harmful"], dtype=object)  # of signs 0, 1, -1
+
+
+def typed(cells: list[str]) -> NDArray[Any]:
     """What the cells of a column look like: whole numbers, else numbers (empty: NaN), else text."""
-    if all(map(_is_int64, cells)):
-        return [int(cell) for cell in cells]
-    if any(cells) and all(not cell or _is_finite(cell) for cell in cells):
-        return [float(cell) if cell else math.nan for cell in cells]
-    return cells
+    lines = _lines(cells)
+    if _INTEGERS.fullmatch(lines):
+        try:
+            return np.fromiter(map(int, cells), np.int64, len(cells))
+        except OverflowError:
+            pass
+    if any(cells) and _NUMBERS_OR_NONE.fullmatch(lines):
+        found = np.fromiter((float(cell) if cell else math.nan for cell in cells), np.float64, len(cells))
+        if not bool(np.isinf(found).any()):
+            return found
+    return as_objects(cells)
+
+
+def as_objects(texts: Sequence[str]) -> NDArray[Any]:
+    """An array of str."""
+    found = np.empty(len(texts), dtype=object)
+    found[:] = texts
+    return found
 
 
 def counts_of(table: Table) -> dict[str, Any]:
     """What ``summary.json`` says of a table itself."""
-    is_text = any(isinstance(name, str) for name in table.sample_id)
-    harmful = sum(influence < 0 for influence in table.influence)
+    is_text = table.sample_id.dtype == object and len(table.sample_id) > 0
+    harmful = int((table.influence < 0).sum())
     return {"id_type": "str" if is_text else "int", "num_samples": len(table.influence), "num_harmful": harmful}
 
 
 def write_table(path: Path, table: Table) -> None:
     """Write under a temporary name until it is complete; see :meth:`lightning_sgdclean.Ranking.save`."""
-    write_rows(path, [*COLUMNS, *table.columns], _rows(table))
+    ranks = range(1, len(table.influence) + 1)
+    first = ranks, cells_of(table.sample_id), cells_of(table.influence), effects_of(table.influence)
+    columns = [*first, cells_of(table.visits), *map(cells_of, table.columns.values())]
+    write_rows(path, [*COLUMNS, *table.columns], zip(*columns, strict=True))
 
 
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write any table under a temporary name until it is complete: numbers that round-trip, NaN empty, text guarded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
-        writer.writerow(map(guarded, header))
-        writer.writerows(map(_cell, row) for row in rows)
-
-
-def _rows(table: Table) -> Iterator[list[Any]]:
-    columns = zip(*table[:3], *table.columns.values(), strict=True)
-    for rank, (sample, influence, *others) in enumerate(columns, start=1):
-        yield [rank, sample, influence, effect_of(influence), *others]
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else repr(value)
-    return guarded(value)
-
-
-class _UnixLines:
-    # Before Python 3.13 csv quotes a carriage return in a field only if it is part of the line end.
-    # So csv writes \r\n, of which the file gets \n.
-    def __init__(self, file: io.TextIOWrapper) -> None:
-        self._file = file
-
-    def write(self, row: str) -> None:
-        self._file.write(row.removesuffix("\r\n") + "\n")
-
-
-def guarded(value: Any) -> Any:
-    """Text that a spreadsheet could take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_START) else value
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8, found {error.reason}.") from error
-    if not text.endswith("\n"):
-        last = text.count("\n") + 1
-        raise ValueError(f"{path}, line {last}: the line does not end; the file seems cut off.")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {line}: {error}.") from error
-        yield line, row
+def cells_of(column: NDArray[Any]) -> list[Any]:
+    """A column as it is written: NaN empty, text guarded."""
+    cells: list[Any] = column.tolist()
+    if column.dtype == object:
+        return [guarded(cell) for cell in cells]
+    return ["" if cell != cell else cell for cell in cells] if column.dtype.kind == "f" else cells
 
 
 def read_table(path: Path) -> Table:
@@ -126,81 +107,156 @@ def read_table(path: Path) -> Table:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or not what the ``summary.json`` beside it says was written; the message
-            names file and line.
+        DamagedFileError: If the file is damaged, or not what the ``summary.json`` beside it says was written; the
+            message names file and line.
     """
     check_as_written(path)
-    table = _read_lines(path)
-    _, header = next(table)
+    stretches = read_stretches(path, _ROWS)
+    header, *rows = next(stretches, [list[str]()])
+    first = [rows] if rows else []
+    names = _names_in(path, header)
+    id_type = summary_beside(path).get("id_type")
+    found, ids, cells = _Numbers(), list[str](), [list[str]() for _ in names]
+    for some in chain(first, stretches):
+        read = _columns_of(some, len(header))
+        if read is None or not found.take(read):
+            _say_what_is_wrong(path, len(header))
+        ids += read[1]
+        for column, more in zip(cells, read[len(COLUMNS) :], strict=True):
+            column.extend(map(unguarded, more))
+    columns = {name: typed(column) for name, column in zip(names, cells, strict=True)}
+    table = Table(_ids_in(path, ids, id_type), *found.columns(), columns)
+    if not are_different(table.sample_id):
+        _say_where_ids_repeat(path, table.sample_id)
+    return table
+
+
+_ROWS = 1 << 16  # read at once
+
+
+def _names_in(path: Path, header: list[str]) -> list[str]:
     if tuple(header[: len(COLUMNS)]) != COLUMNS:
-        raise ValueError(f"{path}, line 1: expected {','.join(COLUMNS)}, found {','.join(header)}.")
-    names = [name.removeprefix("'") for name in header[len(COLUMNS) :]]
-    lines: list[int] = []
-    rows: list[list[str]] = []
-    influences: list[float] = []
-    visits: list[int] = []
-    for line, row in table:
+        raise DamagedFileError(f"{path}, line 1: expected {','.join(COLUMNS)}, found {','.join(header)}.")
+    names = [unguarded(name) for name in header[len(COLUMNS) :]]
+    twice = [name for name, times in Counter([*COLUMNS, *names]).items() if times > 1]
+    if twice or "" in names:
+        raise DamagedFileError(f"{path}, line 1: expected every column once and with a name, found {twice or ['']}.")
+    return names
+
+
+def _columns_of(rows: list[list[str]], width: int) -> list[Sequence[str]] | None:
+    """Rows as columns; None where one has another width."""
+    try:
+        columns = [*zip(*rows, strict=True)]
+    except ValueError:
+        return None
+    return [*columns] if len(columns) == width else None
+
+
+class _Numbers:
+    """Influences and visits, taken in a stretch of rows at a time, where those are right."""
+
+    def __init__(self) -> None:
+        self._influence: list[NDArray[np.float64]] = []
+        self._visits: list[NDArray[np.int64]] = []
+        self._num = 0
+        self._largest = -math.inf
+
+    def take(self, columns: list[Sequence[str]]) -> bool:
+        """Whether these rows go on where the last ones ended, and say of each sample what can be."""
+        ranks, _, influences, effects, visits, *_ = columns
+        first, self._num = self._num + 1, self._num + len(ranks)
+        if [*ranks] != [*map(str, range(first, self._num + 1))]:
+            return False
+        if not (_NUMBERS.fullmatch(_lines(influences)) and _COUNTS.fullmatch(_lines(visits))):
+            return False
+        influence = np.fromiter(map(float, influences), np.float64, len(ranks))
+        if not bool(np.isfinite(influence).all()) or bool((np.diff(influence, prepend=self._largest) < 0).any()):
+            return False
+        if [*effects] != effects_of(influence):
+            return False
         try:
-            influence, count = _read_row(row, len(header), rank=len(lines) + 1)
-            if influences and influence < influences[-1]:
-                raise ValueError(f"influence {influence} is below that of the rank before")
+            self._visits.append(np.fromiter(map(int, visits), np.int64, len(ranks)))
+        except OverflowError:
+            return False
+        self._influence.append(influence)
+        self._largest = float(influence[-1])
+        return True
+
+    def columns(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """All that was taken in."""
+        return np.concatenate([np.empty(0), *self._influence]), np.concatenate([np.empty(0, np.int64), *self._visits])
+
+
+def _lines(cells: Iterable[str]) -> str:
+    return "".join(f"{cell}\n" for cell in cells)
+
+
+def _say_what_is_wrong(path: Path, width: int) -> NoReturn:
+    """Go over a table row by row, since something is wrong in it.
+
+    Raises:
+        DamagedFileError: Naming the line.
+    """
+    rows, before = read_rows(path), -math.inf
+    next(rows)
+    for rank, (line, row) in enumerate(rows, start=1):
+        try:
+            before = _check_row(row, width, rank, before)
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}.") from error
-        lines.append(line)
-        rows.append(row)
-        influences.append(influence)
-        visits.append(count)
-    columns = {name: _column([row[len(COLUMNS) + i] for row in rows]) for i, name in enumerate(names)}
-    return Table(_read_ids(path, lines, [row[1] for row in rows]), influences, visits, columns)
+            raise DamagedFileError(f"{path}, line {line}: {error}.") from error
+    raise DamagedFileError(f"{path}: what stands there is no ranking.")
 
 
-def _read_row(row: list[str], width: int, rank: int) -> tuple[float, int]:
+def _check_row(row: list[str], width: int, rank: int, before: float) -> float:
     if len(row) != width:
         raise ValueError(f"expected {width} fields, found {len(row)}")
     if row[0] != str(rank):
         raise ValueError(f"expected rank {rank}, found {row[0]!r}")
-    if not _is_finite(row[2]):
+    if not _NUMBERS.fullmatch(f"{row[2]}\n") or not math.isfinite(float(row[2])):
         raise ValueError(f"expected a finite number as influence, found {row[2]!r}")
     influence = float(row[2])
+    if influence < before:
+        raise ValueError(f"influence {influence} is below that of the rank before")
     if row[3] != effect_of(influence):
         raise ValueError(f"expected effect {effect_of(influence)!r} of influence {row[2]}, found {row[3]!r}")
-    if not _is_int64(row[4]) or int(row[4]) < 0:
+    if not _COUNTS.fullmatch(f"{row[4]}\n") or not _is_int64(row[4]):
         raise ValueError(f"expected a number of visits, found {row[4]!r}")
-    return influence, int(row[4])
-
-
-def _column(cells: list[str]) -> list[Any]:
-    found = typed(cells)
-    return [cell.removeprefix("'") for cell in cells] if found is cells else found
-
-
-def _is_finite(text: str) -> bool:
-    return bool(_NUMBER.fullmatch(text)) and math.isfinite(float(text))
+    return influence
 
 
 def _is_int64(text: str) -> bool:
     # Length first: Python refuses to convert thousands of digits.
-    return bool(_INTEGER.fullmatch(text)) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
+    return bool(_INTEGERS.fullmatch(f"{text}\n")) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
 
 
-def _id_type_beside(path: Path) -> str | None:
-    id_type = summary_beside(path).get("id_type")
-    if id_type not in (None, "int", "str"):
-        raise ValueError(f"{path.with_name('summary.json')}: expected id_type 'int' or 'str', found {id_type!r}.")
-    return id_type
+def _ids_in(path: Path, cells: list[str], id_type: str | None) -> NDArray[Any]:
+    if id_type != "str":
+        try:
+            if _INTEGERS.fullmatch(_lines(cells)):
+                return np.fromiter(map(int, cells), np.int64, len(cells))
+        except OverflowError:
+            pass
+    if id_type == "int":
+        for line, row in islice(read_rows(path), 1, None):
+            if not _is_int64(row[1]):
+                raise DamagedFileError(f"{path}, line {line}: expected an integer sample id, found {row[1]!r}.")
+    return as_objects([unguarded(cell) for cell in cells])
 
 
-def _read_ids(path: Path, lines: list[int], cells: list[str]) -> list[SampleId]:
-    id_type = _id_type_beside(path)
-    as_int = id_type == "int" or (id_type is None and all(map(_is_int64, cells)))
+def are_different(ids: NDArray[Any]) -> bool:
+    """Whether no id stands there twice."""
+    num = len(set(ids.tolist())) if ids.dtype == object else len(np.unique(ids))
+    return num == len(ids)
+
+
+def _say_where_ids_repeat(path: Path, ids: NDArray[Any]) -> NoReturn:
     first_line: dict[SampleId, int] = {}
-    for line, cell in zip(lines, cells, strict=True):
-        if as_int and not _is_int64(cell):
-            raise ValueError(f"{path}, line {line}: expected an integer sample id, found {cell!r}.")
-        sample = int(cell) if as_int else cell.removeprefix("'")
+    for sample, (line, _) in zip(ids.tolist(), islice(read_rows(path), 1, None), strict=True):
         if first_line.setdefault(sample, line) != line:
-            raise ValueError(f"{path}, line {line}: sample id {sample!r} stands in line {first_line[sample]} too.")
-    return list(first_line)
+            first = first_line[sample]
+            raise DamagedFileError(f"{path}, line {line}: sample id {sample!r} stands in line {first} too.")
+    raise DamagedFileError(f"{path}: a sample id stands there twice.")
 
 
 def as_numpy(values: Any) -> Any:
@@ -223,18 +279,21 @@ def checked_count(value: int, name: str) -> int:
     return count
 
 
-def checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> list[Any]:
-    """Ids as int or str.
+def checked_ids(sample_id: "Iterable[SampleId] | NDArray[Any] | Tensor") -> NDArray[Any]:
+    """Ids as an array, of int64 or of objects of str.
 
     Raises:
         TypeError: If one is neither.
         ValueError: If they are of both types, or one cannot be written.
     """
-    ids = [_plain_id(value) for value in as_numpy(sample_id)]
+    given = as_numpy(sample_id)
+    if isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind == "i":
+        return given.astype(np.int64)
+    ids = [_plain_id(value) for value in given]
     texts = sum(isinstance(value, str) for value in ids)
     if 0 < texts < len(ids):
         raise ValueError(f"Expected sample ids of one type, found {len(ids) - texts} integers and {texts} str.")
-    return ids
+    return as_objects(cast(list[str], ids)) if texts else np.array(ids, dtype=np.int64)
 
 
 def _plain_id(value: object) -> SampleId:
@@ -266,7 +325,7 @@ def as_vector(values: Any, name: str, kinds: str) -> NDArray[Any]:
     return array
 
 
-def check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArray[np.int64]) -> None:
+def check_values(ids: NDArray[Any], influence: NDArray[np.float64], visits: NDArray[np.int64]) -> None:
     """Are these the ids, influences and visits of a ranking?
 
     Raises:
@@ -275,14 +334,12 @@ def check_values(ids: list[Any], influence: NDArray[np.float64], visits: NDArray
     bad = np.flatnonzero(~np.isfinite(influence))
     if len(bad):
         raise ValueError(
-            f"Expected finite influences, found {influence[bad[0]]} for sample {ids[bad[0]]!r} "
+            f"Expected finite influences, found {influence[bad[0]]} for sample {ids.tolist()[bad[0]]!r} "
             f"({len(bad)} of {len(ids)} samples)."
         )
     negative = np.flatnonzero(visits < 0)
     if len(negative):
-        raise ValueError(f"Sample {ids[negative[0]]!r} has {visits[negative[0]]} visits, expected 0 or more.")
-    seen: set[Any] = set()
-    for sample in ids:
-        if sample in seen:
-            raise ValueError(f"Expected every sample id once, found {sample!r} twice or more.")
-        seen.add(sample)
+        raise ValueError(f"Sample {ids.tolist()[negative[0]]!r} has {visits[negative[0]]} visits, expected 0 or more.")
+    if not are_different(ids):
+        twice = next(sample for sample, times in Counter(ids.tolist()).items() if times > 1)
+        raise ValueError(f"Expected every sample id once, found {twice!r} twice or more.")

@@ -43,7 +43,8 @@ function decisionInWords(row) {
 }
 
 // Text that a spreadsheet could take for a formula gets an apostrophe in front, as in influence.csv.
-const guarded = (text) => (/^[=+\-@\t\r\n'\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text);
+const formula = /(^|;)(?=[ \n\u00a0\u200b-\u200f\u2060\ufeff]*['=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])/g;
+const guarded = (text) => text.replace(formula, "$1'");
 
 const guardedLabel = (text) => (/^-\d+(\.\d+)?(e[-+]?\d+)?$/.test(text) ? text : guarded(text));
 

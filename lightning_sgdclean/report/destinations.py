@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_sgdclean.base.errors import printable
+from lightning_sgdclean.ranking.csv_files import guarded
 from lightning_sgdclean.ranking.figures import Exhibit
 from lightning_sgdclean.ranking.ranking import Ranking
-from lightning_sgdclean.ranking.table import COLUMNS, guarded
+from lightning_sgdclean.ranking.table import COLUMNS
 
 GROUP = "sgd_influence"
 Parts: TypeAlias = dict[str, Callable[[], object]]  # what is handed over, in words, and the call that does it

@@ -48,10 +48,13 @@ class Good(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Manual(Good):
+class Adversarial(Good):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([param], lr=0.1) for param in self.parameters()]
 
 
 class Mixing(Good):
@@ -151,7 +154,7 @@ def test_as_json(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"model": "Manual"}, "UnsupportedTrainingError", "Return the loss from training_step"),
+        ({"model": "Adversarial"}, "UnsupportedTrainingError", "gave 2 optimizers"),
         ({"model": "Mixing"}, "LossSplitError", "depends on several samples"),
         ({"data": "Collating"}, "LossSplitError", "collating swapped samples"),
         ({"callback": {"monitor": "val_los"}}, "ObjectiveError", "names seen: val_loss"),

@@ -4,22 +4,24 @@
 import csv
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightning_sgdclean import Ranking
-from lightning_sgdclean.ranking import table as ranking_csv
+from lightning_sgdclean.ranking.csv_files import guarded, unguarded, write_rows
+from lightning_sgdclean.ranking.table import COLUMNS
 from rankings import STRANGE_IDS
 
 HEADER = "rank,sample_id,influence,effect,visits\n"
 GOOD = HEADER + "1,4,-0.5,harmful,2\n2,9,0.0,none,1\n3,1,0.25,helpful,1\n"
 
 
-def make(ids: list, influence: list[float] | None = None) -> Ranking:
+def make(ids: list, influence: list[float] | None = None, columns: dict | None = None) -> Ranking:
     influence = [float(i) for i in range(len(ids))] if influence is None else influence
-    return Ranking.from_influence(ids, influence, [1] * len(ids))
+    return Ranking.from_influence(ids, influence, [1] * len(ids), columns)
 
 
 def test_the_csv_is_written_exactly_as_specified(tmp_path: Path) -> None:
@@ -169,7 +171,6 @@ def test_further_columns_and_windows_line_ends_are_no_damage(tmp_path: Path) -> 
         (GOOD, "", "line 1: the line does not end"),
         (GOOD, "\n", "line 1: expected rank,sample_id"),
         ("sample_id", "id", "line 1: expected rank,sample_id,influence,effect,visits, found rank,id"),
-        ("rank,sample_id", "\ufeffrank,sample_id", "line 1: expected rank"),
         ("2,9,0.0", "3,9,0.0", "line 3: expected rank 2, found '3'"),
         ("1,4,-0.5,harmful,2\n", "", "line 2: expected rank 1, found '2'"),
         ("2,9,0.0,none,1", "", "line 3: expected 5 fields, found 0"),
@@ -217,16 +218,15 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
         Ranking.load(tmp_path)
 
 
-def test_a_save_that_fails_leaves_the_older_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_older_file_alone(tmp_path: Path) -> None:
     path = make([1]).save(tmp_path / "influence.csv")
 
-    def rows_until_the_disk_is_full(table: object) -> object:
+    def rows_until_the_disk_is_full() -> Iterator[tuple]:
         yield 1, 2, "0.0", "none", 1
         raise OSError("disk full")
 
-    monkeypatch.setattr(ranking_csv, "_rows", rows_until_the_disk_is_full)
     with pytest.raises(OSError, match="disk full"):
-        make([2]).save(path)
+        write_rows(path, COLUMNS, rows_until_the_disk_is_full())
     assert Ranking.load(path) == make([1])
     assert list(tmp_path.iterdir()) == [path]
 
@@ -251,3 +251,34 @@ def test_missing_pandas_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=re.escape("pip install lightning-sgdclean[pandas]")):
         make([1]).to_pandas()
+
+
+def test_what_a_spreadsheet_makes_of_a_table_is_read(tmp_path: Path) -> None:
+    path = make(["a;=b", "c"], columns={"note": [" =1", "x"]}).save(tmp_path / "influence.csv")
+    expected = Ranking.load(path)
+    text = path.read_text(encoding="utf-8")
+    for changed in (f"\ufeff{text}", text.replace("\n", "\r\n"), f"{text},,,,,\n\n\n,,,,,\n"):
+        path.write_text(changed, encoding="utf-8", newline="")
+        assert Ranking.load(path) == expected
+    path.write_text(text.replace("2,c", "\n2,c"), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 3: expected 6 fields, found 0"):
+        Ranking.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        *((" =1", "' =1"), ("\u200b@x", "'\u200b@x"), ("a;=1", "a;'=1"), ("a; +1;b", "a;' +1;b"), ("'=1", "''=1")),
+        *(("\nx", "'\nx"), ("a;'b", "a;''b"), ("'", "''"), (";", ";"), ("=;=", "'=;'="), ("", ""), ("a=1", "a=1")),
+    ],
+)
+def test_text_that_a_spreadsheet_could_take_for_a_formula_is_guarded_and_comes_back(text: str, cell: str) -> None:
+    assert guarded(text) == cell
+    assert unguarded(cell) == text
+
+
+def test_a_column_that_is_there_twice_is_refused_by_both_readers(tmp_path: Path) -> None:
+    path = make([1], columns={"a": [1], "b": [2]}).save(tmp_path / "influence.csv")
+    path.write_text(path.read_text(encoding="utf-8").replace("visits,a,b", "visits,a,a"), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: expected every column once"):
+        Ranking.load(path)
