@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forecasting models of darts, which make module, loaders and Trainer; the callback goes in by ``pl_trainer_kwargs``."""
+"""Forecasting models of darts, which make the module and the Trainer; the callback goes in by ``pl_trainer_kwargs``."""
 
 import numpy as np
 import pytest

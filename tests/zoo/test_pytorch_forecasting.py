@@ -55,9 +55,9 @@ def positions(train):
     return {key_of(x, row): row for row in range(len(train))}
 
 
-def weighted(model, train, weights):
+def weighted(model, place, weights):
     """The model as its own weighted twin: its losses take a weight for each time that is to be forecast."""
-    place, step = positions(train), model.training_step
+    step = model.training_step
 
     def training_step(batch, batch_idx):
         x, (target, _) = batch
@@ -84,10 +84,11 @@ MODELS = {
 def fit(name, callbacks=(), weights=None, precision="32-true", **changed):
     model, options, columns = MODELS[name]
     train, val = data_sets(**columns)
+    place = positions(train)  # which draws
     pl.seed_everything(1, verbose=False)
     module = model.from_dataset(train, **{**ADAM, **options, **changed})
     if weights is not None:
-        module = weighted(module, train, weights)
+        module = weighted(module, place, weights)
     trainer = quiet_trainer(callbacks, pl, max_epochs=2, precision=precision, gradient_clip_val=0.5)
     loaders = train.to_dataloader(batch_size=4), val.to_dataloader(train=False, batch_size=4)
     trainer.fit(module, *loaders)
