@@ -29,7 +29,11 @@ class Weibull(Plain):
 
     def loss(self, batch, reduction="mean"):
         x, event, time, _ = batch
-        return neg_log_likelihood_weibull(self.net(x), event, time, reduction=reduction)
+        params = self.net(x)
+        if reduction == "mean":
+            return neg_log_likelihood_weibull(params, event, time)
+        rows = zip(params.split(1), event.split(1), time.split(1), strict=True)
+        return torch.stack([neg_log_likelihood_weibull(*row) for row in rows])
 
 
 class Cox(Weibull):
