@@ -89,10 +89,16 @@ $(VENV)/all.done $(VENV)/docs.done $(VENV)/test.done: $(VENV)/%.done: $(VENV)/to
 	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[$*]'
 	touch $@
 
-# Others' packages whose modules are tested, each if it installs beside the rest.
+# Others' packages whose modules are tested, each if it installs beside the rest: those of the extra like any other,
+# those of packages.txt without what they need, into a folder that only their tests look into.
 ZOO := $(shell sed -n '/^zoo =/,/^[a-z]/s/^    //p' setup.cfg)
-$(VENV)/zoo.done: $(VENV)/test.done
-	for package in $(ZOO); do \
-	    $(PIP) install -q -c $(VENV)/constraints.txt "$$package" || echo "$$package cannot be had: its tests are left out."; \
+LEFT_OUT = echo "$$line cannot be had: its tests are left out."
+$(VENV)/zoo.done: tests/zoo/packages.txt $(VENV)/test.done
+	for line in $(ZOO); do \
+	    $(PIP) install -q -c $(VENV)/constraints.txt "$$line" || $(LEFT_OUT); \
+	done
+	rm -rf $(VENV)/zoo
+	sed '/^#/d' $< | while read -r line; do \
+	    $(PIP) install -q --no-deps --target $(VENV)/zoo -c $(VENV)/constraints.txt $$line || $(LEFT_OUT); \
 	done
 	touch $@

@@ -34,7 +34,7 @@ from lightning_sgdclean.losses.watched_calls import WatchedCalls, graph_of
 from lightning_sgdclean.replay.replay import Replay
 from lightning_sgdclean.trajectory.records import State, Step
 
-_MOVES = (1e-8, 1e-9, 1e-7, 1e-6, 1e-5)  # relative to what is moved
+_MOVES = (1e-8, 1e-9, 1e-10, 1e-11, 1e-7, 1e-6, 1e-5)  # relative to what is moved
 
 
 @dataclass

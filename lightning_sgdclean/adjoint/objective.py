@@ -187,7 +187,8 @@ class _Mean:
     def _forget(self) -> None:
         params, self._sources = self._params, set[str]()
         self._total, self._weights = 0.0, 0.0
-        self._logged = torch.zeros(())
+        is_double = bool(params) and params[0].dtype is torch.float64
+        self._logged = torch.zeros((), dtype=torch.float64 if is_double else None)  # in 64 bits Lightning sums in these
         self._by_param = [summable(torch.zeros_like(param)) for param in params]  # sums in 16 bits stop growing
         self._by_buffer: dict[str, Tensor] = {}
 
@@ -320,4 +321,6 @@ class _Value:
                 self._num_loaders,
                 needs_graph=False,
             )
-        return torch.zeros((), dtype=torch.float64) if found is None else found.detach().double().cpu()
+        with torch._C.DisableTorchFunctionSubclass():  # a class of one's own, as MONAI's, may not let itself be indexed
+            plain = torch.zeros(()) if found is None else found.detach().as_subclass(Tensor)
+        return plain.double().cpu()

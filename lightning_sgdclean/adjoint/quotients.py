@@ -12,6 +12,7 @@ from lightning_sgdclean.trajectory.teachers import teachers_of
 
 TOLERANCE = 1e-5  # relative; what rounding explains comes on top
 _AGREEING = 0.1  # of their distance to the derivative: what moves of two sizes show is no rounding, and no kink
+_SHORT = 1e-9  # a distance so short that rounding may hide anything
 _ROUNDINGS = 64 * torch.finfo(torch.float64).eps
 _SHAKEN = 1e-3
 
@@ -23,6 +24,9 @@ def difference(
 
     A single quotient may be off though the derivative is right: by rounding, or since a kink was crossed. Then one
     over another distance is off by another amount. So a derivative is wrong where two quotients agree that it is.
+    They agree as far as they are near one another for their own size: where a function bends sharply, as behind
+    BatchNorm over a few equal numbers, quotients over distances that are all too long are as good as zero, and agree
+    on nothing. Shorter distances tell there; they count only as far as rounding is too small to hide a difference.
 
     Args:
         expected: The derivative in a direction.
@@ -35,10 +39,12 @@ def difference(
     seen: list[float] = []
     for move in moves:
         found, numbers = quotient(move)
-        size, off = max(abs(found), abs(expected)), abs(found - expected)
-        if off <= TOLERANCE * size + _ROUNDINGS * numbers:
+        size, off, rounding = max(abs(found), abs(expected)), abs(found - expected), _ROUNDINGS * numbers
+        if move < _SHORT and rounding > TOLERANCE * size:
+            continue
+        if off <= TOLERANCE * size + rounding:
             return min(TOLERANCE, off / size) if size else 0.0
-        if any(abs(found - other) <= _AGREEING * off for other in seen):
+        if any(abs(found - other) <= _AGREEING * min(off, abs(found)) + rounding for other in seen):
             return off / size
         seen.append(found)
     return None

@@ -124,7 +124,7 @@ class VmappedRuns:
 
     def __init__(self, this: OpenedRun, optimizer: Borrowed) -> None:
         self._this, self._replay, self._optimizer = this, this.replay, optimizer
-        self._bound = _Bound(this.replay.module)
+        self._bound, self._places = _Bound(this.replay.module), _places(this.replay.module)
         self._rows: BatchedStates | None = None  # made when the first run joins
         self._num_steps, self._every = 0, max(1, len(this.steps) // _NUM_CHECKS)
         is_double = next(iter(this.replay.params.values())).dtype is torch.float64
@@ -226,10 +226,11 @@ class VmappedRuns:
         rows = self._some_rows()
 
         def of_one(tensors: dict[str, Tensor], *given: Tensor) -> Tensor:
-            result: Tensor = functional_call(self._bound, tensors, (function, *given))
+            result: Tensor = functional_call(self._bound, tensors, (function, *given), tie_weights=False)
             return result
 
-        tensors = {f"module.{name}": tensor for name, tensor in (rows.params | rows.buffers).items()}
+        known = rows.params | rows.buffers
+        tensors = {f"module.{place}": known[name] for place, name in self._places.items() if name in known}
         values: Tensor = vmap(of_one, randomness="same")(tensors, *by_run)
         return values
 
@@ -281,6 +282,21 @@ class _Bound(nn.Module):
 
     def forward(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
         return function(*given)
+
+
+def _places(module: nn.Module) -> dict[str, str]:
+    """Every place that holds a tensor, and the name that the tensor goes by.
+
+    A module that is reached by two paths is one place. ``functional_call`` would take it for two, put a tensor there
+    twice, and put back what it had put there the first time.
+    """
+    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return {
+        f"{path}.{name}".removeprefix("."): names[id(tensor)]
+        for path, part in module.named_modules()
+        for held in (part.named_parameters, part.named_buffers)
+        for name, tensor in held(recurse=False, remove_duplicate=False)
+    }
 
 
 def off_by(alone: Mapping[str, Tensor | None], beside: Mapping[str, Tensor | None]) -> float:

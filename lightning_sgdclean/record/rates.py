@@ -47,8 +47,8 @@ class _Period:
 
     def is_of(self, configs: list[Any]) -> bool:
         """Whether these are its schedulers."""
-        known = self._schedulers
-        return len(configs) == len(known) and all(map(is_, known, [config.scheduler for config in configs]))
+        now = [config.scheduler for config in configs]
+        return len(now) == len(self._schedulers) and all(map(is_, self._schedulers, now))
 
     def note(self, index: int) -> None:
         """The optimizer made this step."""
@@ -56,7 +56,7 @@ class _Period:
             self._rows.extend((index, *self._now()))
 
     def _now(self) -> list[int]:
-        return [0 if counter is None else int(counter.last_epoch) for counter in self._counters]
+        return [-1 if counter is None else int(counter.last_epoch) for counter in self._counters]
 
     def counts(self) -> dict[int, list[int]]:
         """How often each scheduler had been stepped, by the number of the step."""
@@ -141,7 +141,7 @@ class RateNotes:
                 is_given, counts = True, coming[0].counts()
                 twins.begin(coming.pop(0))
             if step.groups:
-                advanced = twins.go_to(before or step, counts.get(step.index))
+                advanced = twins.go_to(before or step, counts.get(step.index), is_given)
                 differing = twins.compare(step, is_given)
                 if differing is not None:
                     by = " and ".join(advanced) or twins.hook
@@ -195,19 +195,20 @@ class _Twins:
         self._twins = [_copy_of(scheduler) for scheduler in period.copies]
         self._configs, self._done = period.configs, period.began_with
 
-    def go_to(self, before: _Seen, counts: list[int] | None) -> list[str]:
+    def go_to(self, before: _Seen, counts: list[int] | None, is_given: bool) -> list[str]:
         """Step them, as after the step ``before``, until they were stepped so often; names of those that were."""
         advanced: list[str] = []
         self._jumps = []
         self._set_clock(before.epoch, before.index + 1)
         counts = counts or self._done
         for twin, config, done, wanted in zip(self._twins, self._configs, self._done, counts, strict=True):
-            for _ in range(wanted - done if twin is not None else 0):
+            due = wanted - done if wanted >= 0 else int(not is_given and _is_due(config, before))  # not counted
+            for _ in range(due if twin is not None else 0):
                 if config.reduce_on_plateau:
                     self._jumps.append(twin)
                 else:
                     self._ask(self._module.lr_scheduler_step, twin, None)
-            advanced += [type(config.scheduler).__name__] * (wanted > done)
+            advanced += [type(config.scheduler).__name__] * (due > 0)
         self._done = counts
         return advanced
 
@@ -321,10 +322,7 @@ def _counter_of(scheduler: Any) -> Any:
 
 
 def _copy_of(scheduler: Any) -> Any:
-    """A scheduler with numbers and containers of its own, which shares the optimizer and the user's functions.
-
-    None where it cannot be copied.
-    """
+    """A scheduler with numbers and containers of its own, or None where it cannot be copied; functions are shared."""
     try:
         twin = object.__new__(type(scheduler))
         vars(twin).update({name: _own(value, scheduler, twin) for name, value in vars(scheduler).items()})

@@ -61,3 +61,22 @@ def test_shaken_zeros_are_zeros_no_more_and_the_rest_hardly_moves():
     shaken(tensors, torch.Generator().manual_seed(0))
     assert bool((tensors[0] != 0).all())
     assert float((tensors[1] - 1).abs().max()) < 0.01
+
+
+def bent(width):
+    """A slope of one at 1.0 that is gone within a width."""
+    return lambda x: width * math.tanh((x - 1.0) / width)
+
+
+def test_quotients_that_saturate_do_not_agree_on_a_difference_and_shorter_ones_tell():
+    assert difference(1.0, quotient(bent(1e-10), size=1e-10), (1e-8, 1e-7, 1e-6)) is None
+    assert difference(1.0, quotient(bent(1e-10), size=1e-10), (1e-8, 1e-9, 1e-12, 1e-13)) <= TOLERANCE
+    assert difference(1.5, quotient(bent(1e-10), size=1e-10), (1e-8, 1e-12, 1e-13)) == pytest.approx(1 / 3, rel=1e-3)
+
+
+def test_a_gradient_that_is_gone_is_a_difference():
+    assert difference(1.0, quotient(lambda x: 0.0), MOVES) == 1.0
+
+
+def test_a_distance_so_short_that_rounding_hides_everything_does_not_count():
+    assert difference(1.0, quotient(bent(1e-10)), (1e-8, 1e-12, 1e-13)) is None

@@ -102,3 +102,16 @@ def test_parameters_are_left_in_their_own_type():
     for name, tensor in plain.state_dict().items():
         assert module.state_dict()[name].dtype is tensor.dtype
         assert torch.equal(module.state_dict()[name], tensor), name
+
+
+class InFloat32(Plain):
+    """Its validation computes in 32 bits whatever the run does, as MONAI's focal loss does."""
+
+    def validation_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+        self.log("val_loss", loss * 1.1)
+
+
+def test_values_of_32_bits_are_summed_in_64_where_the_run_is_of_64():
+    found = influences(ranked(Case("32 bits", MODULE, make=InFloat32)))
+    assert found == pytest.approx(1.1 * influences(ranked(Case("64 bits", MODULE))), rel=1e-4, abs=1e-7)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import split_losses
-from cases import CASES, NUM_CLASSES, Case, Plain, adam
+from cases import CASES, NUM_CLASSES, Case, Plain, adam, fit
 from left_out import ByHand, again, by_hand, without
-from lightning_sgdclean import register_update
+from lightning_sgdclean import SGDInfluence, register_update
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.leave_out import stacked
 from reference import ranked
@@ -53,6 +53,32 @@ def test_at_once_they_are_the_runs_that_are_made_one_by_one_and_whole_fits_with_
     for place in (2, 5):
         assert found.values[place] == pytest.approx(without(CASES[name], [SOME[place]]), rel=1e-10)
         assert found.differences[place] != 0
+
+
+class Shared(nn.Module):
+    """One layer is reached by two names, another shares its weight; a norm stands in a dict as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, NUM_CLASSES)
+        self.norm = nn.BatchNorm1d(5)
+        self.again, self.other.weight = self.first, self.first.weight
+        self.by_name = nn.ModuleDict({"norm": self.norm})
+
+    def forward(self, x):
+        hidden = self.by_name["norm"](self.again(self.first(x).tanh())).tanh()
+        return self.last(self.other(hidden).tanh())
+
+
+def test_a_module_reached_by_two_names_is_left_as_it_was():
+    case = Case("shared", {"net": Shared, "make_optimizer": adam})
+    plain, callback = fit(case).state_dict(), SGDInfluence("val_loss", epochs="all", verify=4)
+    module = fit(case, callback)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in module.state_dict().items())
+    assert module.net.again is module.net.first
+    assert module.net.other.weight is module.net.first.weight
+    assert callback.summary["trust"]["runs"] == "at once"
+    assert_at_once_is_one_by_one(case)
 
 
 def test_groups_at_once(recorded):

@@ -112,6 +112,46 @@ def test_so_do_steps_that_a_scaler_skips():
     assert callback.summary["rates"]["of_step_alone"] is True
 
 
+class Uncounted:
+    """A scheduler of one's own, as timm's are: it counts nothing, and is told the epoch or goes by its own memory."""
+
+    def __init__(self, optimizer, by):
+        self.optimizer, self.by, self.seen = optimizer, by, []
+
+    def step(self, epoch):
+        self.seen.append(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.by(self.seen)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def uncounted(by, **options):
+    class Stepping(Scheduled):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.current_epoch)
+
+    made = [lambda optimizer, module: Uncounted(optimizer, lambda seen: by(seen, module))]
+    return Case("uncounted", MOMENTUM, make=lambda **module: Stepping(*made, **module, **options))
+
+
+@pytest.mark.parametrize("rhythm", RHYTHMS)
+@pytest.mark.parametrize("by", [lambda seen, _: 0.1 / (1 + seen[-1]), lambda seen, _: 0.1 / len(seen)])
+def test_so_do_schedulers_of_ones_own_that_count_nothing(by, rhythm):
+    case = uncounted(by, interval=rhythm[0], frequency=rhythm[1])
+    assert ranked(case).summary["rates"]["of_step_alone"] is True
+
+
+def test_but_not_those_of_them_that_follow_the_training():
+    case = uncounted(lambda seen, module: 0.1 / (1 + length(module)))
+    with pytest.warns(SGDInfluenceWarning, match=NOT_THE_STEP.format(1, 14)):
+        assert ranked(case).summary["rates"]["of_step_alone"] is False
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_batches_without_a_loss_are_no_matter_either():
     class Sparing(Scheduled):
