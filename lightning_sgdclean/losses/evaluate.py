@@ -45,8 +45,7 @@ class Split(Protocol):
 class RecordedBatch:
     """A micro-batch of a recorded step, evaluated at the module's present parameters as often as wanted.
 
-    Every evaluation goes through :meth:`call`: random state and clock as the step had them, a copy of the batch,
-    the module's plain attributes put back afterwards.
+    Every evaluation goes through :meth:`call`: with the step's random state and clock, on a copy of the batch.
 
     Attributes:
         module: The LightningModule.
@@ -86,7 +85,8 @@ class RecordedBatch:
     _references: dict[str, dict[int, Tensor]] = field(default_factory=dict, init=False)  # by precision
 
     def __post_init__(self) -> None:
-        self._teachers = teachers_of(self.module, self.params) if self.teachers is None else self.teachers
+        self._alike = teachers_of(self.module, self.params)  # shaken parameters may move more of them than the run did
+        self._teachers = self._alike if self.teachers is None else self.teachers
 
     def __len__(self) -> int:
         return len(self.micro.ids)
@@ -323,7 +323,7 @@ class RecordedBatch:
         return {name: tensor.detach().clone() for name, tensor in self._moving()}
 
     def _moving(self) -> Iterator[tuple[str, Tensor]]:
-        return chain(self.module.named_buffers(), self._teachers.items())
+        return chain(self.module.named_buffers(), self._alike.items())
 
 
 def takes_batch_idx(step: Callable[..., Any]) -> bool:

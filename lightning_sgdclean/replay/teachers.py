@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.trajectory.records import State, Step, same
-from lightning_sgdclean.trajectory.teachers import Following, followings, pull_back_following
+from lightning_sgdclean.trajectory.teachers import Following, followings, partner_at_rest, pull_back_following
 
 Place = Literal["within", "before", "after"]
 
@@ -145,8 +145,12 @@ class Teachers:
         """
         self.kept = kept
         states = states_of() if self.live else []
-        for name in [name for name in self.live if all(same(one, states[-1], name) for one in states)]:
-            del self.live[name]
+        still = {name for name in self.live if all(same(one, states[-1], name) for one in states)}
+        some_move = still < self.live.keys()  # beside those, one that stays may be a teacher whose partner rests
+        for name in still:
+            rests = all(partner_at_rest(name, one.buffers[name], one.params) for one in states)
+            if not (some_move and rests):
+                del self.live[name]
         for step in steps[: -_LAST - 1 : -1] if self.live else ():
             with suppress(RunDirectoryError):
                 pair = kept(step.index), kept(step.index + 1)

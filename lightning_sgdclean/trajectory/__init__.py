@@ -35,6 +35,7 @@ __all__ = [
     "nudged",
     "num_snapshots",
     "options_for",
+    "partner_at_rest",
     "pull_back_following",
     "read_ending",
     "repeated_steps",

@@ -89,7 +89,28 @@ def followings(
             "the optimizer."
         )
     chosen = _with_one_share(min(known, key=lambda side: sum(fit.off for fit in side)))
-    return found | {fit.name: fit.how for fit in chosen}
+    return found | {fit.name: fit.how for fit in chosen} | _resting(found, chosen, now, params)
+
+
+def _resting(
+    found: Mapping[str, Following], moved: "list[_Fit]", now: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> dict[str, Following]:
+    """Those that do not move since their partners do not, where the others have one share: it is theirs, too."""
+    hows = {replace(fit.how, partner="") for fit in moved}
+    if len(hows) != 1:
+        return {}
+    pairs = ((name, partner_at_rest(name, now[name], params)) for name in found)
+    return {name: replace(next(iter(hows)), partner=partner) for name, partner in pairs if partner}
+
+
+def partner_at_rest(name: str, teacher: Tensor, params: Mapping[str, Tensor]) -> str:
+    """The trained parameter whose numbers a teacher holds to rounding, as both do that never move; empty if none."""
+    kind = _kind(name, teacher)
+    names = [other for other, param in params.items() if _kind(other, param) == kind]
+    best = max(names, key=lambda other: _shared(name, other), default="")
+    tolerance = _ROUNDINGS * torch.finfo(teacher.dtype).eps
+    rests = best and torch.allclose(params[best].to(teacher), teacher, rtol=tolerance, atol=0.0)
+    return best if rests else ""
 
 
 @dataclass
