@@ -132,7 +132,7 @@ def read_decisions(path: Path, ranking: Ranking) -> list[Decision]:
 
 def _rows(path: Path) -> list[tuple[str, list[str]]]:
     """Each row with its file and line; the header is checked and left out."""
-    rows = [(f"{path}, line {line}", row) for line, row in read_rows(path)]
+    rows = [(f"{path}, line {line}", row) for line, row in read_rows(path, may_end_open=True)]
     if not rows or tuple(rows[0][1]) != DECISION_COLUMNS:
         found = ",".join(rows[0][1]) if rows else "nothing"
         raise DamagedFileError(f"{path}, line 1: expected {','.join(DECISION_COLUMNS)}, found {found}.")

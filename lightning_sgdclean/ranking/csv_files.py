@@ -62,15 +62,19 @@ class _UnixLines:
         self._file.write(row.removesuffix("\r\n") + "\n")
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: Path, *, may_end_open: bool = False) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table, the header first, each with the number of its first line; see :func:`read_stretches`.
+
+    Args:
+        path: The file.
+        may_end_open: Whether the last line may lack its end, as one that was written by hand.
 
     Raises:
         FileNotFoundError, DamagedFileError: As there.
     """
     empty: list[tuple[int, list[str]]] = []
     line = 1
-    with _opened(path) as reader:
+    with _opened(path, may_end_open) as reader:
         for row in reader:
             if any(row):
                 yield from empty
@@ -101,7 +105,7 @@ def read_stretches(path: Path, num: int) -> Iterator[list[list[str]]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, may_end_open: bool = False) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -111,7 +115,7 @@ def _opened(path: Path) -> Iterator[Any]:
             raise DamagedFileError(f"{path}, line {line}: expected UTF-8, found {error.reason}.") from error
         except csv.Error as error:
             raise DamagedFileError(f"{path}, line {_line_of_last_row(path)}: {error}.") from error
-    if not _ends_its_last_line(path):
+    if not (may_end_open or _ends_its_last_line(path)):
         line = max(1, reader.line_num)
         raise DamagedFileError(f"{path}, line {line}: the line does not end; the file seems cut off.")
 

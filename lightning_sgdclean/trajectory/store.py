@@ -70,7 +70,7 @@ class _Ending(TypedDict):
     num_val_batches: list[Count | float | None] | None
     is_complete: bool
     unexplained: dict[str, Any] | None
-    random: NotRequired[list[tuple[Count, dict[str, str]]]]
+    random: NotRequired[list[tuple[Count, dict[str, Any]]]]
 
 
 def write_ending(folder: Path, run: str, ending: FitEnd) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that others wrote; each file needs the package that it is named after.
 
-`make test` puts those of packages.txt into a folder of their own, at the end of the path: what they hold
-besides, and PyPI's torchvision, which does not import beside a CPU build of torch, then stay out of the way of
-everything else.
+`make test` puts those of packages.txt into a folder of their own, which stands at the end of the path while these files
+are collected and their tests run: what they hold besides, and PyPI's torchvision, which does not import beside a CPU
+build of torch, stay out of the way of everything else, and of the processes that other tests start.
 """
 
 import sys
@@ -11,11 +11,25 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
-sys.path.append(str(Path(sys.prefix, "zoo")))
+FOLDER = str(Path(sys.prefix, "zoo"))
+sys.path.append(FOLDER)
 
 NAMED_OTHERWISE = {"tutorials": "torch", "bolts": "torch", "glue": "transformers", "optimizers_of_packages": "torch"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    sys.path.remove(FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def on_the_path():
+    sys.path.append(FOLDER)
+    yield
+    sys.path.remove(FOLDER)
 
 
 def package(path):
