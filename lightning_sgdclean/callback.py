@@ -349,7 +349,6 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
             trainer.num_val_batches,
             is_of_fit=True,
             hooks=hooks_of(trainer, pl_module),
-            averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
             fit=self._recording.writer.fit,
