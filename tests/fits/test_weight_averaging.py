@@ -4,10 +4,11 @@
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
-from cases import Case, Plain, adam, fit, objective
-from lightning_sgdclean import SGDInfluence
+from cases import Case, Plain, adam, fit, loaders, objective, quiet_trainer
+from lightning_sgdclean import SGDInfluence, counterfactual, retrace
+from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceWarning, UnsupportedTrainingError
 from reference import assert_influence_is_the_derivative, influences, one_hot, ranked
 
 MOMENTUM = {"momentum": 0.5}
@@ -57,3 +58,142 @@ def test_influence_is_the_derivative_of_the_averaged_model_s_loss(name):
     last = callback.summary["window"]["last_step"]
     by = "Late" if name == "running mean" else "EMAWeightAveraging"
     assert callback.summary["end_point"] == f"after step {last}, weights averaged by {by}"
+
+
+def test_the_derivative_of_the_last_trained_weights_is_another():
+    averaged, trained = (influences(ranked(one)) for one in (case(decay=0.8), case(None)))
+    assert np.abs(averaged - trained).max() > 0.1 * np.abs(trained).max()
+
+
+@pytest.mark.parametrize("options", [{"epochs": 1}, {"snapshots": 4}], ids=str)
+def test_influence_over_a_part_of_the_run_and_between_snapshots(options):
+    whole, part = ranked(case(decay=0.9), columns=["by_epoch"]), ranked(case(decay=0.9), **options)
+    wanted = np.zeros(23)
+    columns = [values for name, values in whole.ranking.columns.items() if options != {"epochs": 1} or name[-1] == "1"]
+    wanted[whole.ranking.sample_id] = np.sum(columns, axis=0)
+    assert np.allclose(influences(part), wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_samples_are_left_out_as_training_would_be_without_them(use_buffers, tmp_path):
+    this = case(decay=0.8, use_buffers=use_buffers, update_every_n_steps=2, module={"norm": True})
+    callback = ranked(this, verify=2, dirpath=tmp_path / "run")
+    whole, table = objective(fit(this)), callback.ranking
+    assert callback.summary["objective"]["recomputed"] == pytest.approx(whole, rel=1e-12)
+    real = {name: value for name, value in zip(table.sample_id, table.columns["real"], strict=True) if value == value}
+    assert len(real) == 2
+    for name, value in real.items():
+        without = objective(fit(this, weights=1 - one_hot(name)))
+        assert value == pytest.approx(without - whole, rel=1e-9)
+    # And from the files alone.
+    train, val = loaders()
+    options = {"train_dataloaders": train, "val_dataloaders": val}
+    found = counterfactual(tmp_path / "run", double(norm=True, options=MOMENTUM), without=[name], **options)
+    assert found.difference == pytest.approx(value, rel=1e-9)
+
+
+def test_a_run_is_ranked_again_from_its_files(tmp_path):
+    callback = ranked(case(decay=0.8), dirpath=tmp_path / "run")
+    train, val = loaders()
+    again = retrace(tmp_path / "run", double(options=MOMENTUM), train_dataloaders=train, val_dataloaders=val, verify=0)
+    assert again.summary["end_point"] == callback.summary["end_point"]
+    assert np.array_equal(again.influence, callback.ranking.influence)
+    path = tmp_path / "run" / "trajectory" / "averages.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"averages.safetensors is damaged"):
+        retrace(tmp_path / "run", double(options=MOMENTUM), train_dataloaders=train, val_dataloaders=val)
+    path.unlink()
+    with pytest.raises(RunDirectoryError, match=r"averages.safetensors is missing"):
+        retrace(tmp_path / "run", double(options=MOMENTUM), train_dataloaders=train, val_dataloaders=val)
+
+
+def test_in_32_bits_the_influences_are_those_of_64_and_the_logged_value_is_that_of_the_averages():
+    def run(precision, make):
+        plain = case(decay=0.8, module={"norm": True}, trainer={"precision": precision})
+        plain.make = make
+        return ranked(plain)
+
+    narrow, wide = run("32-true", Plain), run("64-true", double)
+    found, wanted = influences(narrow), influences(wide)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    said = narrow.summary["objective"]
+    assert said["logged"] == pytest.approx(said["recomputed"], rel=1e-6)
+
+
+def test_training_stays_as_it_is():
+    this = case(decay=0.8, module={"norm": True}, trainer={"precision": "32-true", "num_sanity_val_steps": 1})
+    this.make = Plain
+    plain, followed = fit(this), fit(this, SGDInfluence("val_loss", verify=0))
+    for one, other in zip(plain.state_dict().values(), followed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+# Not followed --------------------------------------------------------------------------------------
+
+
+def with_function(function):
+    return case(lambda: WeightAveraging(avg_fn=function))
+
+
+def test_averages_of_a_plain_function_are_followed_and_of_squares_refused_before_training():
+    share = 0.3
+    callback = ranked(with_function(lambda average, weights, num: (1 - share) * average + share * weights))
+    assert np.allclose(influences(callback), influences(ranked(case(decay=0.7))), rtol=1e-9, atol=1e-12)
+    with pytest.raises(UnsupportedTrainingError, match="no sums of multiples"):
+        ranked(with_function(lambda average, weights, num: 0.9 * average + 0.1 * weights**2))
+
+
+def test_averages_that_depend_on_the_tensor_are_refused():
+    function = lambda average, weights, num: average + (weights - average) * (0.1 if weights.ndim > 1 else 0.2)  # noqa: E731
+    with (
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped"),
+        pytest.raises(UnsupportedTrainingError, match=r"average of 'net.0.weight'.*not what its function makes"),
+    ):
+        ranked(with_function(function))
+
+
+class Counting:
+    """An average that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, average, weights, num):
+        self.calls += 1
+        return average + (weights - average) / self.calls
+
+
+class Own(EMAWeightAveraging):
+    """Updates by itself."""
+
+    def on_train_batch_end(self, *arguments):
+        super().on_train_batch_end(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "why"),
+    [
+        (lambda: WeightAveraging(avg_fn=Counting()), "its function may remember something"),
+        (Own, "it has a on_train_batch_end of its own"),
+    ],
+)
+def test_averages_that_are_not_followed_are_not_ranked_and_said_so(averaging, why, tmp_path):
+    with pytest.warns(SGDInfluenceWarning, match=f"replaces the weights.*{why}"):
+        callback = ranked(case(averaging), dirpath=tmp_path / "run")
+    assert "are not what is ranked" in callback.summary["end_point"]
+    assert np.array_equal(influences(callback), influences(ranked(case(None))))
+    train, val = loaders()
+    again = retrace(tmp_path / "run", double(options=MOMENTUM), train_dataloaders=train, val_dataloaders=val, verify=0)
+    assert again.summary["end_point"] == callback.summary["end_point"]
+
+
+def test_the_best_model_s_averages_are_refused_before_training():
+    trainer = quiet_trainer(
+        [SGDInfluence("val_loss", at="best"), EMAWeightAveraging(), ModelCheckpoint(monitor="val_loss")],
+        enable_checkpointing=True,
+    )
+    with pytest.raises(UnsupportedTrainingError, match=r'at="best".*averages of EMAWeightAveraging'):
+        trainer.fit(double(), *loaders())
+    assert trainer.global_step == 0
