@@ -13,7 +13,7 @@ from lightning_sgdclean.base.errors import (
     UnsupportedTrainingError,
 )
 from lightning_sgdclean.data.batches import cloned
-from lightning_sgdclean.record.averaging import AverageNotes
+from lightning_sgdclean.record.average_notes import AverageNotes
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
 from lightning_sgdclean.trajectory.live_state import (
     FrozenParameters,

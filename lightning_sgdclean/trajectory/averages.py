@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
 from lightning_sgdclean.base.files import appearing_whole, check_plain, checksum_of, naming
@@ -99,17 +99,20 @@ def _pairs(state: State, other: State) -> Iterable[tuple[str, Tensor, Tensor]]:
         yield from ((name, tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def write_averages(folder: Path, module: nn.Module, updates: list[AverageUpdate]) -> str:
+def write_averages(
+    folder: Path, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], updates: list[AverageUpdate]
+) -> str:
     """Write them beside a trajectory; the checksum of the file.
 
     Args:
         folder: The trajectory's.
-        module: The averaged one.
+        params: The averaged parameters, by name.
+        buffers: The averaged buffers.
         updates: The last of them, in order, as many as may matter.
     """
-    held = {f"param/{name}": param.detach() for name, param in module.named_parameters()}
-    held |= {f"buffer/{name}": buffer.detach() for name, buffer in module.named_buffers()}
-    tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in held.items()}
+    held = {f"param/{name}": param for name, param in params.items()}
+    held |= {f"buffer/{name}": buffer for name, buffer in buffers.items()}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in held.items()}
     tensors["steps"] = torch.tensor([one.step for one in updates], dtype=torch.int64)
     factors = [[*one.params, *one.buffers] for one in updates]
     tensors["factors"] = torch.tensor(factors, dtype=torch.float64).reshape(-1, 4)
