@@ -122,8 +122,9 @@ class Influences:
         return [
             "Every influence is exactly zero: to first order no sample moves the objective, and the ranking says "
             "nothing. Likely causes: an optimizer whose steps follow the signs of gradients, a learning rate of zero, "
-            "or an objective without a gradient at the end point. Train with another optimizer or rate, or ask for "
-            "another objective."
+            "an objective without a gradient at the end point, or averages of the weights that no step of the window "
+            "is part of (StochasticWeightAveraging averages what epochs begin with). Train with another optimizer or "
+            "rate, or ask for another objective or more epochs."
         ]
 
     def add(self, micro: MicroBatch, scores: Tensor) -> None:

@@ -6,17 +6,32 @@ own; once an epoch, all tensors of an update are held against the answer.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_sgdclean.base.errors import UnsupportedTrainingError
+from lightning_sgdclean.base.errors import RunDirectoryError, UnsupportedTrainingError
+from lightning_sgdclean.base.files import read_sealed, write_sealed
 from lightning_sgdclean.base.randomness import untouched_randomness
 from lightning_sgdclean.trajectory.averages import AverageUpdate, write_averages
+from lightning_sgdclean.trajectory.manifest import Count
 from lightning_sgdclean.trajectory.store import steps_written
+
+_NOTES = "averaged.json"
+
+
+class _Kept(TypedDict):
+    """What stands in it: see :meth:`AverageNotes.save`."""
+
+    before: Count
+    since: Count
+    after: list[int]
+    asked: list[Count]
+    factors: list[list[float]]
 
 
 class AverageNotes:
@@ -30,14 +45,20 @@ class AverageNotes:
         names: See there.
         callback: A WeightAveraging, whose hooks are Lightning's; None where nothing is followed.
         module: The LightningModule that is trained.
+        folder: The trajectory's.
         logged: Values that were validated, by the number of steps made by then: what was validated before an update
             is not of the averages after it, and goes.
     """
 
     def __init__(
-        self, names: str = "", callback: Any = None, module: Any = None, logged: dict[int, float] | None = None
+        self,
+        names: str = "",
+        callback: Any = None,
+        module: Any = None,
+        folder: Path = Path(),
+        logged: dict[int, float] | None = None,
     ) -> None:
-        self.names = names
+        self.names, self._folder = names, folder
         self.said: dict[str, Any] | None = None
         self._callback, self._module, self._logged = callback, module, {} if logged is None else logged
         self._counters: tuple[int, ...] | None = None  # as they were seen last
@@ -45,21 +66,22 @@ class AverageNotes:
         self._after: list[int] = []  # step after which each update came
         self._epoch = -1  # of which an update is held against the factors
         self._was: dict[str, Tensor] = {}  # the averages before it
+        self._checked: dict[int, list[float]] = {}  # what was answered then, by how many updates came before
         self._problem: UnsupportedTrainingError | None = None  # is raised when the training is over
 
-    def look(self, next_step: int, *, is_between: bool, is_over: bool = False) -> None:
+    def look(self, next_step: int, *, is_between: bool) -> None:
         """Whether the averages were updated since the last look.
 
         Args:
             next_step: One more than the last step's number.
             is_between: Whether no batch waits for its step.
-            is_over: Whether the training is, so that the module holds the averages.
         """
         if self._callback is None or self._problem is not None:
             return
         found = self._now()
         if self._counters is None:
             self._counters, self._num_before, self._since = found, self._num(), next_step
+            self._go_on(next_step)
         num = sum(now != was for now, was in zip(found, self._counters, strict=True))
         self._counters = found
         if not num:
@@ -72,7 +94,7 @@ class AverageNotes:
         self._after += [next_step - 1] * num
         self._logged.pop(next_step, None)
         is_first = self._num_before + len(self._after) == 1  # a copy, which says little
-        if self._was and num == 1 and not is_over:
+        if self._was and num == 1 and not self._is_in_module():
             self._check()
         self._was = self._copies() if is_first else {}
 
@@ -84,7 +106,33 @@ class AverageNotes:
     def _copies(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in _held(self._averaged)}
 
-    def close(self, folder: Path) -> None:
+    def _is_in_module(self) -> bool:
+        """Whether the module holds the averages, as it does when the training is over."""
+        live = dict(self._module.named_parameters())
+        return all(torch.equal(live[name].to(one), one) for name, one in self._averaged.named_parameters())
+
+    def save(self) -> None:
+        """Keep beside the trajectory what a fit has to know that goes on from a checkpoint written now."""
+        if self._counters is not None and self._problem is None:
+            asked = [1, 2, 3, self._num_before + len(self._after)]
+            updates = {"before": self._num_before, "since": self._since, "after": self._after}
+            write_sealed(self._folder / _NOTES, {**updates, "asked": asked, "factors": self._answers(asked)})
+
+    def _go_on(self, next_step: int) -> None:
+        """Take up what was kept, if that is what has led here: as many updates, by a function that answers the same."""
+        if not next_step or not self._num_before or not (self._folder / _NOTES).exists():
+            return
+        with suppress(RunDirectoryError):
+            kept = read_sealed(self._folder / _NOTES, _Kept)
+            after = [step for step in kept["after"] if step < next_step]
+            is_same = self._answers(kept["asked"]) == kept["factors"]
+            if kept["before"] + len(after) == self._num_before and is_same:
+                self._num_before, self._since, self._after = kept["before"], kept["since"], after
+
+    def _answers(self, asked: list[int]) -> list[list[float]]:
+        return [[*params, *buffers] for params, buffers in self.factors(asked)]
+
+    def close(self) -> None:
         """Write the averages beside the trajectory, once the training has ended.
 
         Raises:
@@ -100,11 +148,17 @@ class AverageNotes:
                 f"{self.names} says that it updated its averages {num} times, but its counters moved {seen} times: "
                 "something else updates them. Let only the callback do so."
             )
-        since = max(self._since, next((step.index for step in steps_written(folder)), 0))
+        if any(self._answers([number]) != [known] for number, known in self._checked.items()):
+            raise UnsupportedTrainingError(
+                f"The function by which {self.names} averages changed during the training, so how much the weights "
+                "count in its averages is not known. Let it depend on its arguments only, the number of updates "
+                "among them."
+            )
+        since = max(self._since, next((step.index for step in steps_written(self._folder)), 0))
         matter = [number for number, step in enumerate(self._after) if step >= since]
         factors = self.factors([self._num_before + number for number in matter])
         updates = [AverageUpdate(self._after[number], *both) for number, both in zip(matter, factors, strict=True)]
-        self.said = {"by": self.names, "checksum": self._write(folder, updates), "since": self._since}
+        self.said = {"by": self.names, "checksum": self._write(updates), "since": self._since}
 
     @property
     def _averaged(self) -> nn.Module:
@@ -120,9 +174,9 @@ class AverageNotes:
         """How many updates there were, as the callback counts."""
         return int(self._callback._average_model.n_averaged)
 
-    def _write(self, folder: Path, updates: list[AverageUpdate]) -> str:
+    def _write(self, updates: list[AverageUpdate]) -> str:
         return write_averages(
-            folder, dict(self._averaged.named_parameters()), dict(self._averaged.named_buffers()), updates
+            self._folder, dict(self._averaged.named_parameters()), dict(self._averaged.named_buffers()), updates
         )
 
     def _updating(self, weights: nn.Module) -> tuple[nn.Module, Callable[[int], None]]:
@@ -174,11 +228,13 @@ class AverageNotes:
 
     @torch.no_grad()
     def _check(self) -> None:
+        number = self._num_before + len(self._after) - 1
         try:
-            of_params, of_buffers = self.factors([self._num_before + len(self._after) - 1])[0]
+            of_params, of_buffers = self.factors([number])[0]
         except UnsupportedTrainingError as error:
             self._problem = error
             return
+        self._checked[number] = [*of_params, *of_buffers]
         live, buffers = dict(_held(self._module)), dict(self._module.named_buffers())
         for name, now in _held(self._averaged):
             if not now.is_floating_point():
@@ -202,12 +258,10 @@ _ROUNDINGS = 16
 class EpochAverageNotes(AverageNotes):
     """The same for a StochasticWeightAveraging, which averages the weights that epochs begin with, and no buffers."""
 
-    def close(self, folder: Path) -> None:
+    def close(self) -> None:
         """As of any average, if the callback has put it into the module: it does so only after all epochs."""
-        live = dict(self._module.named_parameters())
-        pairs = [(live[name], average) for name, average in self._averaged.named_parameters()]
-        if all(torch.equal(param.to(average), average) for param, average in pairs):
-            super().close(folder)
+        if self._is_in_module():
+            super().close()
             self._logged.clear()  # what it validates are trained weights
 
     @property
@@ -222,11 +276,11 @@ class EpochAverageNotes(AverageNotes):
         found = self._callback.n_averaged
         return int(self._callback._init_n_averaged if found is None else found)
 
-    def _write(self, folder: Path, updates: list[AverageUpdate]) -> str:
-        last = max((step.index for step in steps_written(folder)), default=-1)
+    def _write(self, updates: list[AverageUpdate]) -> str:
+        last = max((step.index for step in steps_written(self._folder)), default=-1)
         of_end = AverageUpdate(last, params=(1.0, 0.0), buffers=(0.0, 1.0))
         params, buffers = dict(self._averaged.named_parameters()), dict(self._module.named_buffers())
-        return write_averages(folder, params, buffers, [*updates, of_end])
+        return write_averages(self._folder, params, buffers, [*updates, of_end])
 
     def _updating(self, weights: nn.Module) -> tuple[nn.Module, Callable[[int], None]]:
         average, callback = _Numbers(), self._callback

@@ -3,6 +3,7 @@
 
 import dis
 import warnings
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -37,12 +38,13 @@ _HOOKS = {
 }
 
 
-def averaging_of(trainer: Any, at: str, logged: dict[int, float]) -> "AverageNotes":
+def averaging_of(trainer: Any, at: str, folder: Path, logged: dict[int, float]) -> AverageNotes:
     """What follows the averages of a Trainer's callback, if one has them and can be followed.
 
     Args:
         trainer: The Trainer, with its fit set up.
         at: The end point that is asked for.
+        folder: The trajectory's.
         logged: See :class:`AverageNotes`.
 
     Raises:
@@ -74,7 +76,7 @@ def averaging_of(trainer: Any, at: str, logged: dict[int, float]) -> "AverageNot
             'are followed to the end of the training only. Use at="last".'
         )
     follows = AverageNotes if kind == "WeightAveraging" else EpochAverageNotes
-    notes = follows(names, callbacks[0], trainer.lightning_module, logged)
+    notes = follows(names, callbacks[0], trainer.lightning_module, folder, logged)
     notes.factors(range(1, 4))  # refuses before training what no sum of multiples is
     return notes
 
@@ -119,7 +121,8 @@ def _keeps_nothing(function: Any) -> bool:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     read = [known[name] for name in code.co_names if name in known]
     fixed = (bool, int, float, str, type(None))
-    held = all(isinstance(value, fixed) for value in [*cells, *(function.__defaults__ or ())])
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    held = all(isinstance(value, fixed) for value in [*cells, *defaults])
     seen = all(isinstance(value, (*fixed, ModuleType, FunctionType, BuiltinFunctionType, type)) for value in read)
     writes = any(
         one.opname in ("STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL")

@@ -77,9 +77,15 @@ class Recorder:
 
     def note_teachers_at_end(self) -> None:
         """As :meth:`note_teachers`, unless a validation came after the last step: it saw them as they are to be."""
-        self._averages.look(self._writer.next_index, is_between=not self._pending, is_over=True)
+        self._averages.look(self._writer.next_index, is_between=not self._pending)
         if self.num_steps and not self._has_noted:
             self.note_teachers()
+
+    def flush(self) -> None:
+        """A checkpoint is written now, from which a fit may go on: have all on disk that it needs."""
+        self._writer.flush()
+        self._averages.look(self._writer.next_index, is_between=not self._pending)
+        self._averages.save()
 
     def _teachers(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.state().buffers.items() if isinstance(tensor, nn.Parameter)}

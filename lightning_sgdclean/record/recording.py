@@ -87,7 +87,7 @@ class Recording:
         self._loaders, self._folder, self._options = loaders, folder, options
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
-        self.averages = averaging_of(trainer, options.at, self.logged)
+        self.averages = averaging_of(trainer, options.at, folder / "trajectory", self.logged)
         self.best = BestModel(best_model_checkpoint(trainer), joined.get("best")) if options.at == "best" else None
         self.first_ids: list[SampleId] = []
         self._on_first_batch, self._rehearse = on_first_batch, rehearse
@@ -271,7 +271,7 @@ class Recording:
         """Write what is held in memory."""
         if self.failure is None:
             with self._never_breaking_the_training:
-                self.writer.flush()
+                self.recorder.flush()
 
     def close(self, trainer: Any, is_complete: bool) -> None:
         """Leave a whole trajectory, and the optimizer without our hook.
@@ -292,7 +292,7 @@ class Recording:
                 if is_complete:
                     written = steps_written(self._folder / "trajectory")
                     self._unexplained = self._rates.unexplained(trainer, self._module, written)
-                    self.averages.close(self._folder / "trajectory")
+                    self.averages.close()
                 ending = self.ending(trainer, is_complete)
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()

@@ -10,6 +10,7 @@ __all__ = [
     "AverageUpdate",
     "Averages",
     "CheckpointMark",
+    "Count",
     "Drift",
     "FitEnd",
     "Following",

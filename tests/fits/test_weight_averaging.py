@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lightning's averages of the weights as end point: the influence is the derivative of the averaged model's loss."""
 
+import copy
+
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.nn import functional as F
 
 from cases import Case, Plain, adam, fit, loaders, objective, quiet_trainer
 from lightning_sgdclean import SGDInfluence, counterfactual, retrace
@@ -152,6 +156,105 @@ def test_stochastic_weight_averaging_that_ends_early_leaves_the_trained_weights(
     )
 
 
+def test_stochastic_weight_averaging_holds_nothing_of_the_last_epoch_and_says_so():
+    with pytest.warns(SGDInfluenceWarning, match="Every influence is exactly zero.*more epochs"):
+        callback = ranked(swa(), epochs=1)
+    assert not influences(callback).any()
+
+
+class Taught(Plain):
+    """Follows a teacher, which is moved before the loss is computed or by a hook behind the step."""
+
+    def __init__(self, where, **options):
+        super().__init__(**options)
+        self.teacher, self.where = copy.deepcopy(self.net).requires_grad_(False), where
+        self.double()
+
+    def follow(self):
+        with torch.no_grad():
+            for theirs, ours in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                theirs.lerp_(ours, 0.3)
+
+    def training_step(self, batch, batch_idx):
+        if self.where == "before":
+            self.follow()
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        return F.cross_entropy(self.net(x) + 0.5 * self.teacher(x), y, reduction=reduction)
+
+    def on_train_batch_end(self, *arguments):
+        if self.where == "behind":
+            self.follow()
+
+
+def taught(where):
+    found = case(decay=0.8, module={"where": where})
+    found.make = Taught
+    return found
+
+
+def test_averages_of_a_teacher_are_followed():
+    assert_influence_is_the_derivative(taught("before"))
+
+
+def test_a_teacher_that_a_hook_moves_after_it_was_averaged_is_refused_by_name():
+    with (
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped"),
+        pytest.raises(UnsupportedTrainingError, match=r"average of 'teacher\.\d\.\w+'"),
+    ):
+        ranked(taught("behind"))
+
+
+class Stop(pl.Callback):
+    """A power cut."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 8:
+            raise OSError("power cut")
+
+
+def resumed(folder, averaging, lose=False):
+    """Trained up to a cut within the second epoch, and on from a checkpoint at the end of the first."""
+
+    def train(folder, module, callbacks, ckpt_path=None):
+        pl.seed_everything(1, verbose=False)
+        callback = SGDInfluence("val_loss", epochs="all", verify=0, dirpath=folder)
+        trainer = quiet_trainer([callback, *callbacks], enable_checkpointing=True)
+        trainer.fit(module, *loaders(shuffle=False), ckpt_path=ckpt_path)
+        return callback
+
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    with pytest.raises(OSError, match="power cut"):
+        train(folder / "run", double(), [EMAWeightAveraging(decay=0.8), saving, Stop()])
+    if lose:
+        (folder / "run" / "trajectory" / "averaged.json").unlink()
+    again = train(folder / "run", double(), [averaging, saving], folder / "step=5.ckpt")
+    return again, lambda: train(folder / "whole", double(), [EMAWeightAveraging(decay=0.8)])
+
+
+def test_a_fit_that_goes_on_knows_the_averages_before_its_checkpoint(tmp_path):
+    again, whole = resumed(tmp_path, EMAWeightAveraging(decay=0.8))
+    assert np.array_equal(influences(again), influences(whole()))
+
+
+@pytest.mark.parametrize("how", [{"lose": True}, {"averaging": EMAWeightAveraging(decay=0.7)}], ids=str)
+def test_a_fit_that_goes_on_and_does_not_know_them_is_refused(how, tmp_path):
+    with pytest.raises(UnsupportedTrainingError, match=r"averaged before step 5.*Ask for fewer epochs"):
+        resumed(tmp_path, **{"averaging": EMAWeightAveraging(decay=0.8), **how})
+
+
+def test_of_a_fit_that_was_cut_off_the_trained_weights_are_ranked_and_said_so(tmp_path):
+    trainer = quiet_trainer([SGDInfluence("val_loss", dirpath=tmp_path), EMAWeightAveraging(decay=0.8), Stop()])
+    with pytest.raises(OSError, match="power cut"):
+        trainer.fit(double(), *loaders())
+    train, val = loaders()
+    with pytest.warns(SGDInfluenceWarning, match="did not come to its end"):
+        again = retrace(tmp_path, double(), train_dataloaders=train, val_dataloaders=val, verify=0)
+    assert again.summary["end_point"].endswith("the averaged weights of EMAWeightAveraging are not what is ranked")
+
+
 # Not followed --------------------------------------------------------------------------------------
 
 
@@ -174,6 +277,31 @@ def test_averages_that_depend_on_the_tensor_are_refused():
         pytest.raises(UnsupportedTrainingError, match=r"average of 'net\.\d\.\w+'.*not what its function makes"),
     ):
         ranked(with_function(function))
+
+
+DECAY = 0.9
+
+
+def by_a_global_number(average, weights, num):
+    return DECAY * average + (1 - DECAY) * weights
+
+
+class Annealing(pl.Callback):
+    """Changes that number in the second epoch."""
+
+    def on_train_epoch_start(self, trainer, module):
+        global DECAY  # noqa: PLW0603
+        DECAY = 0.9 if trainer.current_epoch == 0 else 0.8
+
+
+def test_a_function_that_changes_during_the_training_is_refused():
+    changing = with_function(by_a_global_number)
+    changing.callbacks = lambda: [Annealing(), WeightAveraging(avg_fn=by_a_global_number)]
+    with (
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped"),
+        pytest.raises(UnsupportedTrainingError, match="changed during the training"),
+    ):
+        ranked(changing)
 
 
 class Counting:
