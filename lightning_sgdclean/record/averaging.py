@@ -7,6 +7,7 @@ from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -48,7 +49,8 @@ def averaging_of(trainer: Any, at: str, folder: Path, logged: dict[int, float]) 
         logged: See :class:`AverageNotes`.
 
     Raises:
-        UnsupportedTrainingError: If the average is followed, but not at the best model, or is no sum of multiples.
+        UnsupportedTrainingError: If the average is followed, but not at the best model, or is no sum of multiples, or
+            if the callback will round the weights.
     """
     callbacks = check_callbacks(trainer)
     names = ", ".join(type(callback).__name__ for callback in callbacks)
@@ -75,10 +77,24 @@ def averaging_of(trainer: Any, at: str, folder: Path, logged: dict[int, float]) 
             f'at="best" ends at the model that ModelCheckpoint saved, which holds the averages of {names} there. They '
             'are followed to the end of the training only. Use at="last".'
         )
+    if kind == "WeightAveraging":
+        _check_dtypes(names, callbacks[0]._average_model.module, trainer.lightning_module)
     follows = AverageNotes if kind == "WeightAveraging" else EpochAverageNotes
     notes = follows(names, callbacks[0], trainer.lightning_module, folder, logged)
     notes.factors(range(1, 4))  # refuses before training what no sum of multiples is
     return notes
+
+
+def _check_dtypes(names: str, average: nn.Module, module: nn.Module) -> None:
+    """The callback copies the module before the Trainer converts it, and keeps the weights there while it validates."""
+    live = dict(module.named_parameters())
+    for name, one in average.named_parameters():
+        if torch.finfo(one.dtype).eps > torch.finfo(live[name].dtype).eps:
+            raise UnsupportedTrainingError(
+                f"{names} holds its averages in {one.dtype}, as the module was before the Trainer converted it to "
+                f"{live[name].dtype}, and rounds the weights to that whenever it validates. Convert the module before "
+                "fit, by model.double() for 64 bits."
+            )
 
 
 def _base_of(callback: Any) -> type:

@@ -347,3 +347,10 @@ def test_the_best_model_s_averages_are_refused_before_training():
     with pytest.raises(UnsupportedTrainingError, match=r'at="best".*averages of EMAWeightAveraging'):
         trainer.fit(double(), *loaders())
     assert trainer.global_step == 0
+
+
+def test_averages_that_round_the_weights_of_a_64_bit_run_are_refused_before_training():
+    trainer = quiet_trainer([SGDInfluence("val_loss"), EMAWeightAveraging()])
+    with pytest.raises(UnsupportedTrainingError, match=r"averages in torch.float32.*model.double\(\)"):
+        trainer.fit(Plain(), *loaders())
+    assert trainer.global_step == 0
