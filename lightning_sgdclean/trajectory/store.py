@@ -89,6 +89,8 @@ def write_ending(folder: Path, run: str, ending: FitEnd) -> str:
     """Write it beside the trajectory of ``run``; its checksum, for the manifest."""
     content = asdict(ending) | {"run": run, "logged": [[step, repr(value)] for step, value in ending.logged.items()]}
     content.pop("random")
+    if ending.averages is None:  # as versions before this one know it
+        content.pop("averages")
     if ending.random:
         content["random"] = [[step, in_plain_text(state)] for step, state in ending.random.items()]
     if ending.num_val_batches is not None:
