@@ -104,7 +104,8 @@ class AverageNotes:
             self._epoch, self._was = epoch, self._copies()
 
     def _copies(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in _held(self._averaged)}
+        """On the CPU, since the training may need all of the device's memory."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in _held(self._averaged)}
 
     def _is_in_module(self) -> bool:
         """Whether the module holds the averages, as it does when the training is over."""
@@ -240,10 +241,10 @@ class AverageNotes:
             if not now.is_floating_point():
                 continue
             own, share = of_buffers if name in buffers else of_params
-            was, param = self._was[name].double(), live[name].to(now.device).double()
+            was, param, after = self._was[name].double(), live[name].cpu().double(), now.cpu().double()
             eps = max(torch.finfo(one.dtype).eps for one in (now, live[name]))
             bound = _ROUNDINGS * eps * (abs(own) * was.abs() + abs(share) * param.abs())
-            off = (now.double() - own * was - share * param).abs()
+            off = (after - own * was - share * param).abs()
             if bool((off > bound).any()):
                 self._problem = UnsupportedTrainingError(
                     f"The average of {name!r} that {self.names} made after step {self._after[-1]} is not what its "
