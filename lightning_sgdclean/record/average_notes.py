@@ -67,6 +67,7 @@ class AverageNotes:
         self._epoch = -1  # of which an update is held against the factors
         self._was: dict[str, Tensor] = {}  # the averages before it
         self._checked: dict[int, list[float]] = {}  # what was answered then, by how many updates came before
+        self._written: int | None = None  # how often the averages were written to, when an update was seen last
         self._problem: UnsupportedTrainingError | None = None  # is raised when the training is over
 
     def look(self, next_step: int, *, is_between: bool) -> None:
@@ -97,6 +98,7 @@ class AverageNotes:
         if self._was and num == 1 and not self._is_in_module():
             self._check()
         self._was = self._copies() if is_first else {}
+        self._written = self._times_written()
 
     def begin_epoch(self, epoch: int) -> None:
         """One update of each epoch is held against the factors: keep the averages before it."""
@@ -106,6 +108,10 @@ class AverageNotes:
     def _copies(self) -> dict[str, Tensor]:
         """On the CPU, since the training may need all of the device's memory."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in _held(self._averaged)}
+
+    def _times_written(self) -> int:
+        """As torch counts; what validation puts in their place and back does not count."""
+        return sum(tensor._version for _, tensor in _held(self._averaged))
 
     def _is_in_module(self) -> bool:
         """Whether the module holds the averages, as it does when the training is over."""
@@ -148,6 +154,12 @@ class AverageNotes:
             raise UnsupportedTrainingError(
                 f"{self.names} says that it updated its averages {num} times, but its counters moved {seen} times: "
                 "something else updates them. Let only the callback do so."
+            )
+        if self._written is not None and self._times_written() != self._written:
+            raise UnsupportedTrainingError(
+                f"Something wrote to the averages of {self.names} after their last update (update_bn, say, which makes "
+                "running statistics anew), so they are no sum over the steps any more. Let only the callback write to "
+                "them, and make statistics anew after fit."
             )
         if any(self._answers([number]) != [known] for number, known in self._checked.items()):
             raise UnsupportedTrainingError(

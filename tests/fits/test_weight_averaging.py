@@ -354,3 +354,22 @@ def test_averages_that_round_the_weights_of_a_64_bit_run_are_refused_before_trai
     with pytest.raises(UnsupportedTrainingError, match=r"averages in torch.float32.*model.double\(\)"):
         trainer.fit(Plain(), *loaders())
     assert trainer.global_step == 0
+
+
+class Anew(pl.Callback):
+    """Has running statistics begin anew at the end, as torch's update_bn does before it makes them."""
+
+    def on_train_end(self, trainer, module):
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                callback._average_model.module.net[1].reset_running_stats()
+
+
+def test_averages_that_something_else_writes_to_at_the_end_are_refused():
+    anew = case(module={"norm": True})
+    anew.callbacks = lambda: [Anew(), EMAWeightAveraging(use_buffers=False)]
+    with (
+        pytest.warns(SGDInfluenceWarning, match="Recording stopped"),
+        pytest.raises(UnsupportedTrainingError, match=r"wrote to the averages.*after their last update"),
+    ):
+        ranked(anew)
