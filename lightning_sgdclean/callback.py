@@ -81,7 +81,8 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         val_dataloaders: Loader or loaders for the objective, if not the Trainer's validation data; in a YAML file the
             import path of a loader, or of a function that makes one.
         epochs: Window: how many of the last completed epochs to retrace (besides a started one), or ``"all"``.
-        at: Where the walk starts: behind the ``"last"`` step, or at the ``"best"`` model of the Trainer's
+        at: Where the walk starts: behind the ``"last"`` step (or at the averages of the weights that a callback of
+            Lightning's ends the training with), or at the ``"best"`` model of the Trainer's
             ModelCheckpoint, whose steps are then the last ones that count.
         curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any operation) or
             ``"none"`` (no Hessian; for comparison).
@@ -349,7 +350,6 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
             trainer.num_val_batches,
             is_of_fit=True,
             hooks=hooks_of(trainer, pl_module),
-            averaging=self._recording.averaging,
             classes=self._recording.keeper.classes,
             as_delivered=self._loaders.as_delivered,
             fit=self._recording.writer.fit,

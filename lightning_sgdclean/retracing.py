@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_sgdclean.adjoint.adjoints import Adjoint, adjoint_of
 from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
 from lightning_sgdclean.adjoint.curvature import Finite
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
 from lightning_sgdclean.adjoint.objective_check import check_at_end, compare_with_logged
-from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
+from lightning_sgdclean.adjoint.walk import Bookmark, Influences, Walk, key_of, walk_of
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
 from lightning_sgdclean.base.options import THE_RUNS, Options
@@ -153,7 +154,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     manners: dict[Any, int] = {}  # of validation batches
 
     def objectives_within(surroundings: Surroundings) -> list[ObjectiveGradient]:
-        return objectives_at(this.end, replay, this.validation, options, surroundings, manners)
+        return objectives_at(this.end_point, replay, this.validation, options, surroundings, manners)
 
     objectives = objectives_within(replay.surroundings)
     rates, of_rates = this.rates()
@@ -168,7 +169,8 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
         """The objectives' gradients, in the precision that the walk takes derivatives in."""
         with walk.pulling() as wide:
             at_end = objectives if wide is replay.surroundings else objectives_within(wide)
-        return [adjoint_of(one, replay.params, sign=1.0 if options.mode == "min" else -1.0) for one in at_end]
+        sign = 1.0 if options.mode == "min" else -1.0
+        return [adjoint_of(one, replay.params, sign, this.averages) for one in at_end]
 
     with replay.surroundings.as_stage("train"), retrace_bar(bar, len(steps)) as advance:
         agreement = None
@@ -182,7 +184,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
             walk = replace(walk, labels_of=labels_of)
             complaints += problems
         adjoints = start(walk)
-        norm_at_end, began = adjoints[0].norm, time.perf_counter()
+        norm_at_end, began = (adjoints[0].entering or adjoints[0]).norm, time.perf_counter()
         with Bookmark(this.trajectory.folder, _key(this, walk, adjoints)) as bookmark:
             found = retrace_steps(this.states, steps, adjoints, walk, lambda found: advance(found.values[0]), bookmark)
         seconds = time.perf_counter() - began if seconds is None else seconds
@@ -306,7 +308,7 @@ def _about(objectives: list[ObjectiveGradient], this: OpenedRun) -> dict[str, An
             "logged": run.ending.logged_at(options.monitor, last.index + 1),
             "others": {name: one.value for name, one in zip(names[1:], objectives[1:], strict=True)},
         },
-        "end_point": _end_point_in_words(last, run, options),
+        "end_point": _end_point_in_words(last, this),
         "dataset_size": _dataset_size([micro for step in steps for micro in step.micro], run),
         "window": {
             "words": f"{window}; the fit did not come to its end" if this.is_partial else window,
@@ -337,9 +339,10 @@ def _dataset_size(batches: list[MicroBatch], run: RecordedRun) -> int | None:
     return len(dataset) if are_positions and hasattr(dataset, "__len__") else None
 
 
-def _end_point_in_words(last: Step, run: RecordedRun, options: Options) -> str:
-    """Which weights the objective is of, e.g. ``after step 811, the ModelCheckpoint's best model``."""
-    words = f"after step {last.index}, {'the last' if options.at == 'last' else 'at which the best model was saved'}"
-    if run.averaging:
-        words += f"; the averaged weights of {', '.join(run.averaging)} are not what is ranked"
-    return words
+def _end_point_in_words(last: Step, this: OpenedRun) -> str:
+    """Which weights the objective is of, e.g. ``after step 811, weights averaged by EMAWeightAveraging``."""
+    if this.averages is not None:
+        return f"after step {last.index}, weights averaged by {this.averages.by}"
+    where = "the last" if this.options.at == "last" else "at which the best model was saved"
+    missed = f"; the averaged weights of {this.unfollowed} are not what is ranked" if this.unfollowed else ""
+    return f"after step {last.index}, {where}{missed}"

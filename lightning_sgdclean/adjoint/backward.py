@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_sgdclean.adjoint.adjoints import Adjoint
 from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised
 from lightning_sgdclean.adjoint.gradcheck import check_derivative
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
-from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Carried, Influences, Walk
+from lightning_sgdclean.adjoint.walk import Bookmark, Carried, Influences, Walk
 from lightning_sgdclean.base.errors import NonFiniteError
 from lightning_sgdclean.data.batches import summable
 from lightning_sgdclean.losses.evaluate import RecordedBatch
@@ -72,6 +73,8 @@ def retrace_steps(
     for number, step in list(enumerate(reversed(steps)))[done:]:
         after = states.state(step.index + 1) if after is None else after
         before = states.state(step.index)
+        for adjoint in adjoints:
+            adjoint.pass_by(step)
         is_checked = number % _FULL_CHECK_EVERY == 0 or step.index in walk.replay.fidelity.joints
         for micro, scores in retrace_step(step, before, after, adjoints, walk, is_checked):
             found.add(micro, scores)

@@ -176,7 +176,7 @@ _NUM_CHECKED = 4  # validation batches at most
 def check_at_end(this: OpenedRun, manners: dict[Any, int]) -> list[str]:
     """:func:`check_objectives` at the end of a run's window, on the first validation batch of each manner."""
     replay = this.replay
-    replay.load(this.end)
+    replay.load(this.end_point)
     batches, num_loaders = this.validation()
     chosen = sorted(set(manners.values()))[:_NUM_CHECKED]
     some = [batch for place, batch in enumerate(islice(batches, max(chosen, default=-1) + 1)) if place in chosen]
@@ -207,10 +207,10 @@ def compare_with_logged(found: ObjectiveGradient, this: OpenedRun) -> list[str]:
     """
     run, replay, options = this.run, this.replay, this.options
     is_sure = found.sources <= {"logged"}
-    if options.objective is not None or (is_sure and (options.val_dataloaders is not None or run.averaging)):
+    if options.objective is not None or (is_sure and (options.val_dataloaders is not None or this.unfollowed)):
         return []
     logged = run.ending.logged_at(options.monitor, this.steps[-1].index + 1)
-    if options.val_dataloaders is not None or run.averaging:
+    if options.val_dataloaders is not None or this.unfollowed:
         logged = None  # it was of other data, or of other weights
     eps = max(torch.finfo(param.dtype).eps for param in replay.params.values())
     eps = max(eps, torch.finfo(torch.bfloat16).eps) if is_low(replay.surroundings, replay.module) else eps
@@ -241,7 +241,7 @@ def compare_where_unsure(this: OpenedRun) -> list[str]:
     if options.objective is not None:
         return []
     batches, num_loaders = this.validation()
-    replay.load(this.end)
+    replay.load(this.end_point)
     replay.module.eval()
     with replay.surroundings.as_stage("validate"), replay.surroundings.val_context():
         some = [(replay.surroundings.prepare(content, number), i, number) for content, i, number in islice(batches, 1)]
@@ -249,7 +249,9 @@ def compare_where_unsure(this: OpenedRun) -> list[str]:
     replay.restore()
     if all(one.source == "logged" for one in said):
         return []
-    return compare_with_logged(objectives_at(this.end, replay, this.validation, options, replay.surroundings)[0], this)
+    return compare_with_logged(
+        objectives_at(this.end_point, replay, this.validation, options, replay.surroundings)[0], this
+    )
 
 
 def _refused_or_said(error: SGDInfluenceError, options: Options) -> list[str]:

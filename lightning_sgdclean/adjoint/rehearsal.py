@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from lightning_sgdclean.adjoint.adjoints import Adjoint
 from lightning_sgdclean.adjoint.backward import retrace_step
-from lightning_sgdclean.adjoint.walk import Adjoint, walk_of
+from lightning_sgdclean.adjoint.walk import walk_of
 from lightning_sgdclean.base.lightning import Hooks
 from lightning_sgdclean.base.options import Options
 from lightning_sgdclean.base.randomness import untouched_randomness

@@ -18,16 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sgdclean.adjoint.adjoints import Adjoint
 from lightning_sgdclean.adjoint.curvature import Engine, engine_named
 from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
-from lightning_sgdclean.adjoint.objective import ObjectiveGradient
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
 from lightning_sgdclean.base.errors import RunDirectoryError, SGDInfluenceError
 from lightning_sgdclean.base.files import appearing_whole, check_plain, checksum_of, naming, read_sealed, write_sealed
 from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.resources import versions
-from lightning_sgdclean.data.batches import summable
 from lightning_sgdclean.losses.precision import in_float32, in_half, is_low
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.replay.fidelity import Fidelity
@@ -84,29 +83,6 @@ def _widens(wanted: str, surroundings: Surroundings, module: nn.Module) -> bool:
 
 
 @dataclass
-class Adjoint:
-    """Derivatives of the objective by what a step leaves behind: ``lambda``, ``mu`` and ``nu``.
-
-    They are sums over many steps, so they are kept in float32 even where the parameters are not.
-    """
-
-    params: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]
-    buffers: dict[str, Tensor]
-
-    @property
-    def norm(self) -> float:
-        """Length of ``lambda``."""
-        return float(torch.stack(torch._foreach_norm([*self.params.values()])).norm())
-
-
-def adjoint_of(start: ObjectiveGradient, params: dict[str, nn.Parameter], sign: float = 1.0) -> Adjoint:
-    """Where the walk starts: ``lambda`` and ``nu`` from the objective times ``sign``, ``mu`` zero."""
-    by_param = {name: sign * summable(tensor) for name, tensor in zip(params, start.params, strict=True)}
-    return Adjoint(by_param, {}, {name: sign * summable(tensor) for name, tensor in start.buffers.items()})
-
-
-@dataclass
 class Influences:
     """Influence of every sample drawn in a window on each objective.
 
@@ -146,8 +122,9 @@ class Influences:
         return [
             "Every influence is exactly zero: to first order no sample moves the objective, and the ranking says "
             "nothing. Likely causes: an optimizer whose steps follow the signs of gradients, a learning rate of zero, "
-            "or an objective without a gradient at the end point. Train with another optimizer or rate, or ask for "
-            "another objective."
+            "an objective without a gradient at the end point, or averages of the weights that no step of the window "
+            "is part of (StochasticWeightAveraging averages what epochs begin with). Train with another optimizer or "
+            "rate, or ask for another objective or more epochs."
         ]
 
     def add(self, micro: MicroBatch, scores: Tensor) -> None:
@@ -302,7 +279,8 @@ def key_of(run: str, steps: list[int], options: dict[str, Any], adjoints: list[A
     around = {"run": run, "steps": steps, "versions": versions(), "threads": torch.get_num_threads()}
     digest = hashlib.sha256(json.dumps({**around, **options}, default=_named).encode())
     for adjoint in adjoints:
-        for name, tensor in (*adjoint.params.items(), *adjoint.buffers.items()):
+        start = adjoint.entering or adjoint
+        for name, tensor in (*start.params.items(), *start.buffers.items()):
             digest.update(f"{name} {tensor.device.type}".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -8,6 +8,7 @@ Knows nothing of the other wings.
 # run does not wait for torch.
 __all__ = [
     "CALLBACK_BASES",
+    "LIGHTNING_MODULES",
     "NAME_THEM",
     "PLAIN_OPTIONS",
     "THE_RUNS",

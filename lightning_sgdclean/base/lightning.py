@@ -4,7 +4,6 @@
 import importlib
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_sgdclean.base.errors import ObjectiveError, SGDInfluenceWarning, UnsupportedTrainingError
+from lightning_sgdclean.base.errors import ObjectiveError, UnsupportedTrainingError
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -272,11 +271,11 @@ def check_alone(trainer: Any, kind: type) -> None:
         )
 
 
-def check_callbacks(trainer: Any) -> list[str]:
+def check_callbacks(trainer: Any) -> list[Any]:
     """Once all callbacks are known: does another one move the weights or the optimizer's groups?
 
     Returns:
-        Names of callbacks that put averaged weights in the place of the trained ones.
+        Callbacks that put averaged weights in the place of the trained ones.
 
     Raises:
         UnsupportedTrainingError: A callback that adds parameters to the optimizer during the run.
@@ -290,13 +289,7 @@ def check_callbacks(trainer: Any) -> list[str]:
                 "Give the optimizer all parameters from the start, frozen ones with a learning rate of zero."
             )
         if names & {"StochasticWeightAveraging", "WeightAveraging"}:
-            averaging.append(type(callback).__name__)
-            warnings.warn(
-                f"{type(callback).__name__} replaces the weights when training ends. The ranking is of the weights "
-                "after the last optimizer step, not of the averaged ones.",
-                SGDInfluenceWarning,
-                stacklevel=2,
-            )
+            averaging.append(callback)
     return averaging
 
 

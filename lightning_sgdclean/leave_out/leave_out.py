@@ -23,6 +23,7 @@ from lightning_sgdclean.losses.weighting import unit_weights
 from lightning_sgdclean.replay.fidelity import compare
 from lightning_sgdclean.replay.forward import Borrowed, Weights, borrowed, live_state, load_all, losses_of, take_step
 from lightning_sgdclean.replay.replay import OpenedRun, Replay
+from lightning_sgdclean.trajectory.averages import Drift
 from lightning_sgdclean.trajectory.records import State, Step, copied, nudged
 
 
@@ -45,6 +46,8 @@ class SequentialRuns:
     def __init__(self, this: OpenedRun, optimizer: Borrowed) -> None:
         self._this, self._replay, self._optimizer = this, this.replay, optimizer
         self._states: list[State] = []
+        self._drifts: list[Drift] = []  # of the averages, where these are the end point
+        self._last: Step | None = None
 
     @staticmethod
     def at_once(this: OpenedRun) -> int:
@@ -58,10 +61,13 @@ class SequentialRuns:
             if seed is not None:
                 state.params = nudged(state.params, seed)
             self._states.append(state)
+            self._drifts += [] if self._this.averages is None else [Drift(self._this.averages)]
 
     def step(self, step: Step, batches: list[RecordedBatch], weights: list[Weights]) -> None:
         """See :class:`Runs`."""
         happened = copied(live_state(self._replay, self._optimizer))
+        self._average(happened)
+        self._last = step
         for number, each in enumerate(weights):
             load_all(self._replay, self._optimizer, self._states[number])
             take_step(step, self._replay, self._optimizer, losses_of(batches, each))
@@ -70,7 +76,12 @@ class SequentialRuns:
 
     def values(self) -> list[float]:
         """See :class:`Runs`."""
-        states = [copied(live_state(self._replay, self._optimizer)), *self._states]
+        end = copied(live_state(self._replay, self._optimizer))
+        self._average(end)
+        states = [end, *self._states]
+        if self._this.averages is not None:
+            ends = [drift.state(state) for drift, state in zip(self._drifts, self._states, strict=True)]
+            states = [self._this.averages.state(end), *ends]
 
         def everywhere(value: Callable[[], Tensor]) -> Tensor:
             found = []
@@ -80,6 +91,12 @@ class SequentialRuns:
             return torch.stack(found)
 
         return objective_values(self._replay, *self._this.validation(), self._this.options, everywhere)
+
+    def _average(self, happened: State) -> None:
+        """Take the averages over the last step, which the run that happened has made by now, too."""
+        for drift, state in zip(self._drifts, self._states, strict=bool(self._drifts)):
+            if self._last is not None:
+                drift.add(self._last.index, state, happened)
 
 
 Batched = bool | Literal["auto"]

@@ -144,6 +144,8 @@ class VmappedRuns:
             return f"a step of {type(optimizer).__name__} may mix the numbers of a tensor"
         if this.replay.teachers.live:
             return "the module has teachers"
+        if this.averages is not None:
+            return f"{this.averages.by} averages the weights"
         if is_low(this.replay.surroundings, module) or any(
             micro.scale not in (0.0, 1.0) for step in this.steps for micro in step.micro
         ):

@@ -61,7 +61,8 @@ def put_to_the_test(
         The ranking, with a column ``real`` where an option asked for a number of samples, and with ``rerank`` ordered
         by what is known; and the summary's ``trust``.
     """
-    sizes = replace(sizes, objective_before=if_finite(_objective_before(this)))
+    before = math.nan if this.averages is not None else _objective_before(this)  # then that of averages is not known
+    sizes = replace(sizes, objective_before=if_finite(before))
     try:
         outcome = _run(this, ranking, seconds, progress)
     except _TimeIsUp as late:

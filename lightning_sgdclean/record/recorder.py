@@ -13,6 +13,7 @@ from lightning_sgdclean.base.errors import (
     UnsupportedTrainingError,
 )
 from lightning_sgdclean.data.batches import cloned
+from lightning_sgdclean.record.average_notes import AverageNotes
 from lightning_sgdclean.trajectory.flat_state import flatten, unflatten
 from lightning_sgdclean.trajectory.live_state import (
     FrozenParameters,
@@ -27,9 +28,18 @@ from lightning_sgdclean.trajectory.writer import TrajectoryWriter
 
 
 class Recorder:
-    """Collects micro-batches and writes a step whenever the optimizer has made one."""
+    """Collects micro-batches and writes a step whenever the optimizer has made one.
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter) -> None:
+    Args:
+        module: The LightningModule.
+        optimizer: Its optimizer.
+        writer: Takes what is recorded.
+        averages: Is asked to look between the steps.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, writer: TrajectoryWriter, averages: AverageNotes | None = None
+    ) -> None:
         for name, buffer in module.named_buffers():
             if buffer.layout is not torch.strided:
                 raise UnsupportedTrainingError(
@@ -37,6 +47,7 @@ class Recorder:
                     "attribute of the module (it is not trained), or as a dense buffer."
                 )
         self._module, self._optimizer, self._writer = module, optimizer, writer
+        self._averages = averages or AverageNotes()
         self._params = trained_parameters(module, optimizer)
         self._live = LiveState(module, self._params, optimizer)
         self._pending: list[MicroBatch] = []
@@ -59,14 +70,22 @@ class Recorder:
 
     def note_teachers(self) -> None:
         """Hooks that run between the steps may have moved them since the last step's state was taken."""
+        self._averages.look(self._writer.next_index, is_between=not self._pending)
         if not self._pending:
             self._writer.amend(self._teachers())
             self._has_noted = True
 
     def note_teachers_at_end(self) -> None:
         """As :meth:`note_teachers`, unless a validation came after the last step: it saw them as they are to be."""
+        self._averages.look(self._writer.next_index, is_between=not self._pending)
         if self.num_steps and not self._has_noted:
             self.note_teachers()
+
+    def flush(self) -> None:
+        """A checkpoint is written now, from which a fit may go on: have all on disk that it needs."""
+        self._writer.flush()
+        self._averages.look(self._writer.next_index, is_between=not self._pending)
+        self._averages.save()
 
     def _teachers(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.state().buffers.items() if isinstance(tensor, nn.Parameter)}
@@ -78,6 +97,7 @@ class Recorder:
     def begin_batch(self, micro: MicroBatch) -> None:
         """A batch is about to be trained on."""
         self.note_teachers()
+        self._averages.begin_epoch(micro.epoch)
         if self.num_steps == 0 and not self._pending:
             self._writer.begin(self.state(), begins_epoch=micro.batch_idx == self._num_skipped)
             held = {*self._params, *teachers_of(self._module, [*self._params.values()])}

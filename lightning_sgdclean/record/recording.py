@@ -19,12 +19,13 @@ from lightning_sgdclean.base.errors import (
     SGDInfluenceWarning,
     warn_of,
 )
-from lightning_sgdclean.base.lightning import best_model_checkpoint, check_callbacks, is_at_end_of_epoch
+from lightning_sgdclean.base.lightning import best_model_checkpoint, is_at_end_of_epoch
 from lightning_sgdclean.base.options import Options, SampleId
 from lightning_sgdclean.base.randomness import RandomState, RandomStates, has_drawn
 from lightning_sgdclean.data.fetching import validation_limits
 from lightning_sgdclean.data.fingerprints import fingerprints
 from lightning_sgdclean.losses.weighting import SplitPlan
+from lightning_sgdclean.record.averaging import averaging_of
 from lightning_sgdclean.record.budget import Budget, Forecast
 from lightning_sgdclean.record.keeping import BatchKeeper, FingerprintQueue, Taken
 from lightning_sgdclean.record.loaders import TrainLoaders
@@ -61,7 +62,7 @@ class Recording:
     Attributes:
         failure: Why nothing is recorded any more, if so.
         logged: The monitored value after each validation, by the number of steps made by then.
-        averaging: Callbacks that put averaged weights in the place of the trained ones.
+        averages: Follows a callback that puts averaged weights in the place of the trained ones.
         best: Where the best model was saved, if that is where the walk is to start.
         first_ids: Samples of the first batch.
         outlook: What the trajectory will take.
@@ -86,7 +87,7 @@ class Recording:
         self._loaders, self._folder, self._options = loaders, folder, options
         self.failure: Exception | None = None
         self.logged: dict[int, float] = {}
-        self.averaging = check_callbacks(trainer)
+        self.averages = averaging_of(trainer, options.at, folder / "trajectory", self.logged)
         self.best = BestModel(best_model_checkpoint(trainer), joined.get("best")) if options.at == "best" else None
         self.first_ids: list[SampleId] = []
         self._on_first_batch, self._rehearse = on_first_batch, rehearse
@@ -95,11 +96,12 @@ class Recording:
             "precision": str(trainer.precision),
             "device": trainer.strategy.root_device.type,
             "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            "averaging": self.averages.names,
         }
         self._waiting = FingerprintQueue(self._read)
         self.writer = TrajectoryWriter(folder / "trajectory", trained=trained, complete=self._waiting.read_all)
         write_options(folder / "trajectory", options)
-        self.recorder = Recorder(module, optimizer, self.writer)
+        self.recorder = Recorder(module, optimizer, self.writer, self.averages)
         self.outlook = Forecast(folder, options, say)
         self.keeper = BatchKeeper(
             options.keep_batches, lambda: self.outlook.of_batches(trainer, self.writer.bytes_written), say
@@ -269,7 +271,7 @@ class Recording:
         """Write what is held in memory."""
         if self.failure is None:
             with self._never_breaking_the_training:
-                self.writer.flush()
+                self.recorder.flush()
 
     def close(self, trainer: Any, is_complete: bool) -> None:
         """Leave a whole trajectory, and the optimizer without our hook.
@@ -290,6 +292,7 @@ class Recording:
                 if is_complete:
                     written = steps_written(self._folder / "trajectory")
                     self._unexplained = self._rates.unexplained(trainer, self._module, written)
+                    self.averages.close()
                 ending = self.ending(trainer, is_complete)
                 self.writer.seal(write_ending(self._folder / "trajectory", self.writer.run, ending))
         self._hook.remove()
@@ -300,7 +303,7 @@ class Recording:
         num_val_batches = validation_limits(trainer.val_dataloaders, trainer.num_val_batches)
         best = None if self.best is None else self.best.step
         noted = self.logged, best, num_val_batches, is_complete, self._unexplained, self._drawing
-        return FitEnd(self._options.monitor, *noted)
+        return FitEnd(self._options.monitor, *noted, self.averages.said)
 
     def summary(self, trainer: Any) -> dict[str, Any]:
         """What was recorded, for the summary."""

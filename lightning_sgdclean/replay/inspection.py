@@ -207,7 +207,7 @@ def _evaluated(this: OpenedRun, batch: _Batch) -> dict[SampleId, Seen]:
     watched: list[WatchedLosses] = []
 
     def begin(plan: SplitPlan | None) -> WatchedLosses:
-        replay.load(this.end)
+        replay.load(this.end_point)
         replay.module.eval()
         watched[:] = [watched_under(plan, recorded.weights(), recorded.micro.sizes)]
         return watched[0]

@@ -34,7 +34,7 @@ from lightning_sgdclean.data.unpacking import unpack_batch
 from lightning_sgdclean.losses.module_state import untouched_module
 from lightning_sgdclean.losses.surroundings import surroundings_of
 from lightning_sgdclean.replay.forward import RecomputedStates
-from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, check_finite, drawn_from, replay_of
+from lightning_sgdclean.replay.replay import OpenedRun, RecordedRun, averages_of, check_finite, drawn_from, replay_of
 from lightning_sgdclean.replay.sample_order import CollateProof, are_names
 from lightning_sgdclean.replay.scratch import scratch_buffers
 from lightning_sgdclean.trajectory.live_state import hyper_parameters, trained_parameters
@@ -104,6 +104,7 @@ def opened(trainer: Any, module: Any, run: RecordedRun, options: Options) -> Ite
                 complaints=complaints,
                 validation=lambda: _validation(run, options, lambda: set_random_state(drawing, surroundings.device)),
                 loader_of=loader_of,
+                averages=averages_of(run, trajectory, steps),
             )
     finally:
         module.to(home)
@@ -281,7 +282,6 @@ class _AtEnd(*CALLBACK_BASES, Generic[T]):  # type: ignore[misc]
             batch_limits(self._limit, loaders_in(loaders), ending.num_val_batches),
             is_of_fit=False,
             hooks=hooks_of(trainer, pl_module),
-            averaging=[],
             classes=self._classes(trainer, pl_module),
             as_delivered=as_delivered,
         )

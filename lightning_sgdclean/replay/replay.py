@@ -23,6 +23,7 @@ from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.verified import VerifiedSplit
 from lightning_sgdclean.replay.fidelity import Fidelity
 from lightning_sgdclean.replay.teachers import Teachers
+from lightning_sgdclean.trajectory.averages import Averages, read_averages
 from lightning_sgdclean.trajectory.live_state import trained_parameters
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 from lightning_sgdclean.trajectory.store import FitEnd, Trajectory
@@ -184,6 +185,17 @@ def drawn_from(run: "RecordedRun", trajectory: Trajectory, steps: list[Step]) ->
     return trajectory.random(last, 0) if found is None else found
 
 
+def averages_of(run: "RecordedRun", trajectory: Trajectory, steps: list[Step]) -> Averages | None:
+    """The averages of the weights that a run ended with; None where there are none, or they were not followed.
+
+    Raises:
+        RunDirectoryError: If their file is damaged.
+        UnsupportedTrainingError: If what the window counts in them is not known.
+    """
+    said = run.ending.averages
+    return None if said is None else read_averages(trajectory.folder, said, steps[0].index)
+
+
 Validation = Callable[[], tuple[Iterator[ValidationBatch], int]]
 
 
@@ -200,7 +212,6 @@ class RecordedRun:
         limits: How many batches of each of them count; None: all.
         is_of_fit: Whether those are surely the data that were validated on.
         hooks: Hooks of the user's.
-        averaging: Callbacks that put averaged weights in the place of the trained ones.
         classes: Classes that kept batches are made of, by name.
         as_delivered: A loader's batch as the Trainer delivers it: in a dict, say, where the loader was given in one.
         fit: Name of the fit that recorded its last steps; empty where that may be any.
@@ -215,7 +226,6 @@ class RecordedRun:
     limits: list[float] | None
     is_of_fit: bool
     hooks: Hooks
-    averaging: list[str]
     classes: Classes
     as_delivered: Callable[[Any], Any]
     fit: str = ""
@@ -238,6 +248,7 @@ class OpenedRun:
         validation: Gives what the objectives are means over, and of how many loaders it comes.
         loader_of: The loader that delivered a batch; what a fit before this one had is gone, and this one's stands
             for it.
+        averages: The averages of the weights, where these are the end point.
     """
 
     run: RecordedRun
@@ -250,6 +261,17 @@ class OpenedRun:
     complaints: list[str]
     validation: Validation
     loader_of: Callable[[MicroBatch], Any]
+    averages: Averages | None = None
+
+    @property
+    def end_point(self) -> State:
+        """What the objectives are of: the state at the window's end, or the averages there."""
+        return self.end if self.averages is None else self.averages.state(self.end)
+
+    @property
+    def unfollowed(self) -> str:
+        """Callbacks whose averages of the weights are not the end point."""
+        return "" if self.averages is not None else self.trajectory.trained.get("averaging", "")
 
     @property
     def is_partial(self) -> bool:

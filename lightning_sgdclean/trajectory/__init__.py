@@ -7,7 +7,11 @@ Steps, states and the schedules by which states are kept; written while a fit go
 # What other wings may take, each name from the room that defines it. Nothing is imported here, so that looking at a
 # run does not wait for torch.
 __all__ = [
+    "AverageUpdate",
+    "Averages",
     "CheckpointMark",
+    "Count",
+    "Drift",
     "FitEnd",
     "Following",
     "FrozenParameters",
@@ -37,6 +41,7 @@ __all__ = [
     "options_for",
     "partner_at_rest",
     "pull_back_following",
+    "read_averages",
     "read_ending",
     "repeated_steps",
     "reversal",
@@ -49,6 +54,7 @@ __all__ = [
     "unflatten",
     "window_in_words",
     "without_mark",
+    "write_averages",
     "write_ending",
     "write_options",
 ]

@@ -45,6 +45,8 @@ class FitEnd:
             :meth:`lightning_sgdclean.record.rates.RateNotes.unexplained`. None where that is not known.
         random: Random state before the validations that drew random numbers and may be an end point, by the number of
             steps made by then.
+        averages: Of averages of the weights that it ended with; see
+            :func:`~lightning_sgdclean.trajectory.averages.read_averages`. None where there are none.
     """
 
     monitor: str
@@ -54,10 +56,19 @@ class FitEnd:
     is_complete: bool = False
     unexplained: dict[str, Any] | None = None
     random: dict[int, RandomState] = field(default_factory=dict, compare=False)
+    averages: dict[str, Any] | None = None
 
     def logged_at(self, monitor: str, index: int) -> float | None:
         """The value of ``monitor`` that was logged after so many steps."""
         return self.logged.get(index) if monitor == self.monitor else None
+
+
+class WrittenAverages(TypedDict):
+    """What an ending says of averages of the weights."""
+
+    by: str
+    checksum: str
+    since: Count
 
 
 class _Ending(TypedDict):
@@ -71,12 +82,15 @@ class _Ending(TypedDict):
     is_complete: bool
     unexplained: dict[str, Any] | None
     random: NotRequired[list[tuple[Count, dict[str, Any]]]]
+    averages: NotRequired[WrittenAverages | None]
 
 
 def write_ending(folder: Path, run: str, ending: FitEnd) -> str:
     """Write it beside the trajectory of ``run``; its checksum, for the manifest."""
     content = asdict(ending) | {"run": run, "logged": [[step, repr(value)] for step, value in ending.logged.items()]}
     content.pop("random")
+    if ending.averages is None:  # as versions before this one know it
+        content.pop("averages")
     if ending.random:
         content["random"] = [[step, in_plain_text(state)] for step, state in ending.random.items()]
     if ending.num_val_batches is not None:

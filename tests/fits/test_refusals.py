@@ -267,7 +267,7 @@ def test_callbacks_that_move_weights_are_named():
     averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
     callback = SGDInfluence("val_loss", on_mismatch="warn")
     with pytest.warns(UserWarning, match="StochasticWeightAveraging replaces the weights"):
-        quiet_trainer([callback, averaging]).fit(Plain(), *loaders())
+        quiet_trainer([callback, averaging]).fit(Plain(norm=True), *loaders())
     with pytest.raises(UnsupportedTrainingError, match="BackboneFinetuning adds parameters"):
         quiet_trainer([SGDInfluence("val_loss"), pl.callbacks.BackboneFinetuning()]).fit(_with_backbone(), *loaders())
 
