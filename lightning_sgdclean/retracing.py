@@ -46,7 +46,7 @@ def retrace(
     limit_val_batches: float | None = None,
     epochs: int | Literal["all"] = THE_RUNS,
     at: Literal["last", "best"] = THE_RUNS,
-    curvature: Literal["exact", "finite", "none"] = THE_RUNS,
+    curvature: Literal["exact", "gauss-newton", "finite", "none"] = THE_RUNS,
     finite_radius: float = THE_RUNS,
     sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
     on_mismatch: Literal["raise", "warn"] = THE_RUNS,
@@ -78,7 +78,7 @@ def retrace(
             many as the fit took.
         epochs: How many of the last epochs to retrace, or ``"all"``; no more than were kept.
         at: End point, ``"last"`` or ``"best"``; the latter needs a run that was recorded with it.
-        curvature: Engine: ``"exact"``, ``"finite"`` or ``"none"``.
+        curvature: Engine: ``"exact"``, ``"gauss-newton"``, ``"finite"`` or ``"none"``.
         finite_radius: Radius of ``"finite"``, relative to the parameters' length.
         sample_losses: Callable to the samples' losses, where these cannot be found.
         on_mismatch: Whether a replay that differs from the record is an error (``"raise"``) or a warning.

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised
+from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised, Problem
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
 from lightning_sgdclean.adjoint.gradcheck import check_derivative
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
@@ -33,7 +34,6 @@ from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import resting_hooks
-from lightning_sgdclean.losses.weighting import Evaluated
 from lightning_sgdclean.replay.fidelity import Changes, Fidelity
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
@@ -93,6 +93,7 @@ def retrace_step(
     """Carry the objectives' adjoints (in place) over one step.
 
     The batch is evaluated once; each adjoint is pulled back through the same graph, to the bits it would have alone.
+    Gauss-Newton evaluates it once an adjoint, when its cotangent is known, and is then compared with the record.
 
     Args:
         step: The step.
@@ -127,15 +128,24 @@ def retrace_step(
     is_alone = len(batches) == 1
     needs_gradient = not is_alone or not walk.update.is_linear or step.clip is not None or check_update
     first_engine = walk.engine if is_alone and not walk.widens else Finite()
+    is_late = isinstance(first_engine, GaussNewton) and step.clip is None and not check_update
+    recovered = _recovered(step, before, after, walk) if is_late else None
+    needs_gradient &= recovered is None
     opened, problems = [], [_Problem(batch, walk) for batch in batches]
     for problem in problems:
         evaluate = problem.within(replay.surroundings)
         opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
-    fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
-    fidelity.compare_buffers(step, replay.module, after.buffers)
-    check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
+
+    def compare() -> None:
+        fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
+        fidelity.compare_buffers(step, replay.module, after.buffers)
+        check_moved_buffers(step.index, before.buffers, after.buffers, [u for one in opened for u in one.updates])
+
     scale = step.micro[0].scale
-    cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
+    if recovered is None:
+        compare()
+    grads, to_compare = (_summed(opened, replay.params, scale), after) if recovered is None else (recovered, None)
+    cotangents = _cotangents(step, before, to_compare, grads, adjoints, walk)
     shrink = 1.0 if walk.widens else scale
     scores = []
     with walk.pulling() as surroundings:
@@ -150,14 +160,14 @@ def retrace_step(
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
+    if recovered is not None:
+        compare()
     if walk.checks is not None:
         begin = step.index % len(problems)  # not the first of each step, always
         for problem in problems[begin:] + problems[:begin]:
             if walk.checks.is_due(step, problem.batch):
                 check_derivative(step, before, problem.batch, walk.engine, replay, walk.checks)
-                if (
-                    isinstance(walk.engine, Finite) and walk.engine.num_replaced
-                ):  # then Exact stands in, unchecked so far
+                if isinstance(walk.engine, Finite) and walk.engine.num_replaced:  # Exact stands in, unchecked so far
                     check_derivative(step, before, problem.batch, Exact(), replay, walk.checks)
                 break
     return scores
@@ -170,7 +180,7 @@ class _Problem:
         self.batch = batch
         self.labels = None if walk.labels_of is None else walk.labels_of(batch.micro.ids)
 
-    def within(self, surroundings: Surroundings) -> Callable[[Tensor], Evaluated]:
+    def within(self, surroundings: Surroundings) -> Problem:
         """The loss as a function of :meth:`weights`, in the run's precision or widened."""
         return partial(self.batch.evaluate, labels=self.labels, surroundings=surroundings)
 
@@ -224,13 +234,24 @@ def _pull_back_statistics(
             torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
+def _recovered(step: Step, before: State, after: State, walk: Walk) -> dict[str, Tensor] | None:
+    """What the states around a step say of its gradient; None where that is too little for the transpose."""
+    found = {}
+    for name, group, param, state in _updated(step, before, walk):
+        grad = walk.update.recovered(param, state, after.optimizer.get(name, {}), group)
+        if grad is None:
+            return None
+        found[name] = grad
+    return found
+
+
 def _cotangents(
-    step: Step, before: State, after: State, grads: dict[str, Tensor] | None, adjoints: list[Adjoint], walk: Walk
+    step: Step, before: State, after: State | None, grads: dict[str, Tensor] | None, adjoints: list[Adjoint], walk: Walk
 ) -> list[list[Tensor]]:
     """Take each ``lambda`` and ``mu`` (in place) back over clipping and the optimizer; ``c`` for every parameter."""
     used = None if grads is None else {name: grad for name, grad in grads.items() if name not in step.unused}
     clipped = None if used is None else clip(used, step.clip)
-    if clipped is not None:
+    if clipped is not None and after is not None:
         walk.replay.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
     cotangents = [{name: torch.zeros_like(lam) for name, lam in adjoint.params.items()} for adjoint in adjoints]
     for name, group, param, state in _updated(step, before, walk):

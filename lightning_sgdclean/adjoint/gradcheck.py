@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
+from lightning_sgdclean.adjoint.curvature import Engine, Exact, Finite, Linearised, Pulled
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton, contradictions
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.base.resources import free_memory, in_bytes
@@ -190,7 +191,7 @@ class _Causes:
     def way_out(self, engine: Engine) -> str:
         if self.stops:
             return "Let the gradient through, or compute these values from what is not trained."
-        if isinstance(engine, Finite):
+        if isinstance(engine, Finite | GaussNewton):
             return 'Use curvature="exact", which follows hooks of tensors, parameters and modules.'
         return (
             "Edit gradients by a hook of the tensor, x.register_hook(lambda grad: -grad) say, of operations that "
@@ -212,13 +213,22 @@ class _Point:
         self._tensors = Movable(self._params, replay.module, self._source)
         self._padding = self._watched().padding
         self._weights = batch.weights()
+        try:  # Gauss-Newton is no derivative: that which it approximates is checked
+            self._pulled = self._pull_back(Exact() if isinstance(engine, GaussNewton) else engine)
+        except UnsupportedOperationError:
+            if not isinstance(engine, GaussNewton):
+                raise
+            self._pulled = self._pull_back(Finite())
+
+    def _pull_back(self, engine: Engine) -> Pulled:
+        self._tensors.put_back()
         engine = Finite(_MOVES[0], falls_back=False) if isinstance(engine, Finite) else engine
-        evaluate = partial(batch.evaluate, surroundings=wide)
+        evaluate = partial(self._batch.evaluate, surroundings=self._wide)
         linearised: Linearised = engine.open(evaluate, self._params, self._weights, needs_gradient=True)
         self._gradient = linearised.gradient or []
         self._v = self._without_padding(towards(self._source, self._gradient, self._gradient))
         self._nu = {update.name: self._buffer_along(update.name, *self._gradient) for update in linearised.updates}
-        self._pulled = linearised.pull_back(self._v, dict(self._nu))
+        return linearised.pull_back(self._v, dict(self._nu))
 
     @property
     def reach(self) -> float:
@@ -235,6 +245,9 @@ class _Point:
         used = self._used()
         off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
         found["the gradient"] = off / (length_of(used.gradient) or 1.0)
+        if isinstance(self._engine, GaussNewton):
+            evaluate = partial(self._batch.evaluate, surroundings=self._wide)
+            found |= contradictions(evaluate, self._params, self._weights, self._v, used.gradient, self._pulled.scores)
         if self._batch.leaves_torch:
             found["the gradient's change with numbers that leave torch"] = self._difference_by_numbers(used)
         return found

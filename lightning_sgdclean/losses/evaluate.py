@@ -16,6 +16,7 @@ from lightning_sgdclean.base.options import SampleLosses
 from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import cloned
 from lightning_sgdclean.losses.contents import write_changed
+from lightning_sgdclean.losses.loss_inputs import LossInputs
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
@@ -86,7 +87,12 @@ class RecordedBatch:
         return unit_weights(len(self), self.params)
 
     def evaluate(
-        self, weights: Tensor, labels: Tensor | None = None, surroundings: Surroundings | None = None
+        self,
+        weights: Tensor,
+        labels: Tensor | None = None,
+        surroundings: Surroundings | None = None,
+        *,
+        inputs: LossInputs | None = None,
     ) -> Evaluated:
         """The loss that was differentiated in training, divided and scaled, as a function of its samples' weights.
 
@@ -94,12 +100,14 @@ class RecordedBatch:
             weights: ``(B,)``, all one; with ``labels`` ``(2 B,)``, the second half the amounts of the other labels.
             labels: For each sample a class that it could have had, ``(B,)``.
             surroundings: Those that widen a run in 16 bits to float32; by default the run's own.
+            inputs: Cuts the graph where the loss begins.
 
         Raises:
             LossSplitError: If the loss cannot be split by sample, or there is none.
             UnsupportedOperationError: If an operation is used whose derivative is not followed.
         """
-        evaluate = partial(self.evaluate_under, weights=weights, labels=labels, surroundings=surroundings)
+        under = self.evaluate_under
+        evaluate = partial(under, weights=weights, labels=labels, surroundings=surroundings, inputs=inputs)
         if self.split is None or self._plan is not None:
             evaluated = evaluate(self._plan)
         else:
@@ -119,6 +127,7 @@ class RecordedBatch:
         surroundings: Surroundings | None = None,
         *,
         independent: bool = False,
+        inputs: LossInputs | None = None,
     ) -> Evaluated:
         """The loss with its graph, which can be differentiated twice; neither divided nor scaled.
 
@@ -130,6 +139,7 @@ class RecordedBatch:
             labels: See there.
             surroundings: See there.
             independent: For a probe, whether to fix BatchNorm and dropout, so that no sample moves another's loss.
+            inputs: As for :meth:`evaluate`.
         """
         if not self._buffers:
             self._buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
@@ -142,14 +152,14 @@ class RecordedBatch:
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others)
         watched = WatchedCalls(self.module)
-        watchers = [norms, watched]
+        watchers, last = [norms, watched], [] if inputs is None else [inputs]
         if self.sample_losses is None:
-            loss = self.call([*watchers, weighing], surroundings)
+            loss = self.call([*watchers, weighing, *last], surroundings)
         else:
-            loss = self._mean(self.call(watchers, surroundings, self.sample_losses), own)
+            loss = self._mean(self.call([*watchers, *last], surroundings, self.sample_losses), own)
         self.is_relabelled &= others is None or (others.is_whole and self.sample_losses is None)
         if loss.grad_fn is not None and not independent:
-            self.manner = watched.manner(loss)
+            self.manner = watched.manner(loss, *(one.value for cut in last for one in cut.found))
         return Evaluated(loss, norms.updates, weighing.calls, norms.leaves)
 
     @property
@@ -242,6 +252,8 @@ class RecordedBatch:
         own.set_clock(self.micro.epoch, self.micro.global_step)
         batch = own.widen(cloned(self.content))  # training_step may write to it
         with ExitStack() as stack:
+            if restores:
+                stack.callback(self.restore)
             if watchers is not None:
                 stack.enter_context(eagerly())
             stack.enter_context(logging_to(self.module, ignore))
@@ -253,8 +265,6 @@ class RecordedBatch:
             else:
                 step = self.module.training_step
                 loss = _loss_in(step(batch, self.micro.batch_idx) if takes_batch_idx(step) else step(batch))
-        if restores:
-            self.restore()
         return loss
 
     def _mean(self, losses: Tensor, weights: Tensor) -> Tensor:
