@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
 from lightning_sgdclean.adjoint.curvature import Finite
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
 from lightning_sgdclean.adjoint.objective_check import check_at_end, compare_with_logged
 from lightning_sgdclean.adjoint.walk import Adjoint, Bookmark, Influences, Walk, adjoint_of, key_of, walk_of
@@ -188,7 +189,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     about = _about(objectives, this)
     about["derivative"], about["finite"] = _derivative(walk), _finite(walk)
     complaints += walk.checks.complaints() if walk.checks else []
-    complaints += walk.engine.complaints() if isinstance(walk.engine, Finite) else []
+    complaints += walk.engine.complaints() if isinstance(walk.engine, Finite | GaussNewton) else []
     about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     num_doubtful = walk.engine.num_doubtful if isinstance(walk.engine, Finite) else 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import nodes_of
@@ -101,9 +102,11 @@ class LossInputs(TorchFunctionMode):
 
         Raises:
             UnsupportedOperationError: If log-probabilities enter a loss that is linear in them, and it is not seen what
-                they were made of.
+                they were made of; or if a loss is differentiated within the step.
         """
         kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            self._check_differentiated(args[0] if args else kwargs["outputs"])
         if not torch.is_grad_enabled() or (func not in SIGNATURES and func not in _LOG_SOFTMAX):
             return passed_on(func, args, kwargs)
         if func in _LOG_SOFTMAX:
@@ -143,6 +146,15 @@ class LossInputs(TorchFunctionMode):
             )
         return self._leaf(value)
 
+    def _check_differentiated(self, outputs: Any) -> None:
+        if any(self._reaches(one) for one in tree_leaves(outputs) if isinstance(one, Tensor)):
+            raise UnsupportedOperationError(
+                "training_step differentiates a loss (torch.autograd.grad), whose graph ends where the loss begins "
+                'with curvature="gauss-newton". Use curvature="exact".'
+            )
+        if self._level is not None:
+            raise NotImplementedError("Tangents of a backward pass are not relied on.")
+
     def _reaches(self, value: Tensor) -> bool:
         """Whether a tensor was computed from one that entered a loss call before."""
         leaves = {id(one.leaf) for one in self.found}
@@ -167,6 +179,12 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         _make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def without_tangent(tensor: Tensor) -> Tensor:
+    """A tensor with its graph, but without what forward mode says of it."""
+    with torch._C.DisableTorchFunction():
+        return _unpack_dual(tensor)[0]
 
 
 def _taken_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole fits with ``curvature="gauss-newton"`` against a recursion written out here, with a dense ``J^T H_L J``."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cases import NUM_TRAIN, VAL, Case, Plain, adam
+from lightning_sgdclean.base.errors import UnsupportedOperationError
 from reference import influences, ranked
 
 PENALTY = 0.05
@@ -146,3 +150,106 @@ def test_a_deep_network_with_running_statistics_is_retraced_with_the_product_of_
     exact = influences(ranked(Case(name, {**module, "norm": True}, trainer)))
     assert abs(found - exact).max() > 0.02 * abs(exact).max()
     assert callback.summary["engine"] == "gauss-newton"
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Calling(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def perceptron(activation):
+    return nn.Sequential(nn.Linear(5, 8), Calling(activation), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("function", [NoForwardMode, NoSecondDerivative])
+def test_an_operation_that_has_forward_mode_or_a_second_derivative_gives_the_same(function):
+    case, plain = (Case("", {"net": partial(perceptron, activation)}) for activation in (function.apply, torch.tanh))
+    callback = ranked(case, curvature="gauss-newton")
+    truth = influences(ranked(plain, curvature="gauss-newton"))
+    np.testing.assert_allclose(influences(callback), truth, rtol=0, atol=1e-10 * abs(truth).max())
+    assert callback.summary["derivative"]["steps"] > 0 == callback.summary["derivative"]["unknown"]
+    if function is NoSecondDerivative:
+        with pytest.raises(UnsupportedOperationError, match="cannot be differentiated twice"):
+            ranked(case)
+
+
+class GradientPenalty(Plain):
+    """Of the network, by its input."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).logsumexp(1).sum(), x, create_graph=True)
+        return super().training_step(batch, batch_idx) + F.mse_loss(slope, torch.zeros_like(slope))
+
+
+def test_what_is_differentiated_before_a_loss_begins_enters_it():
+    """One more loss call, whose input is a derivative; two backward passes stand in for forward mode there."""
+    callback = ranked(Case("", make=GradientPenalty), curvature="gauss-newton")
+    assert callback.summary["derivative"]["steps"] > 0
+
+
+def test_columns_and_several_objectives_have_what_they_have_alone():
+    case = Case("", {"norm": True, "options": {"momentum": 0.9}})
+    objectives = {"loss": lambda m, batch: m.loss(batch), "length": lambda m, batch: m.net(batch[0]).square().mean()}
+    options = {"curvature": "gauss-newton", "epochs": "all"}
+    both = ranked(case, objective=objectives, columns=("by_epoch", "relabel"), **options).ranking
+    alone = ranked(case, objective=objectives["length"], **options)
+    order = np.argsort(both.sample_id)
+    np.testing.assert_allclose(both.columns["influence:length"][order], influences(alone), rtol=1e-12, atol=1e-15)
+    by_epoch = sum(both.columns[f"by_epoch:{epoch}"] for epoch in range(3))
+    np.testing.assert_allclose(by_epoch, both.influence, rtol=0, atol=1e-12)
+    assert np.isfinite(np.asarray(both.columns["relabel"], dtype=float)).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_in_fewer_bits_it_is_about_the_same(precision):
+    module = {"norm": True, "make_optimizer": adam}
+    found = [
+        influences(ranked(Case(p, module, {"precision": p}), curvature="gauss-newton", retrace_precision=r))
+        for p, r in (("64-true", "auto"), (precision, "float32"))
+    ]
+    assert np.corrcoef(*found)[0, 1] > (0.95 if precision == "bf16-mixed" else 0.999)
+
+
+class Median(Plain):
+    def loss(self, batch, reduction="mean"):
+        x, y, _ = batch
+        return F.l1_loss(self.net(x), F.one_hot(y, 3).to(x), reduction=reduction)
+
+
+def test_a_loss_without_curvature_warns():
+    with pytest.warns(UserWarning, match=r"found no curvature in any batch.*l1_loss"):
+        found = influences(ranked(Case("", make=Median), curvature="gauss-newton"))
+    np.testing.assert_allclose(found, influences(ranked(Case("", make=Median), curvature="none")), rtol=1e-12)
