@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sgdclean.adjoint.curvature import Exact
 from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
+from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.base.errors import UnsupportedOperationError
 from lightning_sgdclean.losses.loss_functions import SIGNATURES
 from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights
@@ -333,3 +334,24 @@ LAYERS = {
     "tied": Tied,
     "checkpoint": Checkpointed,
 }
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_transpose_is_the_same_with_the_gradient_from_the_record(optimizer, options, amsgrad):
+    source = torch.Generator().manual_seed(1)
+    param = nn.Parameter(torch.randn(7, generator=source))
+    more = {"amsgrad": amsgrad} if optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
+    torchs = optimizer([param], lr=0.01, **options, **more)
+    update, group = update_of(torchs), {k: v for k, v in torchs.param_groups[0].items() if k != "params"}
+    for size in (1.0, 1e-3, 10.0):  # the last step after larger and smaller ones
+        before = param.detach().clone(), {k: v.clone() for k, v in torchs.state[param].items() if v is not None}
+        param.grad = size * torch.randn(7, generator=source)
+        torchs.step()
+        found = update.recovered(*before, torchs.state[param], group)
+        bars = torch.randn(7, generator=source), {}
+        one, other = (update.transpose(before[0], g, before[1], group, *bars)[:2] for g in (param.grad, found))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7 / size)  # what cancels is of size lr / g
+    low = {key: value.bfloat16() for key, value in torchs.state[param].items() if value is not None}
+    assert (update.recovered(*before, low, group) is None) == bool(more)
