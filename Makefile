@@ -44,8 +44,8 @@ CORE := adjoint trajectory ranking fits/test_central_differences.py fits/test_un
         report/test_progress.py cli/test_configured_options.py
 
 core: $(VENV)/all.done
-	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest
-	$(PY) -m pytest -W ignore $(CORE:%=tests/%)
+	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest pytest-xdist
+	$(PY) -m pytest -n auto --dist worksteal -W ignore $(CORE:%=tests/%)
 
 house:
 	$(PYTHON) tests/house.py

@@ -84,8 +84,8 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         at: Where the walk starts: behind the ``"last"`` step (or at the averages of the weights that a callback of
             Lightning's ends the training with), or at the ``"best"`` model of the Trainer's
             ModelCheckpoint, whose steps are then the last ones that count.
-        curvature: ``"exact"`` (double backward), ``"finite"`` (central difference; cheaper, follows any operation) or
-            ``"none"`` (no Hessian; for comparison).
+        curvature: ``"exact"`` (double backward), ``"gauss-newton"`` (the loss's curvature alone; cheaper), ``"finite"``
+            (central difference; any operation) or ``"none"`` (no Hessian; for comparison).
         finite_radius: Radius of ``"finite"`` relative to the parameters' length.
         dirpath: Run directory; by default ``sgd_influence`` in the logger's directory, the next free name.
         overwrite: Whether ``dirpath`` may hold another run, which is then deleted.
@@ -144,7 +144,7 @@ class SGDInfluence(Portable, *CALLBACK_BASES):  # type: ignore[misc]
         val_dataloaders: Any = None,
         epochs: int | Literal["all"] = 1,
         at: Literal["last", "best"] = "last",
-        curvature: Literal["exact", "finite", "none"] = "exact",
+        curvature: Literal["exact", "gauss-newton", "finite", "none"] = "exact",
         finite_radius: float = 0.03,
         dirpath: str | Path | None = None,
         overwrite: bool = False,

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_sgdclean.adjoint.adjoints import Adjoint, adjoint_of
-from lightning_sgdclean.adjoint.backward import float32_agreement, retrace_steps
+from lightning_sgdclean.adjoint.backward import retrace_steps
 from lightning_sgdclean.adjoint.curvature import Finite
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
 from lightning_sgdclean.adjoint.objective import ObjectiveGradient, objectives_at
 from lightning_sgdclean.adjoint.objective_check import check_at_end, compare_with_logged
+from lightning_sgdclean.adjoint.rounding import float32_agreement
 from lightning_sgdclean.adjoint.walk import Bookmark, Influences, Walk, key_of, walk_of
 from lightning_sgdclean.base.errors import warn_of
 from lightning_sgdclean.base.lightning import shown_bar
@@ -47,7 +49,7 @@ def retrace(
     limit_val_batches: float | None = None,
     epochs: int | Literal["all"] = THE_RUNS,
     at: Literal["last", "best"] = THE_RUNS,
-    curvature: Literal["exact", "finite", "none"] = THE_RUNS,
+    curvature: Literal["exact", "gauss-newton", "finite", "none"] = THE_RUNS,
     finite_radius: float = THE_RUNS,
     sample_losses: Callable[[Any, Any], Tensor] | None = THE_RUNS,
     weighted_loss: Callable[[Any, Any, Tensor], Tensor] | None = THE_RUNS,
@@ -80,7 +82,7 @@ def retrace(
             many as the fit took.
         epochs: How many of the last epochs to retrace, or ``"all"``; no more than were kept.
         at: End point, ``"last"`` or ``"best"``; the latter needs a run that was recorded with it.
-        curvature: Engine: ``"exact"``, ``"finite"`` or ``"none"``.
+        curvature: Engine: ``"exact"``, ``"gauss-newton"``, ``"finite"`` or ``"none"``.
         finite_radius: Radius of ``"finite"``, relative to the parameters' length.
         sample_losses: Callable to the samples' losses, where these cannot be found.
         weighted_loss: Callable to the loss with weights on its samples, where it is no mean over them.
@@ -193,7 +195,7 @@ def rank(this: OpenedRun, *, bar: Any, seconds: float | None = None) -> tuple[Ra
     about["derivative"], about["finite"] = _derivative(walk), _finite(walk)
     complaints += [*filter(None, [walk.update.caveat]), *found.complaints()]
     complaints += walk.checks.complaints() if walk.checks else []
-    complaints += walk.engine.complaints() if isinstance(walk.engine, Finite) else []
+    complaints += walk.engine.complaints() if isinstance(walk.engine, Finite | GaussNewton) else []
     about |= {"rates": rates, "float32_agreement": agreement and asdict(agreement)}
     ranking = Ranking.from_influence(found.ids, found.values[0], found.visits, _columns(found, walk, options) | columns)
     num_doubtful = walk.engine.num_doubtful if isinstance(walk.engine, Finite) else 0

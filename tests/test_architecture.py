@@ -54,7 +54,7 @@ def test_no_file_is_imported_in_a_circle_and_the_house_has_17_floors_at_most():
 
 def test_files_are_few_and_neither_long_nor_short():
     lines = HOUSE.lines
-    assert len(lines) <= 129
+    assert len(lines) <= 132
     assert 150 <= statistics.median(lines.values()) <= 260
     manual = {"callback": 420}  # its docstring is the manual
     assert [name for name, number in lines.items() if number > manual.get(name, 350)] == []

@@ -7,6 +7,7 @@ __all__ = [
     "Adjoint",
     "Bookmark",
     "Finite",
+    "GaussNewton",
     "Gradients",
     "Influences",
     "ObjectiveGradient",

@@ -14,15 +14,14 @@ Hara, Nitanda and Maehara (NeurIPS 2019, Algorithm 2) is the case of plain SGD, 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_sgdclean.adjoint.adjoints import Adjoint
-from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised
+from lightning_sgdclean.adjoint.curvature import Exact, Finite, Linearised, Problem
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
 from lightning_sgdclean.adjoint.gradcheck import check_derivative
 from lightning_sgdclean.adjoint.optimizers import clip, clip_transpose
 from lightning_sgdclean.adjoint.updates import Group
@@ -34,8 +33,7 @@ from lightning_sgdclean.losses.kernels import gradient
 from lightning_sgdclean.losses.running_statistics import check_moved_buffers, pull_back_updates
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import resting_hooks
-from lightning_sgdclean.losses.weighting import Evaluated
-from lightning_sgdclean.replay.fidelity import Changes, Fidelity
+from lightning_sgdclean.replay.fidelity import Changes
 from lightning_sgdclean.replay.scratch import refusing_reads
 from lightning_sgdclean.trajectory.records import MicroBatch, State, States, Step
 
@@ -97,6 +95,7 @@ def retrace_step(
     """Carry the objectives' adjoints (in place) over one step.
 
     The batch is evaluated once; each adjoint is pulled back through the same graph, to the bits it would have alone.
+    Gauss-Newton evaluates it once an adjoint, when its cotangent is known, and is then compared with the record.
 
     Args:
         step: The step.
@@ -131,25 +130,35 @@ def retrace_step(
         return []
     # Accumulated: the cotangent needs the sum over all batches first, and their graphs are not kept meanwhile.
     is_alone = len(batches) == 1
-    needs_gradient = not is_alone or not walk.update.is_linear or step.clip is not None or check_update
+    is_clipped = step.clip is not None or walk.update.clipping(step.groups) is not None
+    needs_gradient = not is_alone or not walk.update.is_linear or is_clipped or check_update
     first_engine = walk.engine if is_alone and not walk.widens else Finite()
+    is_late = isinstance(first_engine, GaussNewton) and not is_clipped and not check_update
+    recovered = _recovered(step, before, after, walk) if is_late else None
+    needs_gradient &= recovered is None
     opened, problems = [], [_Problem(batch, walk) for batch in batches]
     with refusing_reads(step, before, batches, replay) as computed:
         for problem in problems:
             evaluate = problem.within(replay.surroundings)
             opened.append(first_engine.open(evaluate, params, problem.weights(), needs_gradient))
-            computed += [opened[-1].loss, *(opened[-1].gradient or ())]
-    fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
-    fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
-    updates = [update for one in opened for update in one.updates]
-    teachers.check(step, before, after)
-    others = replay.scratch | teachers.live.keys()
-    check_moved_buffers(step.index, before.buffers, after.buffers, updates, others)
+            if recovered is None:
+                computed += [opened[-1].loss, *(opened[-1].gradient or ())]
+
+    def compare() -> None:
+        fidelity.compare_losses(step, [one.loss for one in opened], batches=batches)
+        fidelity.compare_buffers(step, replay.module, after.buffers, replay.scratch)
+        teachers.check(step, before, after)
+        updates = [update for one in opened for update in one.updates]
+        check_moved_buffers(step.index, before.buffers, after.buffers, updates, replay.scratch | teachers.live.keys())
+
+    if recovered is None:
+        compare()
     scale = step.scale
-    cotangents = _cotangents(step, before, after, _summed(opened, replay.params, scale), adjoints, walk)
+    grads, to_compare = (_summed(opened, replay.params, scale), after) if recovered is None else (recovered, None)
+    cotangents = _cotangents(step, before, to_compare, grads, adjoints, walk)
     shrink = 1.0 if walk.widens else scale
     scores = []
-    with walk.pulling() as surroundings:
+    with refusing_reads(step, before, batches, replay) as pulled, walk.pulling() as surroundings:
         pulls = [[(c / shrink).to(p.dtype) for c, p in zip(one, params, strict=True)] for one in cotangents]
         for problem, first in zip(reversed(problems), reversed(opened), strict=True):
             linearised = first
@@ -158,9 +167,12 @@ def retrace_step(
                 if linearised.gradient is None and not walk.widens:
                     linearised.gradient = first.gradient
             found = _pull_back(linearised, pulls, adjoints)
+            pulled += [linearised.loss, found.clone()]
             if problem.labels is not None:
                 found[:, len(problem.batch) :][:, problem.unknown] = math.nan
             scores.append((problem.batch.micro, found))
+    if recovered is not None:
+        compare()
     finish()
     if walk.checks is not None:
         begin = step.index % len(problems)  # not the first of each step, always
@@ -168,9 +180,7 @@ def retrace_step(
         for problem in kept:
             if walk.checks.is_due(step, problem.batch):
                 check_derivative(step, before, problem.batch, walk.engine, replay, walk.checks)
-                if (
-                    isinstance(walk.engine, Finite) and walk.engine.num_replaced
-                ):  # then Exact stands in, unchecked so far
+                if isinstance(walk.engine, Finite) and walk.engine.num_replaced:  # Exact stands in, unchecked so far
                     check_derivative(step, before, problem.batch, Exact(), replay, walk.checks)
                 break
     return scores
@@ -183,7 +193,7 @@ class _Problem:
         self.batch = batch
         self.labels = None if walk.labels_of is None else walk.labels_of(batch.micro.ids)
 
-    def within(self, surroundings: Surroundings) -> Callable[[Tensor], Evaluated]:
+    def within(self, surroundings: Surroundings) -> Problem:
         """The loss as a function of :meth:`weights`, in the run's precision or widened."""
         return partial(self.batch.evaluate, labels=self.labels, surroundings=surroundings)
 
@@ -237,8 +247,19 @@ def _pull_back_statistics(
             torch._foreach_add_(list(adjoint.params.values()), [summable(tensor) for tensor in moved])
 
 
+def _recovered(step: Step, before: State, after: State, walk: Walk) -> dict[str, Tensor] | None:
+    """What the states around a step say of its gradient; None where that is too little for the transpose."""
+    found = {}
+    for name, group, param, state in _updated(step, before, walk):
+        grad = walk.update.recovered(param, state, after.optimizer.get(name, {}), group)
+        if grad is None:
+            return None
+        found[name] = grad
+    return found
+
+
 def _cotangents(
-    step: Step, before: State, after: State, grads: dict[str, Tensor] | None, adjoints: list[Adjoint], walk: Walk
+    step: Step, before: State, after: State | None, grads: dict[str, Tensor] | None, adjoints: list[Adjoint], walk: Walk
 ) -> list[list[Tensor]]:
     """Take each ``lambda`` and ``mu`` (in place) back over clipping and the optimizer; ``c`` for every parameter."""
     used = None if grads is None else {name: grad for name, grad in grads.items() if name not in step.unused}
@@ -246,7 +267,7 @@ def _cotangents(
     ways = [step.clip, walk.update.clipping(step.groups)]
     stages = [] if used is None else [used, once := clip(used, ways[0]), clip(once, ways[1])]
     clipped = stages[-1] if stages else None
-    if clipped is not None:
+    if clipped is not None and after is not None:
         walk.replay.fidelity.compare_update(step, _changes(step, before, after, clipped, walk))
     cotangents = [{name: torch.zeros_like(lam) for name, lam in adjoint.params.items()} for adjoint in adjoints]
     for name, group, param, state in _updated(step, before, walk):
@@ -289,57 +310,3 @@ def _on(tensor: Tensor, walk: Walk) -> Tensor:
 def _entries(state: State, name: str, walk: Walk) -> dict[str, Tensor]:
     entries = state.optimizer.get(name, {})
     return {key: value if key == "step" else _on(value, walk) for key, value in entries.items()}
-
-
-_MIN_STEPS, _SHARE = 16, 20  # compared: 16 steps at least, and every 20th of a long window
-_NOISE_BELOW = 0.9  # cosine
-
-
-@dataclass(frozen=True)
-class Float32Agreement:
-    """Influences over the last steps of the window, taken in the run's precision and in float32.
-
-    Attributes:
-        num_steps: How many steps were compared.
-        cosine: Of the two vectors of influences; 1 is perfect, and 0 is no relation at all.
-    """
-
-    num_steps: int
-    cosine: float
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether the ranking should not be trusted."""
-        return not self.cosine >= _NOISE_BELOW
-
-    def complaint(self, precision: str) -> str:
-        """A warning in words."""
-        return (
-            f"The influences of this {precision} run are mostly rounding noise: over its last {self.num_steps} steps "
-            f"their cosine with those of a float32 retrace is {self.cosine:.2f}. Do not trust the ranking. "
-            'Use retrace_precision="float32".'
-        )
-
-
-def float32_agreement(
-    states: States, steps: list[Step], walk: Walk, start: Callable[[Walk], list[Adjoint]]
-) -> Float32Agreement:
-    """Retrace the end of the window twice.
-
-    Args:
-        states: Those between the steps.
-        steps: The window.
-        walk: The walk in the run's own precision.
-        start: Gives the adjoints that a walk starts with; the first is compared.
-    """
-    tail = steps[-max(_MIN_STEPS, len(steps) // _SHARE) :]
-    found = []
-    for widens in (False, True):
-        # Mismatches are ignored here; the walk itself checks these steps.
-        silent = replace(
-            walk, widens=widens, checks=None, replay=replace(walk.replay, fidelity=Fidelity(math.inf, "warn"))
-        )
-        found.append(retrace_steps(states, tail, start(silent)[:1], silent, lambda _: None).values[0].numpy())
-    lengths = [float(np.linalg.norm(values)) for values in found]
-    cosine = float(found[0] @ found[1]) / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    return Float32Agreement(len(tail), cosine)

@@ -99,6 +99,16 @@ class Adam(Update):
         lam = (1 - _rate(group) * decay) * adjoint if self._is_decoupled(group) else adjoint + decay * d_bar
         return uphill(d_bar, group), lam, {key: bar for key, bar in before.items() if key in state}
 
+    def recovered(self, param: Tensor, state: Entries, after: Entries, group: Group) -> Tensor | None:
+        """From the first moments, which lose some bits; not in 16 bits, which have none to lose."""
+        now = after.get("exp_avg")
+        if now is None or now.dtype not in (torch.float32, torch.float64):
+            return None
+        beta1, _ = group["betas"]
+        was = state.get("exp_avg", torch.zeros_like(param))
+        d = (now.to(param.device) - beta1 * was) / (1 - beta1)
+        return uphill(d if self._is_decoupled(group) else d - group["weight_decay"] * param, group)
+
     def _is_decoupled(self, group: Group) -> bool:
         return bool(group.get("decoupled_weight_decay", self._decoupled))
 

@@ -7,7 +7,6 @@ need to find ``c``, then :meth:`Linearised.pull_back`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,12 +15,18 @@ from torch import Tensor, nn
 
 from lightning_sgdclean.base.errors import NonFiniteError, UnsupportedOperationError
 from lightning_sgdclean.losses.kernels import dot, gradient, length_of, refuse_cut_graphs, twice_differentiable_kernels
+from lightning_sgdclean.losses.loss_inputs import LossInputs
 from lightning_sgdclean.losses.running_statistics import BatchStatistic, pull_back_updates
 from lightning_sgdclean.losses.stopped_values import TeacherRead, TeachersOutputs, pull_back_through
 from lightning_sgdclean.losses.watched_calls import resting_hooks
 from lightning_sgdclean.losses.weighting import Evaluated
 
-Problem = Callable[[Tensor], Evaluated]
+
+class Problem(Protocol):
+    """A batch's loss as a function of its samples' weights, at the live parameters."""
+
+    def __call__(self, weights: Tensor, *, inputs: LossInputs | None = None) -> Evaluated:
+        """Evaluate it; with ``inputs`` the graph is cut where the loss begins."""
 
 
 @dataclass
@@ -101,13 +106,13 @@ class _Twice:
             outputs, pulls = [*self._graph, *values], [*cotangent, *pulls]
             found, reads = pull_back_through(outputs, pulls, inputs, self._stopped, retain_graph=again)
         num = len(self._params)
-        adjoint, before = found[1 : num + 1], _read(before, self._leaves, found[num + 1 :])
+        adjoint, before = found[1 : num + 1], with_read(before, self._leaves, found[num + 1 :])
         for one in reads:
             one.add_to(before, adjoint)
         return Pulled(found[0], adjoint, before)
 
 
-def _read(buffers: dict[str, Tensor], leaves: dict[str, Tensor], found: list[Tensor]) -> dict[str, Tensor]:
+def with_read(buffers: dict[str, Tensor], leaves: dict[str, Tensor], found: list[Tensor]) -> dict[str, Tensor]:
     """``nu`` before a batch whose gradient was computed with running statistics: frozen norms read them."""
     for name, grad in zip(leaves, found, strict=True):
         buffers[name] = buffers[name] + grad if name in buffers else grad
@@ -210,7 +215,7 @@ class _Difference:
             reads += some
             scores += found[0]
             torch._foreach_add_(adjoint, found[1 : len(adjoint) + 1])
-            read = _read(read, evaluated.leaves, found[len(adjoint) + 1 :])
+            read = with_read(read, evaluated.leaves, found[len(adjoint) + 1 :])
         with torch.no_grad():
             for param, origin in zip(self._params, start, strict=True):
                 param.copy_(origin)
@@ -219,7 +224,7 @@ class _Difference:
             exact = self._exact(cotangent, buffers)
             if exact is not None:
                 return exact
-        before = _read(before, read, list(read.values()))
+        before = with_read(before, read, list(read.values()))
         for one in reads:
             one.add_to(before, adjoint)
         return Pulled(scores, adjoint, before)
@@ -273,10 +278,3 @@ def _refuse_moving(stopped: TeachersOutputs | None) -> None:
                 f'training_step moves {name!r} towards the trained parameters and then reads it, which "finite" does '
                 'not follow. Use curvature="exact", or move it after it is read.'
             )
-
-
-def engine_named(name: str, radius: float) -> Engine:
-    """``"exact"``, ``"finite"`` or ``"none"`` (no Hessian, for comparison)."""
-    if name == "finite":
-        return Finite(radius)
-    return Exact(with_hessian=name == "exact")

@@ -14,20 +14,21 @@ ReLU is crossed: those kinks are what no exact Hessian sees.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_sgdclean.adjoint.curvature import Engine, Finite, Linearised
+from lightning_sgdclean.adjoint.curvature import Engine, Exact, Finite, Linearised, Pulled
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton, contradictions
 from lightning_sgdclean.adjoint.quotients import TOLERANCE, Movable, difference, normal, towards, without_padding
 from lightning_sgdclean.base.errors import SGDInfluenceError, UnsupportedOperationError
 from lightning_sgdclean.losses.evaluate import RecordedBatch
 from lightning_sgdclean.losses.kernels import dot, length_of
+from lightning_sgdclean.losses.module_state import own_gradients
 from lightning_sgdclean.losses.precision import in_float64, lack_of_memory
 from lightning_sgdclean.losses.surroundings import Surroundings
 from lightning_sgdclean.losses.watched_calls import WatchedCalls, graph_of
@@ -125,7 +126,7 @@ def check_derivative(
         if lacking:
             checks.unknown.append(lacking)
             return
-        with _own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
+        with own_gradients(replay.module), in_float64(replay.module, replay.surroundings) as wide:
             point = _Point(batch.elsewhere(), before, engine, wide, replay)
             if point.reach <= _NOTHING * max(1e-3, checks.largest_loss):
                 return  # the step moves nothing, and says nothing of any sample
@@ -156,20 +157,6 @@ def check_derivative(
 _NOTHING = 1e-10  # of the largest loss: so small a gradient of saturated outputs is rounding, and so is its change
 
 
-@contextmanager
-def _own_gradients(module: nn.Module) -> Iterator[None]:
-    """Within the block no parameter has a gradient; afterwards each has its own again, the very object."""
-    gradients = [(param, param.grad) for param in module.parameters()]
-    for param, _ in gradients:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for param, gradient in gradients:
-            param.grad = None
-            param.grad = gradient
-
-
 @dataclass
 class _Causes:
     """What could make the derivative of the loss another one than that of the training."""
@@ -195,7 +182,7 @@ class _Causes:
             return "Let the weights, and what they multiply, reach the loss through the graph alone."
         if self.stops:
             return "Let the gradient through, or compute these values from what is not trained."
-        if isinstance(engine, Finite):
+        if isinstance(engine, Finite | GaussNewton):
             return 'Use curvature="exact", which follows hooks of tensors, parameters and modules.'
         return (
             "Edit gradients by a hook of the tensor, x.register_hook(lambda grad: -grad) say, of operations that "
@@ -218,13 +205,22 @@ class _Point:
         self._tensors = Movable(self._params, replay.module, self._source)
         self._padding = self._watched().padding
         self._weights = batch.weights()
+        try:  # Gauss-Newton is no derivative: that which it approximates is checked
+            self._pulled = self._pull_back(Exact() if isinstance(engine, GaussNewton) else engine)
+        except UnsupportedOperationError:
+            if not isinstance(engine, GaussNewton):
+                raise
+            self._pulled = self._pull_back(Finite())
+
+    def _pull_back(self, engine: Engine) -> Pulled:
+        self._tensors.put_back()
         engine = Finite(_MOVES[0], falls_back=False) if isinstance(engine, Finite) else engine
-        evaluate = partial(batch.evaluate, surroundings=wide)
+        evaluate = partial(self._batch.evaluate, surroundings=self._wide)
         linearised: Linearised = engine.open(evaluate, self._params, self._weights, needs_gradient=True)
         self._gradient = linearised.gradient or []
         self._v = self._without_padding(towards(self._source, self._gradient, self._gradient))
         self._nu = {update.name: self._buffer_along(update.name, *self._gradient) for update in linearised.updates}
-        self._pulled = linearised.pull_back(self._v, dict(self._nu))
+        return linearised.pull_back(self._v, dict(self._nu))
 
     @property
     def reach(self) -> float:
@@ -241,6 +237,9 @@ class _Point:
         used = self._used()
         off = length_of(one - other for one, other in zip(used.gradient, self._gradient, strict=True))
         found["the gradient"] = off / (length_of(used.gradient) or 1.0)
+        if isinstance(self._engine, GaussNewton):
+            evaluate = partial(self._batch.evaluate, surroundings=self._wide)
+            found |= contradictions(evaluate, self._params, self._weights, self._v, used.gradient, self._pulled.scores)
         if self._batch.leaves_torch:
             found["the gradient's change with numbers that leave torch"] = self._difference_by_numbers(used)
         return found

@@ -62,6 +62,17 @@ class Update(ABC):
         """
         return None
 
+    def recovered(self, param: Tensor, state: Entries, after: Entries, group: Group) -> Tensor | None:
+        """The gradient as far as :meth:`transpose` needs it, from the state before the step and after; None: unknown.
+
+        Args:
+            param: As :meth:`forward` gets it, and so are ``state`` and ``group``.
+            state: See there.
+            after: The recorded state after the step, in the precision and on the device that it was recorded on.
+            group: See there.
+        """
+        return param if self.is_linear else None  # a linear rule reads none; any tensor of its shape will do
+
     def transpose(
         self, param: Tensor, grad: Tensor, state: Entries, group: Group, adjoint: Tensor, state_adjoint: Entries
     ) -> tuple[Tensor, Tensor, Entries]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sgdclean.adjoint.adjoints import Adjoint
-from lightning_sgdclean.adjoint.curvature import Engine, engine_named
+from lightning_sgdclean.adjoint.curvature import Engine, Exact, Finite
+from lightning_sgdclean.adjoint.gauss_newton import GaussNewton
 from lightning_sgdclean.adjoint.gradcheck import DerivativeChecks
 from lightning_sgdclean.adjoint.optimizers import update_of
 from lightning_sgdclean.adjoint.updates import Update
@@ -69,11 +70,17 @@ def walk_of(replay: Replay, optimizer: Optimizer, options: Options, steps: Seque
     """
     return Walk(
         replay,
-        engine_named(options.curvature, options.finite_radius),
+        _engine_named(options.curvature, options.finite_radius),
         update_of(optimizer),
         _widens(options.retrace_precision, replay.surroundings, replay.module),
         checks=DerivativeChecks(steps),
     )
+
+
+def _engine_named(name: str, radius: float) -> Engine:
+    if name == "finite":
+        return Finite(radius)
+    return GaussNewton() if name == "gauss-newton" else Exact(with_hessian=name == "exact")
 
 
 def _widens(wanted: str, surroundings: Surroundings, module: nn.Module) -> bool:

@@ -43,7 +43,7 @@ class Options:
     val_dataloaders: Any = None
     epochs: int | Literal["all"] = 1
     at: Literal["last", "best"] = "last"
-    curvature: Literal["exact", "finite", "none"] = "exact"
+    curvature: Literal["exact", "gauss-newton", "finite", "none"] = "exact"
     finite_radius: float = 0.03
     dirpath: str | Path | None = None
     overwrite: bool = False
@@ -313,7 +313,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "val_dataloaders": _loaders,
     "epochs": _positive_int_or("all"),
     "at": _one_of("last", "best"),
-    "curvature": _one_of("exact", "finite", "none"),
+    "curvature": _one_of("exact", "gauss-newton", "finite", "none"),
     "finite_radius": _radius,
     "dirpath": _path,
     "overwrite": _yes_or_no,

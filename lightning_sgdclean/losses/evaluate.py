@@ -19,13 +19,14 @@ from lightning_sgdclean.base.randomness import set_random_state
 from lightning_sgdclean.data.batches import Variant, cloned
 from lightning_sgdclean.data.parts import neighbour_variant
 from lightning_sgdclean.losses.contents import write_changed
+from lightning_sgdclean.losses.loss_inputs import LossInputs
 from lightning_sgdclean.losses.other_labels import LabelledWeights, OtherLabels
 from lightning_sgdclean.losses.own_rows import weights_under
 from lightning_sgdclean.losses.running_statistics import IndependentSamples, RunningStatistics
 from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 from lightning_sgdclean.losses.surroundings import Surroundings, eagerly, ignore, logging_to
 from lightning_sgdclean.losses.watched_calls import LEAVING, WatchedCalls
-from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights, SplitPlan, is_planned, unit_weights
+from lightning_sgdclean.losses.weighting import Evaluated, SampleWeights, SplitPlan, is_planned, scalar_of, unit_weights
 from lightning_sgdclean.trajectory.records import MicroBatch
 from lightning_sgdclean.trajectory.teachers import teachers_of
 
@@ -100,7 +101,12 @@ class RecordedBatch:
         return unit_weights(len(self), self.params)
 
     def evaluate(
-        self, weights: Tensor, labels: Tensor | None = None, surroundings: Surroundings | None = None
+        self,
+        weights: Tensor,
+        labels: Tensor | None = None,
+        surroundings: Surroundings | None = None,
+        *,
+        inputs: LossInputs | None = None,
     ) -> Evaluated:
         """The loss that was differentiated in training, divided and scaled, as a function of its samples' weights.
 
@@ -108,12 +114,14 @@ class RecordedBatch:
             weights: ``(B,)``, all one; with ``labels`` ``(2 B,)``, the second half the amounts of the other labels.
             labels: For each sample a class that it could have had, ``(B,)``.
             surroundings: Those that widen a run in 16 bits to float32; by default the run's own.
+            inputs: Cuts the graph where the loss begins.
 
         Raises:
             LossSplitError: If the loss cannot be split by sample, or there is none.
             UnsupportedOperationError: If an operation is used whose derivative is not followed.
         """
-        evaluate = partial(self.evaluate_under, weights=weights, labels=labels, surroundings=surroundings)
+        under = self.evaluate_under
+        evaluate = partial(under, weights=weights, labels=labels, surroundings=surroundings, inputs=inputs)
         if self.split is None or self._plan is not None:
             evaluated = evaluate(self._plan)
         else:
@@ -133,6 +141,7 @@ class RecordedBatch:
         surroundings: Surroundings | None = None,
         *,
         independent: bool = False,
+        inputs: LossInputs | None = None,
     ) -> Evaluated:
         """The loss with its graph, which can be differentiated twice; neither divided nor scaled.
 
@@ -144,6 +153,7 @@ class RecordedBatch:
             labels: See there.
             surroundings: See there.
             independent: For a probe, whether to fix BatchNorm and dropout, so that no sample moves another's loss.
+            inputs: As for :meth:`evaluate`.
         """
         if not self._buffers:
             self._buffers = self._contents()
@@ -159,14 +169,14 @@ class RecordedBatch:
             others = OtherLabels(labels, weights[len(self) :])
             weighing = LabelledWeights(own, plan, references, others, self.micro.sizes)
         watched = WatchedCalls(self.module)
-        watchers = [*([stopped] if stopped else ()), norms, watched]
+        watchers, last = [*([stopped] if stopped else ()), norms, watched], [] if inputs is None else [inputs]
         if self.own_loss is None:
-            loss = weighing.weighted(self.call([*watchers, weighing], surroundings))
+            loss = weighing.weighted(self.call([*watchers, weighing, *last], surroundings))
         else:
-            loss = self._own(own, watchers, surroundings)
+            loss = self._own(own, [*watchers, *last], surroundings)
         self.is_relabelled &= others is None or (others.is_whole and self.own_loss is None)
         if loss.grad_fn is not None and not independent:
-            self.manner = watched.manner(loss)
+            self.manner = watched.manner(loss, *(one.value for cut in last for one in cut.found))
         if stopped is not None:
             named = {id(param): name for name, param in self.module.named_parameters()}
             stopped.relate(self.began or self._buffers, {named[id(param)]: param for param in self.params})
@@ -264,6 +274,8 @@ class RecordedBatch:
         own.set_clock(self.micro.epoch, self.micro.global_step)
         batch = own.widen(cloned(self.content))  # training_step may write to it
         with ExitStack() as stack:
+            if restores:
+                stack.callback(self.restore)
             if watchers is not None:
                 stack.enter_context(eagerly())
             stack.enter_context(logging_to(self.module, ignore))
@@ -282,8 +294,6 @@ class RecordedBatch:
                 loss = manual.loss
             else:
                 loss = _loss_in(step(*arguments))
-        if restores:
-            self.restore()
         return loss
 
     @property
@@ -305,7 +315,7 @@ class RecordedBatch:
         def function(module: Any, batch: Any) -> Tensor:
             return weighted(module, batch, given)  # type: ignore[no-any-return]
 
-        return _scalar(self.call(watchers, surroundings, function, restores=restores))
+        return scalar_of(self.call(watchers, surroundings, function, restores=restores))
 
     def _mean(self, losses: Tensor, weights: Tensor) -> Tensor:
         if losses.shape != weights.shape:
@@ -330,17 +340,6 @@ def takes_batch_idx(step: Callable[..., Any]) -> bool:
     """Whether ``training_step`` or ``validation_step`` wants a ``batch_idx``, as Lightning decides it."""
     parameters = inspect.signature(step).parameters
     return "batch_idx" in parameters or len(parameters) >= 2
-
-
-def _scalar(loss: Any) -> Tensor:
-    """What ``weighted_loss=`` gave, if it may be a loss."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-        return loss.reshape(())
-    found = f"a tensor of shape {tuple(loss.shape)} ({loss.dtype})" if isinstance(loss, Tensor) else type(loss).__name__
-    raise LossSplitError(
-        f"weighted_loss= gave {found}; expected a scalar: the training loss with the weights on its samples. A "
-        "callable to one loss a sample, whose mean is the training loss, is sample_losses=."
-    )
 
 
 def _loss_in(output: Any) -> Tensor:

@@ -293,3 +293,17 @@ def _written_in_place(names: list[str]) -> UnsupportedTrainingError:
         "differentiated once the tensor is put back. Make a new tensor instead: self.mean = 0.9 * self.mean + ..., not "
         "self.mean.mul_(0.9).add_(...)."
     )
+
+
+@contextmanager
+def own_gradients(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter has a gradient; afterwards each has its own again, the very object."""
+    gradients = [(param, param.grad) for param in module.parameters()]
+    for param, _ in gradients:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in gradients:
+            param.grad = None
+            param.grad = gradient

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sgdclean.base.errors import UnsupportedOperationError, UnsupportedTrainingError
 from lightning_sgdclean.losses.loss_functions import passed_on
+from lightning_sgdclean.losses.loss_inputs import without_tangent
 from lightning_sgdclean.losses.stopped_values import TeachersOutputs
 
 _SIGNATURES = {norm: inspect.signature(norm) for norm in (nn.functional.batch_norm, nn.functional.instance_norm)}
@@ -71,7 +72,7 @@ class RunningStatistics(TorchFunctionMode):
         return output.detach() + (written - written.detach())
 
     def _note(self, func: Callable[..., Any], options: dict[str, Any], mean_name: str, var_name: str) -> None:
-        batch = options["input"].to(options["running_mean"].dtype)
+        batch = without_tangent(options["input"]).to(options["running_mean"].dtype)  # nobody asks how they move
         per_sample = func is nn.functional.instance_norm  # each sample has statistics of its own: their mean counts
         dims = [dim for dim in range(batch.ndim) if dim != 1 and not (per_sample and dim == 0)]
         mean, var = batch.mean(dims), batch.var(dims, unbiased=True)

@@ -158,9 +158,10 @@ class WatchedCalls(TorchFunctionMode):
             return self._stopped(func, args, kwargs)
         return passed_on(func, args, kwargs)
 
-    def manner(self, loss: Tensor) -> tuple[frozenset[Any], frozenset[Any]]:
-        """How a value was made: its operations, and what left the graph."""
-        return frozenset(graph_of(loss).items()), frozenset(self.stops.items())
+    def manner(self, *values: Tensor) -> tuple[frozenset[Any], frozenset[Any]]:
+        """How a value was made, if need be in several parts: the operations, and what left the graph."""
+        operations = sum(map(graph_of, values), Counter[str]())
+        return frozenset(operations.items()), frozenset(self.stops.items())
 
     def _stopped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function whose result has no graph, and note it if the parameters move it all the same."""

@@ -266,3 +266,14 @@ def check_parts(evaluated: Evaluated, sizes: Sequence[int]) -> None:
                 "either it is not used, then leave it out, or it gave one sample alone, which no other can replace, or "
                 "its batches hold no row for each sample."
             )
+
+
+def scalar_of(loss: Any) -> Tensor:
+    """What ``weighted_loss=`` gave, if it may be a loss."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    found = f"a tensor of shape {tuple(loss.shape)} ({loss.dtype})" if isinstance(loss, Tensor) else type(loss).__name__
+    raise LossSplitError(
+        f"weighted_loss= gave {found}; expected a scalar: the training loss with the weights on its samples. A "
+        "callable to one loss a sample, whose mean is the training loss, is sample_losses=."
+    )

@@ -24,7 +24,7 @@ _RECORD_BYTES = 8 << 10  # of a micro-batch besides kept batches: torch's random
 
 
 # One step of the walk backwards, in training steps; see docs/cost.md.
-_WALK_COST = {"exact": 2.7, "finite": 2.7, "none": 2.3}
+_WALK_COST = {"exact": 2.7, "gauss-newton": 1.9, "finite": 2.7, "none": 2.3}
 SnapshotPolicy = Literal["auto", "every", "sqrt"] | int
 
 

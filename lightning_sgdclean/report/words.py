@@ -20,6 +20,7 @@ from lightning_sgdclean.replay.fidelity import Fidelity
 
 _ENGINES = {
     "exact": "exact derivative of the recorded steps, by a double backward pass",
+    "gauss-newton": "Gauss-Newton: exact gradients, and of the curvature that of the loss by the network's outputs",
     "finite": "central differences along each step, with first derivatives only",
     "none": "without the Hessian: a rough ranking, meant for comparison",
 }

@@ -13,7 +13,6 @@ from msgspec import Meta
 
 from lightning_sgdclean.base.errors import DamagedFileError, RunDirectoryError
 from lightning_sgdclean.base.files import check_plain, checked_as, checksum_of, read_json, read_sealed
-from lightning_sgdclean.trajectory.flat_state import Layout
 
 FORMAT = 5
 NAME = "manifest.json"
@@ -52,7 +51,7 @@ class Manifest(TypedDict):
     fits: Annotated[list[tuple[Count, str]], Meta(min_length=1)]
     gaps: list[Count]
     ending: str | None
-    layouts: list[Layout]
+    layouts: list[list[list[Any]]]
     segments: list[SegmentEntry]
 
 

@@ -2,14 +2,16 @@
 """The recorded run: micro-batches, steps and the states between them, and which steps are retraced."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_sgdclean.base.options import Positions, SampleId
 from lightning_sgdclean.base.randomness import RandomState
-from lightning_sgdclean.data.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from lightning_sgdclean.data.packing import PackedBatch
 
 
 @dataclass
@@ -43,7 +45,7 @@ class MicroBatch:
     global_step: int = 0
     scale: float = 1.0
     loader: int = 0
-    batch: PackedBatch | None = None
+    batch: "PackedBatch | None" = None
     sizes: list[int] = field(default_factory=list)
 
 

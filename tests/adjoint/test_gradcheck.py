@@ -175,10 +175,12 @@ REFUSED = {
 } | {name: (leaving_by(way), r"stops gradients \(\w+ at test_gradcheck.py:\d+\)") for name, way in WAYS.items()}
 
 
-@pytest.mark.parametrize("curvature", ["exact", "finite"])
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton", "finite"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_derivative_of_the_loss_shows_is_refused_within_two_steps_and_named(name, curvature):
     module, words = REFUSED[name]
+    if curvature == "gauss-newton" and module is ByGradients:
+        words = r"differentiates a loss \(torch.autograd.grad\)"
     trainer = quiet_trainer([SGDInfluence("val_loss", curvature=curvature)])
     with pytest.raises(UnsupportedOperationError, match=words):
         trainer.fit(module(), *loaders())
@@ -240,6 +242,15 @@ def test_what_begins_late_is_found_when_it_is_retraced(module):
 def test_finite_cannot_follow_hooks_and_says_which_engine_does(module):
     trainer = quiet_trainer([SGDInfluence("val_loss", curvature="finite")])
     with pytest.raises(UnsupportedOperationError, match='curvature="exact", which follows hooks'):
+        trainer.fit(module(), *loaders())
+
+
+@pytest.mark.parametrize("module", [Scaled, Reversed, OfAModule], ids=lambda kind: kind.__name__)
+def test_neither_can_gauss_newton(module):
+    trainer = quiet_trainer([SGDInfluence("val_loss", curvature="gauss-newton")])
+    with pytest.raises(
+        UnsupportedOperationError, match=r'hooks rest, is off by.*curvature="exact", which follows hooks'
+    ):
         trainer.fit(module(), *loaders())
 
 
