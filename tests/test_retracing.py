@@ -454,4 +454,5 @@ def test_a_damaged_or_foreign_ending_is_refused(run, recorded, tmp_path, change)
 
 def test_manifest_tells_what_the_run_was_trained_with(run):
     trained = json.loads((run.run_dir / "trajectory" / "manifest.json").read_text())["trained"]
-    assert trained == {"precision": "64-true", "device": "cpu", "optimizer": "torch.optim.adam.Adam"}
+    expected = {"precision": "64-true", "device": "cpu", "optimizer": "torch.optim.adam.Adam", "averaging": ""}
+    assert trained == expected
