@@ -104,6 +104,21 @@ class Mixup(Weighted):
         return (share * own + (1 - share) * others).mean()
 
 
+class Blended(Weighted):
+    """Mixup by one share."""
+
+    def __init__(self, share, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def loss_with(self, batch, weights):
+        x, y, _ = batch
+        other = torch.randperm(len(x))
+        logits = self.net(self.share * x + (1 - self.share) * x[other])
+        own, others = (F.cross_entropy(logits, target, reduction="none") for target in (y, y[other]))
+        return (self.share * weights * own + (1 - self.share) * weights[other] * others).mean()
+
+
 class CutMix(Weighted):
     """Of five numbers in a row, which are a picture here, some come from another sample."""
 

@@ -2,6 +2,7 @@
 """What is checked of ``weighted_loss=`` before the first step."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from cases import Case, Plain, fit, loaders, quiet_trainer
 from lightning_sgdclean import SGDInfluence
 from lightning_sgdclean.base.errors import LossSplitError, ReplayMismatchError, SGDInfluenceWarning
-from weighted_losses import CASES, Cox, Dice, Mixup, NTXent, weighted
+from weighted_losses import CASES, Blended, Cox, Dice, Mixup, NTXent, weighted
 
 
 def rows(module, batch):
@@ -121,6 +122,14 @@ def test_the_weights_of_losses_that_mix_samples_pass_in_float32(make):
     trainer = quiet_trainer([SGDInfluence("val_loss", weighted_loss=weighted, verify=0)], precision="32-true")
     trainer.fit(case.make(**case.module), *loaders(case.train, case.val))
     assert trainer.global_step == 15
+
+
+def test_a_mixup_that_hardly_mixes_is_no_sign_of_wrong_weights():
+    for share in (0.99, 0.999, 0.9999, 0.99999):
+        case = Case("mixup", make=partial(Blended, share=share), module={"norm": True})
+        trainer = quiet_trainer([SGDInfluence("val_loss", weighted_loss=weighted, verify=0)], precision="32-true")
+        trainer.fit(case.make(**case.module), *loaders(case.train, case.val))
+        assert trainer.global_step == 15
 
 
 def test_equal_samples_are_no_sign_of_wrong_weights():
