@@ -38,14 +38,16 @@ lowest:
 	$(MAKE) core VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 # What is computed and recorded, and each library that setup.cfg names. Warnings count for nothing
-# here: old versions are warned of by what is newer.
+# here: old versions are warned of by what is newer. The longest tests that need torch alone, which is
+# no older here, are left to `make test`.
 CORE := adjoint trajectory ranking fits/test_central_differences.py fits/test_unrolled.py test_retracing_outcome.py \
         report/test_appearance.py report/test_content.py report/test_page.py report/test_destinations.py \
         report/test_progress.py cli/test_configured_options.py
+ALIKE := test_gradcheck.py test_gauss_newton.py test_packaged_updates.py
 
 core: $(VENV)/all.done
 	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest pytest-xdist
-	$(PY) -m pytest -n auto --dist worksteal -W ignore $(CORE:%=tests/%)
+	$(PY) -m pytest -n auto --dist worksteal -W ignore $(CORE:%=tests/%) $(ALIKE:%=--ignore=tests/adjoint/%)
 
 house:
 	$(PYTHON) tests/house.py

@@ -80,9 +80,11 @@ def assert_ranked_as_trained(trained_with, callback, plain):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
-@pytest.mark.parametrize("is_first", [False, True], ids=["behind", "before"])
-@pytest.mark.parametrize("tuners", TUNERS.values(), ids=TUNERS)
-def test_trainings_beside_tuning_callbacks_are_ranked_and_left_alone(tuners, is_first, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "is_first"), [("batch size", False), ("binary search", True), ("learning rate", False), ("both", True)]
+)
+def test_trainings_beside_tuning_callbacks_are_ranked_and_left_alone(name, is_first, tmp_path):
+    tuners = TUNERS[name]
     callback = SGDInfluence(epochs="all", verify=0)
     module = trained(tuners, callback, is_first, tmp_path)
     assert_ranked_as_trained(module, callback, trained(tuners, None, is_first, tmp_path))
