@@ -239,7 +239,9 @@ def test_a_fit_that_goes_on_knows_the_averages_before_its_checkpoint(tmp_path):
     assert np.array_equal(influences(again), influences(whole()))
 
 
-@pytest.mark.parametrize("how", [{"lose": True}, {"averaging": EMAWeightAveraging(decay=0.7)}], ids=["lost", "of another callback"])
+@pytest.mark.parametrize(
+    "how", [{"lose": True}, {"averaging": EMAWeightAveraging(decay=0.7)}], ids=["lost", "of another callback"]
+)
 def test_a_fit_that_goes_on_and_does_not_know_them_is_refused(how, tmp_path):
     with pytest.raises(UnsupportedTrainingError, match=r"averaged before step 5.*Ask for fewer epochs"):
         resumed(tmp_path, **{"averaging": EMAWeightAveraging(decay=0.8), **how})
