@@ -55,7 +55,7 @@ class EveryOtherStep(SGDInfluence):
             self.steps.append(TimedStep(self._began, time.perf_counter(), self._records))
         self._records = trainer.current_epoch == 0 or not self._records
         if not self._records:
-            self._loaders.next_positions(trainer)  # counted for neither; or else they would be the next batch's
+            self._loaders.next_positions(trainer, batch)  # counted for neither; or else they would be the next batch's
         self._began = time.perf_counter()
         if self._records:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
