@@ -59,13 +59,12 @@ _EFFECTS = np.array(["none", "helpful", "harmful"], dtype=object)  # of signs 0,
 
 def typed(cells: list[str]) -> NDArray[Any]:
     """What the cells of a column look like: whole numbers, else numbers (empty: NaN), else text."""
-    lines = _lines(cells)
-    if _INTEGERS.fullmatch(lines):
+    if _are_all(_INTEGERS, cells):
         try:
             return np.fromiter(map(int, cells), np.int64, len(cells))
         except OverflowError:
             pass
-    if any(cells) and _NUMBERS_OR_NONE.fullmatch(lines):
+    if any(cells) and _are_all(_NUMBERS_OR_NONE, cells):
         found = np.fromiter((float(cell) if cell else math.nan for cell in cells), np.float64, len(cells))
         if not bool(np.isinf(found).any()):
             return found
@@ -168,7 +167,7 @@ class _Numbers:
         first, self._num = self._num + 1, self._num + len(ranks)
         if [*ranks] != [*map(str, range(first, self._num + 1))]:
             return False
-        if not (_NUMBERS.fullmatch(_lines(influences)) and _COUNTS.fullmatch(_lines(visits))):
+        if not (_are_all(_NUMBERS, influences) and _are_all(_COUNTS, visits)):
             return False
         influence = np.fromiter(map(float, influences), np.float64, len(ranks))
         if not bool(np.isfinite(influence).all()) or bool((np.diff(influence, prepend=self._largest) < 0).any()):
@@ -188,8 +187,10 @@ class _Numbers:
         return np.concatenate([np.empty(0), *self._influence]), np.concatenate([np.empty(0, np.int64), *self._visits])
 
 
-def _lines(cells: Iterable[str]) -> str:
-    return "".join(f"{cell}\n" for cell in cells)
+def _are_all(pattern: re.Pattern[str], cells: Sequence[str]) -> bool:
+    """Whether each of the cells, made a line, is of a pattern for many lines."""
+    lines = "".join(f"{cell}\n" for cell in cells)
+    return lines.count("\n") == len(cells) and bool(pattern.fullmatch(lines))  # a cell may hold lines itself
 
 
 def _say_what_is_wrong(path: Path, width: int) -> NoReturn:
@@ -213,27 +214,27 @@ def _check_row(row: list[str], width: int, rank: int, before: float) -> float:
         raise ValueError(f"expected {width} fields, found {len(row)}")
     if row[0] != str(rank):
         raise ValueError(f"expected rank {rank}, found {row[0]!r}")
-    if not _NUMBERS.fullmatch(f"{row[2]}\n") or not math.isfinite(float(row[2])):
+    if not _are_all(_NUMBERS, row[2:3]) or not math.isfinite(float(row[2])):
         raise ValueError(f"expected a finite number as influence, found {row[2]!r}")
     influence = float(row[2])
     if influence < before:
         raise ValueError(f"influence {influence} is below that of the rank before")
     if row[3] != effect_of(influence):
         raise ValueError(f"expected effect {effect_of(influence)!r} of influence {row[2]}, found {row[3]!r}")
-    if not _COUNTS.fullmatch(f"{row[4]}\n") or not _is_int64(row[4]):
+    if not _are_all(_COUNTS, row[4:5]) or not _is_int64(row[4]):
         raise ValueError(f"expected a number of visits, found {row[4]!r}")
     return influence
 
 
 def _is_int64(text: str) -> bool:
     # Length first: Python refuses to convert thousands of digits.
-    return bool(_INTEGERS.fullmatch(f"{text}\n")) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
+    return _are_all(_INTEGERS, [text]) and len(text) <= 20 and _INT64.min <= int(text) <= _INT64.max
 
 
 def _ids_in(path: Path, cells: list[str], id_type: str | None) -> NDArray[Any]:
     if id_type != "str":
         try:
-            if _INTEGERS.fullmatch(_lines(cells)):
+            if _are_all(_INTEGERS, cells):
                 return np.fromiter(map(int, cells), np.int64, len(cells))
         except OverflowError:
             pass

@@ -282,3 +282,12 @@ def test_a_column_that_is_there_twice_is_refused_by_both_readers(tmp_path: Path)
     path.write_text(path.read_text(encoding="utf-8").replace("visits,a,b", "visits,a,a"), encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: expected every column once"):
         Ranking.load(path)
+
+
+def test_text_of_several_lines_is_no_number(tmp_path: Path) -> None:
+    ranking = make(["7\n8", "9"], columns={"note": ["1\n2", "3"], "size": ["1.5\n", ""]})
+    assert Ranking.load(ranking.save(tmp_path / "influence.csv")) == ranking
+    path = make([1, 2]).save(tmp_path / "damaged.csv")
+    path.write_text(path.read_text(encoding="utf-8").replace(",1.0,", ',"1.0\n2.0",'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 3: expected a finite number as influence, found '1.0\\n2.0'"):
+        Ranking.load(path)
