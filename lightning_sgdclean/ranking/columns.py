@@ -65,8 +65,11 @@ def as_column(values: "Sequence[Any] | NDArray[Any] | Tensor", name: str) -> NDA
         TypeError: If a value is neither number nor text.
     """
     values = as_numpy(values)
-    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "if":
-        return _finite(values.astype(np.int64 if values.dtype.kind == "i" else np.float64), name)
+    if isinstance(values, np.ndarray) and values.ndim == 1:  # as they are, unless nothing is known: then all are empty
+        if values.dtype.kind == "i":
+            return values.astype(np.int64)
+        if values.dtype.kind == "f" and not bool(np.isnan(values).all()):
+            return _finite(values.astype(np.float64), name)
     cells: list[Any] = list(values.tolist() if isinstance(values, np.ndarray) else values)
     cells = [cell.item() if hasattr(cell, "item") else cell for cell in cells]
     if cells and (any(isinstance(cell, str) for cell in cells) or all(map(_is_unknown, cells))):

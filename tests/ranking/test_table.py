@@ -291,3 +291,10 @@ def test_text_of_several_lines_is_no_number(tmp_path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace(",1.0,", ',"1.0\n2.0",'), encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 3: expected a finite number as influence, found '1.0\\n2.0'"):
         Ranking.load(path)
+
+
+def test_a_column_of_which_nothing_is_known_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+    unknown = np.full(2, np.nan)
+    for values in (unknown, unknown.astype(np.float32), [None, None], [float("nan")] * 2):
+        ranking = make([1, 2], columns={"loss": values})
+        assert Ranking.load(ranking.save(tmp_path / "influence.csv")) == ranking
