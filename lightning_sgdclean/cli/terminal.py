@@ -14,7 +14,7 @@ from typing import Any
 from lightning_sgdclean.base.errors import SGDInfluenceError, printable
 from lightning_sgdclean.base.summary import read_summary
 from lightning_sgdclean.ranking.columns import SUFFIX, read_ranking
-from lightning_sgdclean.ranking.table import CSV_NAME, Table, effects_of
+from lightning_sgdclean.ranking.table import CSV_NAME, Table
 
 _LONGEST_CELL = 32
 
@@ -112,15 +112,7 @@ class FinishedRun:
 
     def records(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Lines of the ranking, from ``start`` (0: rank 1) up to ``stop``, by column."""
-        some = slice(start, min(stop, len(self.table.sample_id)))
-        columns = {
-            "rank": range(some.start + 1, some.stop + 1),
-            "sample_id": self.table.sample_id[some].tolist(),
-            "influence": self.table.influence[some].tolist(),
-            "effect": effects_of(self.table.influence[some]),
-            "visits": self.table.visits[some].tolist(),
-            **{name: values[some].tolist() for name, values in self.table.columns.items()},
-        }
+        columns = {name: column[start:stop].tolist() for name, column in self.table.whole().items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

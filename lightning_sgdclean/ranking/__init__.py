@@ -17,7 +17,6 @@ __all__ = [
     "compare",
     "data_frame",
     "effects_by_group",
-    "effects_of",
     "guarded",
     "has_size",
     "kendall_tau",

@@ -131,9 +131,7 @@ def write_parquet(path: Path, table: Table) -> None:
         ImportError: If pyarrow is not installed.
     """
     pa, parquet = pyarrow()
-    ranks, effects = np.arange(1, len(table.influence) + 1), as_objects(effects_of(table.influence))
-    first = dict(zip(COLUMNS, (ranks, table.sample_id, table.influence, effects, table.visits), strict=True))
-    columns: dict[str, NDArray[Any]] = {**first, **table.columns}
+    columns = table.whole()
     arrays = [
         pa.array(column, pa.string()) if column.dtype == object else pa.array(column, from_pandas=True)  # NaN: null
         for column in columns.values()

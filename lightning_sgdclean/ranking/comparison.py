@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from lightning_sgdclean.base.errors import shown
 from lightning_sgdclean.ranking.columns import data_frame
-from lightning_sgdclean.ranking.csv_files import write_rows, written
+from lightning_sgdclean.ranking.csv_files import write_rows
 from lightning_sgdclean.ranking.ranking import Ranking
+from lightning_sgdclean.ranking.table import cells_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +126,7 @@ class Comparison:
             ``path``.
         """
         table = self._table()
-        columns = [map(written, column.tolist()) for column in table.values()]
+        columns = map(cells_of, table.values())
         write_rows(Path(path), list(table), zip(*columns, strict=True))
         return Path(path)
 

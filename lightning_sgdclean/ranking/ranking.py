@@ -28,7 +28,6 @@ from lightning_sgdclean.ranking.columns import (
 from lightning_sgdclean.ranking.figures import exhibits
 from lightning_sgdclean.ranking.groups import Groups, effects_by_group, groups_of, labels_if_few
 from lightning_sgdclean.ranking.table import (
-    COLUMNS,
     CSV_NAME,
     Table,
     as_vector,
@@ -36,7 +35,7 @@ from lightning_sgdclean.ranking.table import (
     checked_count,
     checked_ids,
     counts_of,
-    effect_of,
+    effects_of,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class Ranking:
     @property
     def effect(self) -> list[str]:
         """The sign in words, ``harmful`` or ``helpful``, and ``none`` where the influence is exactly 0."""
-        return [effect_of(influence) for influence in self.influence.tolist()]
+        return effects_of(self.influence)
 
     def __len__(self) -> int:
         return len(self.influence)
@@ -291,8 +290,7 @@ class Ranking:
         Raises:
             ImportError: If pandas is not installed.
         """
-        columns = (self.rank, self.sample_id, self.influence, self.effect, self.visits)
-        return data_frame(dict(zip(COLUMNS, columns, strict=True)) | self.columns)
+        return data_frame(self._table().whole())
 
     def save(self, path: "str | os.PathLike[str]") -> Path:
         r"""Write the ranking as CSV or Parquet, under a temporary name until it is complete.
@@ -310,10 +308,12 @@ class Ranking:
         Raises:
             ImportError: If pyarrow is not installed, which Parquet needs.
         """
-        table = Table(self.sample_id, self.influence, self.visits, self.columns)
-        write_ranking(Path(path), table)
-        note_saved(Path(path), (self.summary or {}) | counts_of(table))
+        write_ranking(Path(path), self._table())
+        note_saved(Path(path), (self.summary or {}) | counts_of(self._table()))
         return Path(path)
+
+    def _table(self) -> Table:
+        return Table(self.sample_id, self.influence, self.visits, self.columns)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> "Ranking":

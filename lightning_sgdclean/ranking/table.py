@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lightning_sgdclean.base.errors import DamagedFileError
 from lightning_sgdclean.base.options import SampleId
 from lightning_sgdclean.base.summary import check_as_written, summary_beside
-from lightning_sgdclean.ranking.csv_files import guarded, read_rows, read_stretches, unguarded, write_rows
+from lightning_sgdclean.ranking.csv_files import read_rows, read_stretches, unguarded, write_rows, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,12 @@ class Table(NamedTuple):
     influence: NDArray[np.float64]
     visits: NDArray[np.int64]
     columns: dict[str, NDArray[Any]]
+
+    def whole(self) -> dict[str, NDArray[Any]]:
+        """All columns of the file by name, in their order: those that follow from others, too."""
+        ranks = np.arange(1, len(self.influence) + 1)
+        first = ranks, self.sample_id, self.influence, as_objects(effects_of(self.influence)), self.visits
+        return {**dict(zip(COLUMNS, first, strict=True)), **self.columns}
 
 
 def effect_of(influence: float) -> str:
@@ -87,18 +93,14 @@ def counts_of(table: Table) -> dict[str, Any]:
 
 def write_table(path: Path, table: Table) -> None:
     """Write under a temporary name until it is complete; see :meth:`lightning_sgdclean.Ranking.save`."""
-    ranks = range(1, len(table.influence) + 1)
-    first = ranks, cells_of(table.sample_id), cells_of(table.influence), effects_of(table.influence)
-    columns = [*first, cells_of(table.visits), *map(cells_of, table.columns.values())]
-    write_rows(path, [*COLUMNS, *table.columns], zip(*columns, strict=True))
+    columns = table.whole()
+    write_rows(path, [*columns], zip(*map(cells_of, columns.values()), strict=True))
 
 
 def cells_of(column: NDArray[Any]) -> list[Any]:
     """A column as it is written: NaN empty, text guarded."""
     cells: list[Any] = column.tolist()
-    if column.dtype == object:
-        return [guarded(cell) for cell in cells]
-    return ["" if cell != cell else cell for cell in cells] if column.dtype.kind == "f" else cells
+    return cells if column.dtype.kind == "i" else [*map(written, cells)]
 
 
 def read_table(path: Path) -> Table:
