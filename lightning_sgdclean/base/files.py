@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -79,7 +79,7 @@ def checksum_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_sealed(path: Path, content: Mapping[str, object]) -> None:
     """Write JSON that holds its own checksum, on one line: with more, Python's lock would be held much longer."""
     with appearing_whole(path) as temporary:
         temporary.write_text(_sealed(content), encoding="utf-8")
@@ -178,9 +178,9 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sealed(content: dict[str, Any]) -> str:
+def _sealed(content: Mapping[str, object]) -> str:
     seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps(content | {"checksum": seal}) + "\n"
+    return json.dumps({**content, "checksum": seal}) + "\n"
 
 
 def fresh_directory(wanted: str | Path | None, log_dir: str | Path, overwrite: bool) -> Path:

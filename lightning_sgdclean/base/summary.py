@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from msgspec import Meta
 
@@ -87,17 +87,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: If it is damaged.
     """
-    path = folder / _NAME
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise DamagedFileError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-        checked_as(Summary, content, path)
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error} {_REMEDY}") from error
-    return content
+    return _content_of(folder, may_be_others=False)
 
 
 def summary_beside(path: Path) -> dict[str, Any]:
@@ -106,15 +96,23 @@ def summary_beside(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: If it is damaged.
     """
-    folder = path.parent
-    if not (folder / _NAME).exists():
+    return _content_of(path.parent, may_be_others=True)
+
+
+def _content_of(folder: Path, *, may_be_others: bool) -> dict[str, Any]:
+    path = folder / _NAME
+    if not path.exists():
         return {}
     try:
-        content = read_json(folder / _NAME)
+        content = read_json(path)
+        is_object = isinstance(content, dict)
+        if may_be_others and not (is_object and Summary.__annotations__.keys() & content.keys()):
+            return {}
+        if not is_object:
+            raise DamagedFileError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+        return cast(dict[str, Any], checked_as(Summary, content, path))
     except DamagedFileError as error:
         raise DamagedFileError(f"{error} {_REMEDY}") from error
-    is_ours = isinstance(content, dict) and not Summary.__annotations__.keys().isdisjoint(content)
-    return read_summary(folder) if is_ours else {}
 
 
 _CHECKSUMS = "checksums"  # of the tables, by name, in summary.json
@@ -126,8 +124,11 @@ def write_summary(folder: Path, summary: dict[str, Any], tables: Iterable[str]) 
     write_json(folder / _NAME, summary)
 
 
-def check_as_written(path: Path) -> None:
+def check_as_written(path: Path) -> dict[str, Any]:
     """Is a table what the ``summary.json`` beside it says was written? Where that says nothing, nothing is checked.
+
+    Returns:
+        What the summary says.
 
     Raises:
         FileNotFoundError: If there is no such table.
@@ -135,9 +136,10 @@ def check_as_written(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise DamagedFileError(f"{path} is a pipe, a device or a folder; expected a file.")
-    expected = summary_beside(path).get(_CHECKSUMS, {}).get(path.name)
+    summary = summary_beside(path)
+    expected = summary.get(_CHECKSUMS, {}).get(path.name)
     if expected is None or checksum_of(path) == expected:
-        return
+        return summary
     raise DamagedFileError(
         f"{path} is damaged, or was edited: its checksum is not the one that {path.with_name(_NAME)} has of "
         "it. Restore it from a copy, or rank the run again (lightning_sgdclean.retrace). If it was edited on purpose, "

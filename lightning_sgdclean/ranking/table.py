@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lightning_sgdclean.base.errors import DamagedFileError
 from lightning_sgdclean.base.options import SampleId
-from lightning_sgdclean.base.summary import check_as_written, summary_beside
+from lightning_sgdclean.base.summary import check_as_written
 from lightning_sgdclean.ranking.csv_files import read_rows, read_stretches, unguarded, write_rows, written
 
 if TYPE_CHECKING:
@@ -111,12 +111,11 @@ def read_table(path: Path) -> Table:
         DamagedFileError: If the file is damaged, or not what the ``summary.json`` beside it says was written; the
             message names file and line.
     """
-    check_as_written(path)
+    id_type = check_as_written(path).get("id_type")
     stretches = read_stretches(path, _ROWS)
     header, *rows = next(stretches, [list[str]()])
     first = [rows] if rows else []
     names = _names_in(path, header)
-    id_type = summary_beside(path).get("id_type")
     found, ids, cells = _Numbers(), list[str](), [list[str]() for _ in names]
     for some in chain(first, stretches):
         read = _columns_of(some, len(header))

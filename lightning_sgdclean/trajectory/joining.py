@@ -19,11 +19,9 @@ from lightning_sgdclean.base.files import (
     fresh_directory,
     naming,
     remove_results,
-    write_sealed,
 )
 from lightning_sgdclean.trajectory.flat_state import Layout, dtypes_of
 from lightning_sgdclean.trajectory.manifest import (
-    NAME,
     SegmentEntry,
     in_full,
     in_short,
@@ -31,6 +29,7 @@ from lightning_sgdclean.trajectory.manifest import (
     read_manifest,
     segment_name,
     segments_in,
+    write_manifest,
 )
 from lightning_sgdclean.trajectory.segments import Segment, write_segment
 from lightning_sgdclean.trajectory.store import Trajectory, fit_of, forget_ending, read_ending
@@ -181,7 +180,7 @@ def cut_off(folder: Path, mark: CheckpointMark) -> None:
     if kept and kept[-1]["last"] + 1 < mark.step:  # the checkpoint is of a step that was let go
         manifest["gaps"].append(mark.step)
     manifest["ending"] = None
-    write_sealed(folder / NAME, {**manifest})
+    write_manifest(folder, manifest)
     forget_ending(folder)
     names = {segment["file"] for segment in kept}
     for path in (*segments_in(folder), *folder.glob("retracing-*"), *folder.glob(".*.tmp")):

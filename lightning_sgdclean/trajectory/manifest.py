@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from lightning_sgdclean.base.errors import DamagedFileError, RunDirectoryError
-from lightning_sgdclean.base.files import check_plain, checked_as, checksum_of, read_json, read_sealed
+from lightning_sgdclean.base.files import check_plain, checked_as, checksum_of, read_json, read_sealed, write_sealed
 
 FORMAT = 5
 NAME = "manifest.json"
@@ -116,6 +116,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise DamagedFileError(f"{path}: what it says of {segment['file']} cannot be.")
         before = segment
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it, sealed."""
+    write_sealed(folder / NAME, manifest)
 
 
 def _is_in_bounds(segment: SegmentEntry, num_layouts: int) -> bool:

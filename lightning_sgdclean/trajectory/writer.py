@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_sgdclean.base.errors import BudgetError, RunDirectoryError, warn_of
-from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk, write_sealed
+from lightning_sgdclean.base.files import appearing_whole, checksum_of, put_on_disk
 from lightning_sgdclean.base.resources import in_bytes
 from lightning_sgdclean.trajectory.flat_state import Flat, Flattener, Layout, StateRows, unflatten
 from lightning_sgdclean.trajectory.manifest import (
@@ -25,6 +25,7 @@ from lightning_sgdclean.trajectory.manifest import (
     number_of,
     read_manifest,
     segment_name,
+    write_manifest,
 )
 from lightning_sgdclean.trajectory.records import State, Step
 from lightning_sgdclean.trajectory.schedule import is_snapshot
@@ -337,4 +338,4 @@ class TrajectoryWriter:
             "layouts": list(self._layouts),
             "segments": segments,
         }
-        write_sealed(self._folder / NAME, {**manifest})
+        write_manifest(self._folder, manifest)

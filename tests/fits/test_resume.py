@@ -116,7 +116,7 @@ def test_kill_while_cutting_off_leaves_one_trajectory_or_the_other(tmp_path, mon
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(joining, "write_sealed", die)
+    monkeypatch.setattr(joining, "write_manifest", die)
     with pytest.raises(KeyboardInterrupt):
         cut_off(folder, mark)
     monkeypatch.undo()
