@@ -43,7 +43,7 @@ lowest:
 CORE := adjoint trajectory ranking fits/test_central_differences.py fits/test_unrolled.py test_retracing_outcome.py \
         report/test_appearance.py report/test_content.py report/test_page.py report/test_destinations.py \
         report/test_progress.py cli/test_configured_options.py
-ALIKE := test_gradcheck.py test_gauss_newton.py test_packaged_updates.py
+ALIKE := test_gauss_newton.py test_packaged_updates.py
 
 core: $(VENV)/all.done
 	$(PIP) install -q -c $(VENV)/constraints.txt lightning pytest pytest-xdist

@@ -38,12 +38,8 @@ LR, BATCH, SMALL, NUM_TRAIN, NUM_VAL, EPOCHS = 0.05, 64, 4, 2048, 256, 2
 RECORDED = {"record_small": (SMALL, "every"), "record": (BATCH, "every"), "record_sqrt": (BATCH, "sqrt")}
 FREE = ("record_small", "record_sqrt")  # measured, too, while training leaves a core to the thread that writes
 RECORDED_STEPS, RECORDED_DIGITS, TIMES = 2400, 5632, 4
-ENGINES = (
-    "finite",
-    "none",
-    "gauss-newton",
-    "exact",
-)  # in the order of a round; the paper's way reads the last one's steps
+# In the order of a round; the paper's way reads the last one's steps.
+ENGINES = ("finite", "none", "gauss-newton", "exact")
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=LR),
     "SGD, momentum": lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9),
